@@ -1,0 +1,102 @@
+"""What the scripts do before torch is imported: flags, files and one-line errors. Standard library only."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+TASKS = ("geneval", "ocr", "deqa", "pickscore")
+
+
+def fail(message):
+    """One line (what is wrong, which flag or file, what would be right) and exit code 2. Nothing has been written."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every flag; the description as it is written in the script."""
+
+
+def make_parser(doc):
+    """argparse that also reads flags from a file (`@recipes/NAME.args`, # starts a comment) and fails in one line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    parser.error = fail
+    return parser
+
+
+def pairs(items, flag, number=False):
+    """["geneval=A", …] -> {"geneval": "A", …}, or to floats."""
+    out = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not (key and equals and value):
+            fail(f"{flag} {item}: expected NAME={'NUMBER' if number else 'VALUE'}")
+        if key in out:
+            fail(f"{flag}: {key} is given twice")
+        try:
+            out[key] = float(value) if number else value
+        except ValueError:
+            fail(f"{flag} {item}: {value!r} is not a number")
+    return out
+
+
+def read_prompts(path, flag="--prompts"):
+    """A prompt file -> (prompts, metadata). .txt: a prompt a line. .jsonl: an object with "prompt" a line, the rest of
+    it is the metadata that a scorer may want. Empty lines are skipped."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{flag}: cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})")
+    if not lines:
+        fail(f"{flag}: {path} holds no prompt")
+    if not str(path).endswith(".jsonl"):
+        return [line.strip() for line in lines], [{} for _ in lines]
+    try:
+        metadata = [json.loads(line) for line in lines]
+        return [str(m["prompt"]) for m in metadata], metadata
+    except (json.JSONDecodeError, KeyError, TypeError):
+        fail(f'{flag}: {path} is not JSON lines with a "prompt" in each')
+
+
+def prompt_files(given, tasks, split):
+    """{task: file}: the --prompts given, the miniature's own for the other tasks."""
+    for task in given:
+        if task not in tasks:
+            fail(f"unknown task {task!r} in the prompts: this run has {', '.join(tasks)}")
+    files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
+    for task, file in files.items():
+        if not Path(file).is_file():
+            fail(f"no {split} prompts for task {task!r}: {file} is not a file; give --prompts {task}=FILE")
+    return files
+
+
+def check_model(path):
+    if not (Path(path) / "model_index.json").is_file():
+        fail(f"--model {path}: not a diffusers pipeline (no model_index.json in it)")
+
+
+def check_adapter(path, flag):
+    """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format."""
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")):
+        fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
+
+
+def check_out(out, resume=False, overwrite=False):
+    """A run never lands on another one: the folder must be new unless --resume or --overwrite."""
+    used = (Path(out) / "args.json").exists()
+    if resume and not used:
+        fail(f"--resume: there is no run in {out}")
+    if used and not (resume or overwrite):
+        fail(f"--out {out} already holds a run: choose another folder, or --resume it, or --overwrite it")
+
+
+def save_json(path, value):
+    """Beside it first, then renamed: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)

@@ -1,0 +1,237 @@
+"""Evaluate any number of models side by side: the paper's table, one picture grid, or your own prompt.
+
+    python evaluate.py --models base merged=toy/adapters/merged student=runs/opd/adapter    # table + grid, minutes
+    python evaluate.py --models base toy/adapters/ocr --prompt "sign reads K T in red"      # pictures of one's own prompt
+    torchrun --nproc_per_node=2 evaluate.py --models base                                   # the same table from two processes
+
+A model is `base` or the directory of an adapter, written PATH or NAME=PATH. All models see the same prompts and
+start from the same noise, so differences between them are paired. If the four tasks' teachers are among the models
+under their tasks' names, a row `oracle` asks each task of its own teacher: what perfect routing would score.
+
+Columns are the paper's: each metric on the test prompts of its own task, and
+Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, which fits all published rows.
+Deterministic: the same flags give the same table, on any number of processes.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from cli import TASKS, check_adapter, check_model, fail, make_parser, prompt_files, pairs, read_prompts, save_json
+
+COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
+SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", default="toy", help="base pipeline: a directory that diffusers loads")
+    parser.add_argument("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
+    parser.add_argument("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
+    parser.add_argument("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
+    parser.add_argument("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
+    parser.add_argument("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    parser.add_argument("--steps", type=int, default=16, help="ODE steps (40 in the paper)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    parser.add_argument("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
+    parser.add_argument("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
+    parser.add_argument("--size", type=int, help="image side in pixels; default the model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--batch", type=int, default=128, help="images per forward pass; does not change the result beyond rounding")
+    parser.add_argument("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png; replaced")
+    args = parser.parse_args()
+
+    check_model(args.model)
+    models = {}
+    for item in args.models:
+        name, equals, path = item.partition("=")
+        name, path = (name, path) if equals else (Path(item.rstrip("/")).name, item)
+        if name in models:
+            fail(f"--models: two models are called {name!r}; write NAME=PATH")
+        if path != "base":
+            check_adapter(path, "--models")
+        models[name] = path
+    args.models = models
+    args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
+    for name in args.model_guidance:
+        if name not in models:
+            fail(f"--model_guidance: no model is called {name!r}; there are {', '.join(models)}")
+    given = pairs(args.prompts, "--prompts")
+    for task in args.tasks:
+        if task not in TASKS and task not in given:
+            fail(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    args.prompts = {} if args.prompt else prompt_files(given, args.tasks, "test")
+    if args.steps < 1:
+        fail("--steps must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
+
+import importlib  # noqa: E402
+
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import common  # noqa: E402
+
+
+def load_scorers(module, tasks):
+    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict where the module has them."""
+    try:
+        rewards = importlib.import_module(module).REWARDS
+    except (ImportError, AttributeError) as error:
+        fail(f"--rewards {module}: no such module with REWARDS in it ({error})")
+    for task in tasks:
+        if task not in rewards:
+            fail(f"task {task!r} has no scorer of its name in {module}: there are {', '.join(rewards)}")
+    return {task: {n: f for n, f in rewards.items() if n == task or n.startswith(task + "_")} for task in tasks}
+
+
+def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, batch=128, size=None, rank=0, world=1):
+    """Paint and score the test prompts of every task with every model (all ranks participate, each with its part).
+
+    models {name: adapter name on the backbone, or None for the base}; guidance {name: scale};
+    tests {task: (prompts, metadata)}.
+    Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (4, 3, H, W)}} for the grid (rank 0)."""
+    scores, pictures = {name: {} for name in models}, {task: {} for task in tests}
+    bar = tqdm(total=len(models) * sum(len(p) for p, _ in tests.values()), desc="evaluating", unit="image",
+               disable=rank > 0, dynamic_ncols=True)  # fmt: skip
+    for name, on in models.items():
+        with common.adapter(pipe.transformer, on):
+            for task, (prompts, metadata) in tests.items():
+                own = common.share(len(prompts), rank, world)
+                parts, values = [], {metric: [] for metric in scorers[task]}
+                for i in range(0, len(own), batch):
+                    part = own[i : i + batch]
+                    asked = [prompts[j] for j in part]
+                    keys = [(seed, "evaluate", task, j) for j in part]
+                    images = common.paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
+                    for metric, scorer in scorers[task].items():
+                        values[metric] += scorer(images, asked, [metadata[j] for j in part]).tolist()
+                    parts.append(images[: 4 if i == 0 else 0])
+                    bar.update(len(part) * world)
+                for metric, got in values.items():
+                    scores[name][metric] = torch.tensor([v for part in common.gather(got) for v in part], dtype=torch.float64)
+                pictures[task][name] = torch.cat(parts) if parts else torch.empty(0)
+    bar.close()
+    return scores, pictures
+
+
+def average(scores):
+    """The paper's Average and its standard error from {metric: (N,) scores}; nan unless all four tasks are there."""
+    if any(task not in scores for task in TASKS):
+        return math.nan, math.nan
+    mean = sum(scores[t].mean().item() / SCALES[t] for t in TASKS) / 4
+    variance = sum((scores[t].std().item() / SCALES[t]) ** 2 / len(scores[t]) for t in TASKS) / 16
+    return mean, variance**0.5
+
+
+def compare(scores, other):
+    """The difference of two models' Averages and its paired standard error: the same prompts and noise for both."""
+    return average({task: scores[task] - other[task] for task in TASKS})
+
+
+def summarise(scores):
+    """{name: {metric: {"mean", "se", "n"}, "average": {...}}}, with the oracle's row if all teachers are there."""
+    if all(task in scores and task in scores[task] for task in TASKS):
+        scores = scores | {"oracle": {task: scores[task][task] for task in TASKS}}
+    summary = {}
+    for name, metrics in scores.items():
+        summary[name] = {m: {"mean": s.mean().item(), "se": s.std().item() / len(s) ** 0.5, "n": len(s)} for m, s in metrics.items()}
+        mean, se = average(metrics)
+        if not math.isnan(mean):
+            summary[name]["average"] = {"mean": mean, "se": se}
+    return summary
+
+
+def table(summary, notes=None):
+    """A Markdown table in the paper's columns; `notes` {name: text} go behind the name."""
+    digits = {"geneval": 3, "ocr": 3, "deqa": 2, "pickscore": 2, "average": 4}
+    tasks = [task for task in COLUMNS if any(task in row for row in summary.values())]
+    head = ["model", *(COLUMNS[t] for t in tasks), *(["Average"] if len(tasks) == 4 else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in summary.items():
+        cells = [name + (f" ({notes[name]})" if notes and name in notes else "")]
+        for metric in [*tasks, *(["average"] if len(tasks) == 4 else [])]:
+            value = row.get(metric)
+            cells.append(f"{value['mean']:.{digits[metric]}f} ± {value['se']:.{digits[metric]}f}" if value else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture_grid(path, images, prompts, scores=None):
+    """A column per model, a row per prompt, the prompt above each row and the score under each image.
+
+    images {column: (N, 3, H, W) in [0, 1]}, scores {column: N numbers}."""
+    side = max(112, next(iter(images.values())).shape[-1])
+    font, pad, line = ImageFont.load_default(12), 8, 16
+    height = line + side + (line if scores else 0) + pad
+    page = Image.new("RGB", (pad + (side + pad) * len(images), line + pad + height * len(prompts)), "white")
+    pen = ImageDraw.Draw(page)
+    for column, (name, pictures) in enumerate(images.items()):
+        x = pad + (side + pad) * column
+        pen.text((x, 4), name[: side // 7], "black", font)
+        for row in range(len(prompts)):
+            y = line + pad + height * row
+            if column == 0:
+                pen.text((x, y), prompts[row][: int(page.width / 6.3)], "black", font)
+            picture = (pictures[row] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            page.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x, y + line))
+            if scores:
+                pen.text((x, y + line + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+
+
+def load_models(transformer, models):
+    """Put every adapter of {name: path} on the backbone -> {name: adapter name or None}."""
+    on = {}
+    for i, (name, path) in enumerate(models.items()):
+        on[name] = None if path == "base" else f"model_{i}"
+        if on[name]:
+            common.add_adapter(transformer, on[name], common.read_adapter(path, "--models"), path=path, flag="--models")
+    return on
+
+
+def main(args):
+    rank, world, device = common.start_processes()
+    scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks)
+    tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
+    pipe = common.load_pipeline(args.model, device)
+    on = load_models(pipe.transformer, args.models)
+    guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
+    prompts = args.prompt or [p for task in tests.values() for p in task[0]]
+    text = common.embed_prompts(pipe, prompts, args.text_length)
+    out = Path(args.out)
+
+    if args.prompt:  # one's own prompts, side by side, nothing scored
+        columns = {}
+        for name, adapter in on.items():
+            with common.adapter(pipe.transformer, adapter):
+                keys = [(args.seed, "prompt", i) for i in range(len(args.prompt))]
+                columns[name] = common.paint(pipe, text, args.prompt, keys, args.steps, guidance[name], args.batch, args.size)
+        if rank == 0:
+            picture_grid(out / "prompts.png", columns, args.prompt)
+            print(f"{len(args.prompt)} prompts x {len(columns)} models -> {out}/prompts.png")
+        common.stop_processes()
+        return
+
+    scores, pictures = score_models(pipe, text, on, tests, scorers, args.steps, guidance, args.seed, args.batch, args.size, rank, world)
+    if rank == 0:
+        summary = summarise(scores)
+        save_json(out / "results.json", {"flags": vars(args), "results": summary})
+        (out / "table.md").write_text(table(summary) + "\n")
+        columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in on}
+        rows = [p for task in tests.values() for p in task[0][: len(next(iter(columns.values()))) // len(tests)]]
+        marks = {name: [s for task in tests for s in scores[name][task][: len(pictures[task][name])]] for name in on}
+        picture_grid(out / "grid.png", columns, rows, marks)
+        print(f"\n{table(summary)}\n\n-> {out}/results.json, table.md, grid.png")
+    common.stop_processes()
+
+
+if __name__ == "__main__":
+    main(ARGS)

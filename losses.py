@@ -1,0 +1,163 @@
+"""Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching, GRPO.
+
+Copy what you need: torch only, and every function stands alone. All are pure functions of tensors, minimised,
+and return (loss, metrics): a scalar to call backward on and a dict of floats to log.
+
+Shapes: mean, mean_old, mean_teacher, x_next, v (B, C, H, W); std, weight, dt floats; D = C H W.
+  mean          the student's mean now, with gradient          x_next     the state that the rollout drew
+  mean_old      the student's mean when it drew x_next         std        the step's standard deviation
+  mean_teacher  the routed teacher's mean at the same state
+KL and log-prob are means over the D latent dimensions, then over the batch, in float32.
+
+The six objectives (Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055). "Gradient" is the expectation over
+x_next at ratio 1; KL is the per-step KL(student, teacher), which is what one wants to descend:
+
+  function             gradient              noise                 source
+  opd_ppo              grad KL               low                   ours, the default ("C'")
+  opd_ppo_scalar       grad KL               D times the variance  PPO as for language models ("C")
+  opd_ppo_published    0: it does not learn  all of it             Flow-OPD v1 as written ("A")
+    (detach=False)     grad KL               low                   Flow-OPD's public code ("B")
+  opd_kl               grad KL               none                  Flow-OPD v5, DiffusionOPD Eq. 11 ("D")
+  opd_trajectory       grad trajectory KL    some                  DiffusionOPD, derived ("E")
+  opd_ode              of another objective  none                  DiffusionOPD Eq. 12, a = 0 ("F")
+
+tests/test_losses.py measures every row by Monte Carlo.
+"""
+
+import torch
+
+
+def opd_ppo(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
+    """C', the default: PPO whose ratio and reward belong to single latent coordinates.
+
+    The policy factorises, Normal(mean, std^2 I) = prod_d Normal(mean_d, std^2), so each coordinate is an action of
+    its own. Its reward is the sampled log-ratio log pi_teacher(x_next_d) - log pi_old(x_next_d), and the gradient
+    flows through its ratio alone, as the paper asks. Unlike A's reward this one depends on the action: the
+    expected gradient is that of the KL, and no coordinate carries the noise of the others.
+    clip_range acts on ratios of single coordinates, so it has the size used for language models (0.1 to 0.2).
+    """
+    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()) / (2 * std**2)  # (B, C, H, W)
+    reward = ((x_next - mean_old).square() - (x_next - mean_teacher).square()).detach() / (2 * std**2)  # (B, C, H, W)
+    ratio = log_ratio.exp()  # (B, C, H, W), 1 at the first update
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * reward, clipped * reward).mean()  # minus: the reward is to be maximised
+    return loss, ppo_metrics(ratio, clip_range)
+
+
+def opd_ppo_scalar(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
+    """C: the same with one ratio and one reward per image, as language models have one per token.
+
+    Unbiased too, but every coordinate's gradient is multiplied by the reward noise of all D. Ratio and reward are
+    both means over D, which scales the gradient by 1/D; the factor D puts it back on the scale of the mean KL.
+    """
+    D = mean[0].numel()
+    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
+    reward = ((x_next - mean_old).square() - (x_next - mean_teacher).square()).flatten(1).mean(1).detach() / (2 * std**2)
+    ratio = log_ratio.exp()  # (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -D * torch.minimum(ratio * reward, clipped * reward).mean()
+    return loss, ppo_metrics(ratio, clip_range)
+
+
+def opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2, detach=True):
+    """A: the formula of Flow-OPD v1, Eq. 11, kept because it is the published one. It does not learn.
+
+    The reward is the analytic -KL at the visited state, detached. It does not depend on the action x_next, and
+    E[grad log pi] = 0, so at ratio 1 the expected gradient is zero: all that is left is noise.
+    detach=False is B, what the public code did: the gradient also flows through the KL itself, and that direct
+    part is what learned. (The public code also dropped sqrt(dt) from the KL's variance; not repeated here.)
+    """
+    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
+    reward = -(mean - mean_teacher).square().flatten(1).mean(1) / (2 * std**2)  # (B,) -KL, no x_next in it
+    reward = reward.detach() if detach else reward
+    ratio = log_ratio.exp()  # (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * reward, clipped * reward).mean()
+    return loss, ppo_metrics(ratio, clip_range)
+
+
+def opd_kl(mean, mean_teacher, std):
+    """D: the KL itself. Flow-OPD v5 Eq. 15, DiffusionOPD Eq. 11.
+
+    Exact gradient of the per-step KL; needs neither the action nor a ratio.
+    (mean - mean_teacher)^2 / (2 std^2) = w(t) (v - v_teacher)^2 with w = sde.kl_weight.
+    """
+    kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)
+    return kl.mean(), {}
+
+
+def opd_trajectory(mean, mean_old, mean_teacher, x_next, std, kl_to_go, clip_range=0.2):
+    """E: D plus what D leaves out: how this step's action moves the states, and so the KL, of later steps.
+
+    kl_to_go (B,): sum over the later steps k of KL_k (means over dimensions), a constant. The two parts
+    together are the exact gradient of the KL between whole trajectories. The log-ratio is a mean over D, so
+    the second part is multiplied by D; without it the term is D times too small to matter.
+    """
+    D = mean[0].numel()
+    kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)
+    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
+    reward = -kl_to_go.detach()  # (B,)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = kl.mean() - D * torch.minimum(ratio * reward, clipped * reward).mean()
+    return loss, ppo_metrics(ratio, clip_range)
+
+
+def opd_ode(v, v_teacher, dt):
+    """F: match the ODE step, dt^2 / 2 (v - v_teacher)^2, on states of an a = 0 rollout. DiffusionOPD Eq. 12.
+
+    Half the squared distance between the two Euler means. Not a KL: a deterministic step has no density.
+    """
+    return dt**2 / 2 * (v - v_teacher.detach()).square().mean(), {}
+
+
+def mar(v, v_anchor, weight):
+    """Manifold Anchor Regularization, Flow-OPD v1 Eq. 13: weight mean((v - v_anchor)^2) on all data, every step.
+
+    weight = lambda w(t), lambda 0.02 in the paper and w = sde.kl_weight (dt^2 / 2 beside `opd_ode`), so that it is
+    lambda KL(student, anchor). v_anchor comes from a frozen teacher of image quality that knows no task.
+    """
+    loss = weight * (v - v_anchor.detach()).square().mean()
+    return loss, {"mar": loss.item()}
+
+
+def flow_matching(v, x0, noise):
+    """The loss that made the base model, and the SFT cold start: mean((v - (noise - x0))^2) at a random t."""
+    return (v - (noise - x0)).square().mean(), {}
+
+
+def group_advantage(rewards, groups, global_std=True, clip=5.0):
+    """GRPO's advantage: (reward - mean of its group) / std, clamped to +-clip. No gradient.
+
+    rewards (N,) float, groups (N,) int: samples of one prompt share a number. global_std divides by the std of
+    all N rewards (Flow-GRPO's choice: it does not blow up groups that hardly differ), else by each group's own.
+    A group of equal rewards gets zeros: it says nothing about which sample was better. Returns (N,).
+    """
+    rewards = rewards.double()
+    _, index, size = torch.unique(groups, return_inverse=True, return_counts=True)
+    mean = torch.zeros(len(size), dtype=rewards.dtype, device=rewards.device).index_add(0, index, rewards) / size
+    centred = rewards - mean[index]  # (N,)
+    if global_std:
+        std = rewards.std(correction=0)
+    else:
+        square = torch.zeros_like(mean).index_add(0, index, centred.square()) / size
+        std = square.sqrt()[index]
+    return (centred / (std + 1e-4)).clamp(-clip, clip).float()  # 1e-4: equal rewards give 0, not 0/0
+
+
+def grpo(log_prob, old_log_prob, advantage, clip_range=1e-2):
+    """Flow-GRPO Eq. 7: PPO's clipped objective at one denoising step, one ratio per image.
+
+    log_prob, old_log_prob (B,) means over dimensions (sde.log_prob), so the ratio stays within some 1e-2 of 1 and
+    so does the clip range. advantage (B,) from group_advantage.
+    """
+    ratio = (log_prob - old_log_prob).exp()  # (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()  # minus: advantage is to be maximised
+    return loss, ppo_metrics(ratio, clip_range)
+
+
+def ppo_metrics(ratio, clip_range):
+    """What to log of a ratio: how far it is from 1 (0 before the first update) and how often it leaves the clip range."""
+    gap = (ratio.detach() - 1).abs()
+    return {"ratio_gap": gap.mean().item(), "clip_fraction": (gap > clip_range).float().mean().item()}

@@ -1,0 +1,315 @@
+"""Stage 1: train one teacher by GRPO on one reward (Flow-GRPO, arXiv 2505.05470), or the GRPO-Mix baseline on several.
+
+    python train_teacher.py --reward ocr                                     # one teacher, minutes on a laptop CPU
+    python train_teacher.py --reward deqa=0.4 pickscore=0.6 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
+    python train_teacher.py --mix geneval=3 ocr=1 pickscore=1                # GRPO-Mix: one model, all rewards
+    torchrun --nproc_per_node=8 train_teacher.py --reward ocr                # the same run on eight processes
+
+Every prompt is painted G times by the SDE sampler; a sample that scores above its group's mean is made more
+likely at every denoising step, one below less likely. The result is a LoRA in runs/NAME/adapter.
+
+Deviations from Flow-GRPO and from the paper's GRPO-Mix:
+ 1. Every iteration holds all tasks of --mix in their proportions; the public code alternates whole epochs.
+ 2. Noise and prompts are functions of (seed, iteration, sample), so the number of processes changes nothing.
+ 3. Rewards are put on 0..1 by their range before they are weighted, so that weights mean what they say.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from cli import TASKS, check_adapter, check_model, check_out, fail, make_parser, pairs, prompt_files, read_prompts, save_json
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--model", default="toy", help="base pipeline: a directory that diffusers loads")
+    group.add_argument("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    group.add_argument("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
+    group.add_argument("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
+    group.add_argument("--mix", nargs="+", metavar="TASK=SHARE", help="GRPO-Mix instead: each task in this share of the "
+                       "prompts, scored by the reward of its own name")  # fmt: skip
+    group.add_argument("--mix_quality", type=float, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
+    group.add_argument("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
+    group.add_argument("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
+    group.add_argument("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
+    group.add_argument("--rank", type=int, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
+    group.add_argument("--alpha", type=float, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--prompts_per_iteration", type=int, default=8, help="distinct prompts, over all processes")
+    group.add_argument("--group_size", type=int, default=16, help="samples per prompt, G (24 in the paper)")
+    group.add_argument("--steps", type=int, default=8, help="denoising steps of a rollout, T (10 in the paper)")
+    group.add_argument("--noise", type=float, default=0.7, help="SDE noise level a")
+    group.add_argument("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
+    group.add_argument("--window", type=int, default=0, help="make only this many steps in a row stochastic, and train on those "
+                       "alone; where they start is drawn each iteration; 0 = all but the last step")  # fmt: skip
+    group.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    group.add_argument("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
+    group.add_argument("--size", type=int, help="image side in pixels; default the model's own")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--iterations", type=int, default=100, help="rollouts; each gives --updates optimizer steps")
+    group.add_argument("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of every group")
+    group.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
+    group.add_argument("--clip_range", type=float, default=1e-2, help="PPO clip of the ratio of mean log-probs")
+    group.add_argument("--beta", type=float, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
+    group.add_argument("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
+    group.add_argument("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
+    group.add_argument("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
+    group.add_argument("--ema_every", type=int, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    group.add_argument("--micro_batch", type=int, default=128, help="samples per forward pass; less if memory runs out, same result")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
+    group.add_argument("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
+    group.add_argument("--eval_steps", type=int, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
+    group.add_argument("--save_every", type=int, default=50, help="iterations between checkpoints")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    args = parser.parse_args()
+
+    if bool(args.reward) == bool(args.mix):
+        fail("give one of --reward NAME (a teacher) and --mix TASK=SHARE … (the GRPO-Mix baseline)")
+    if args.mix:
+        args.mix = {task: int(share) for task, share in pairs(args.mix, "--mix", number=True).items()}
+        args.tasks = list(args.mix)
+        if min(args.mix.values()) < 1:
+            fail("--mix: shares are whole numbers of at least 1")
+    else:
+        args.reward = pairs([r if "=" in r else f"{r}=1" for r in args.reward], "--reward", number=True)
+        args.tasks = args.tasks or [name for name in args.reward][:1]
+        args.mix = None
+    for task in args.tasks:
+        if task not in TASKS and task not in pairs(args.prompts, "--prompts"):
+            fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
+    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train")
+    args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test")
+    if args.group_size < 2:
+        fail("--group_size must be at least 2: a group of one has no mean to be better than")
+    if args.steps < 2:
+        fail("--steps must be at least 2")
+    if args.noise <= 0:
+        fail("--noise must be above 0: without noise there is no policy to take the gradient of")
+    if args.group_size % args.updates:
+        fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
+    if not 0 <= args.window < args.steps:
+        fail("--window must be below --steps; 0 trains on all steps but the last")
+    check_model(args.model)
+    if args.init != "base":
+        check_adapter(args.init, "--init")
+    args.out = args.out or ("runs/grpo_mix" if args.mix else "runs/teacher_" + "_".join(args.reward))
+    check_out(args.out, args.resume, args.overwrite)
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
+
+import importlib  # noqa: E402
+import shutil  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import common  # noqa: E402
+from evaluate import picture_grid  # noqa: E402
+from losses import group_advantage, grpo  # noqa: E402
+from sde import kl_weight, log_prob, rollout, step  # noqa: E402
+
+
+def make_reward(args):
+    """-> reward(images, task, prompts, metadata): (B,) on 0..1, and the plain scorers' names for evaluation."""
+    try:
+        scorers = importlib.import_module(args.rewards).REWARDS
+    except (ImportError, AttributeError) as error:
+        fail(f"--rewards {args.rewards}: no such module with REWARDS in it ({error})")
+    for name in args.reward or [*args.tasks, "deqa"]:
+        if name not in scorers:
+            fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
+
+    def reward(images, task, prompts, metadata):
+        own = 1 - args.mix_quality
+        weights = args.reward or ({task: own, "deqa": args.mix_quality} if task != "deqa" else {"deqa": 1.0})
+        total = torch.zeros(len(images))
+        for name, weight in weights.items():
+            low, high = scorers[name].range
+            total += weight * (scorers[name](images, prompts, metadata).float().cpu() - low) / (high - low)
+        return total / sum(weights.values())
+
+    return reward
+
+
+def main(args):
+    rank, world, device = common.start_processes()
+    run = Path(args.out)
+    reward_of = make_reward(args)
+    pipe = common.load_pipeline(args.model, device)
+    transformer = pipe.transformer
+
+    # Prompts: embedded once, then the text encoders are not needed any more.
+    train = {task: read_prompts(file) for task, file in args.prompts.items()}
+    tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
+    text = common.embed_prompts(pipe, [p for prompts, _ in (*train.values(), *tests.values()) for p in prompts], args.text_length)
+
+    # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
+    layers = None if args.init == "base" else common.read_adapter(args.init, "--init")
+    torch.manual_seed(args.seed)
+    for name in ("ema", "student"):
+        common.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
+    student, ema = (common.adapter_parameters(transformer, name) for name in ("student", "ema"))
+    for name, parameter in student.items():
+        parameter.requires_grad_(True)
+        ema[name].data.copy_(parameter.data)
+    config = transformer.peft_config["student"]
+    optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+
+    # Every derived number, once.
+    grid = common.time_grid(pipe, args.steps)
+    samples = args.prompts_per_iteration * args.group_size
+    mine = common.share(samples, rank, world)
+    cycle = [task for task in args.tasks for _ in range(args.mix[task] if args.mix else 1)]
+    trained_steps = args.window or args.steps - 1
+    if rank == 0:
+        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, on {world} process(es); "
+              f"{trained_steps} of {args.steps} steps trained; {args.updates} updates of {samples // args.updates} images x {trained_steps} "
+              f"steps; {sum(p.numel() for p in student.values()):,} parameters", flush=True)  # fmt: skip
+
+    # Flags and files that change the mathematics; --resume refuses others.
+    harmless = ("out", "resume", "overwrite", "iterations", "eval_every", "eval_prompts", "eval_steps", "save_every", "micro_batch")
+    state = {
+        "flags": {k: v for k, v in vars(args).items() if k not in harmless},
+        "files": {str(f): common.sha256(f) for f in (args.model + "/transformer", *args.prompts.values())},
+    }
+    start = 0
+    if args.resume:
+        start = common.load_checkpoint(run, student, ema, optimizer, state)
+    if rank == 0:
+        if args.overwrite:
+            shutil.rmtree(run, ignore_errors=True)
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        save_json(run / "args.json", vars(args))
+        common.cut_log(run, start)
+    signals = common.StopSignal()
+    updates_done = start * args.updates
+    began = time.time()
+    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, unit="it", disable=rank > 0, dynamic_ncols=True)
+
+    for iteration in bar:
+        tick = time.time()
+        # 1. Prompts: a slot's task follows the cycle of shares; a task's prompts come in shuffled passes.
+        slots = range(iteration * args.prompts_per_iteration, (iteration + 1) * args.prompts_per_iteration)
+        tasks = [cycle[slot % len(cycle)] for slot in slots]
+        chosen = []  # (task, prompt, metadata) of every slot
+        for slot, task in zip(slots, tasks):
+            nth = slot // len(cycle) * cycle.count(task) + cycle[: slot % len(cycle)].count(task)
+            (index,) = common.draw(len(train[task][0]), 1, args.seed, task, iteration=nth)
+            chosen.append((task, train[task][0][index], train[task][1][index]))
+        rows = torch.tensor([text["rows"][chosen[i // args.group_size][1]] for i in mine], device=device)  # (b,)
+        generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
+
+        # 2. Rollout (no gradient): b samples, T steps, by the SDE.
+        trained = range(args.steps - 1)
+        if args.window:
+            first = int(torch.randint(args.steps - args.window, (), generator=common.generator(args.seed, "window", iteration)))
+            trained = range(first, first + args.window)
+        noisy = trained if args.window else None
+        transformer.eval()
+        parts = []
+        for chunk in torch.arange(len(mine)).split(args.micro_batch):
+            noise = common.initial_noise(pipe, [generators[i] for i in chunk], args.size)
+            parts.append(rollout(lambda x, t, r=rows[chunk]: common.velocity(transformer, x, t, text, r, args.guidance), noise,
+                                 grid, args.noise, args.noise_kind, [generators[i] for i in chunk], noisy))  # fmt: skip
+        x = torch.cat([p.x for p in parts], 1)  # (T + 1, b, C, H, W)
+        old_log_prob = torch.cat([p.log_prob for p in parts], 1)  # (T, b)
+        std = parts[0].std
+
+        # 3. Rewards and advantages: every process scores its own images, all share the numbers.
+        images = torch.cat([common.decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])
+        scores = {}
+        for task in sorted(set(tasks)):
+            members = [n for n, i in enumerate(mine) if tasks[i // args.group_size] == task]
+            if members:
+                asked = [chosen[mine[n] // args.group_size] for n in members]
+                values = reward_of(images[members], task, [c[1] for c in asked], [c[2] for c in asked])
+                scores |= {mine[n]: value for n, value in zip(members, values.tolist())}
+        scores = {i: s for part in common.gather(scores) for i, s in part.items()}  # all ranks participate
+        rewards = torch.tensor([scores[i] for i in range(samples)], dtype=torch.float64)  # (N,)
+        advantage = group_advantage(rewards, torch.arange(samples) // args.group_size, args.std == "global")[mine].to(device)
+
+        # 4. Update: each optimizer step takes its share of every group; gradients are summed over micro-batches and processes.
+        log = {}
+        for update in range(args.updates):
+            members = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update])
+            for chunk in members.split(args.micro_batch):
+                for i in trained:
+                    v = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)  # (c, C, H, W)
+                    mean, _ = step(x[i, chunk], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
+                    loss, metrics = grpo(log_prob(x[i + 1, chunk], mean, std[i]), old_log_prob[i, chunk], advantage[chunk], args.clip_range)
+                    if args.beta:
+                        with torch.no_grad(), common.adapter(transformer, None):
+                            v_base = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)
+                        w = kl_weight(grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
+                        kl = w * (v - v_base).square().mean()
+                        loss = loss + args.beta * kl
+                        metrics["kl_base"] = kl.item()
+                    share = len(chunk) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
+                    (loss * share).backward()
+                    for k, value in metrics.items():
+                        log[k] = log.get(k, 0.0) + value * share / args.updates
+            common.sum_gradients(student.values())  # all ranks participate
+            norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            updates_done += 1
+            if updates_done % args.ema_every == 0:
+                common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
+
+        # 5. Log.
+        log = {k: sum(part[k] for part in common.gather(log)) for k in log}  # all ranks participate
+        log |= {"iteration": iteration, "reward": rewards.mean().item(), "grad_norm": norm.item(), "seconds": time.time() - tick}
+        for task in sorted(set(tasks)):
+            log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
+        log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
+        bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
+
+        # 6. Samples and evaluation, with the average of the weights and the same noise every time.
+        last = iteration + 1 == args.iterations
+        if args.eval_every and ((iteration + 1) % args.eval_every == 0 or last):
+            with common.adapter(transformer, "ema"):
+                for task, (prompts, metadata) in tests.items():
+                    own = common.share(len(prompts), rank, world)
+                    images = common.paint(pipe, text, [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own],
+                                          args.eval_steps, args.guidance, args.micro_batch, args.size)  # fmt: skip
+                    values = reward_of(images, task, [prompts[i] for i in own], [metadata[i] for i in own])
+                    log[f"test/{task}"] = sum(common.gather(values.sum().item())) / len(prompts)  # all ranks participate
+                    if rank == 0:
+                        picture_grid(run / "samples" / f"{task}_{iteration + 1:05d}.png", {"student": images[:8]},
+                                     [prompts[i] for i in own[:8]], {"student": values[:8]})  # fmt: skip
+        if rank == 0:
+            common.log_line(run, log)
+
+        # 7. Checkpoint.
+        stop = signals.stop()
+        if rank == 0 and ((iteration + 1) % args.save_every == 0 or last or stop):
+            common.save_checkpoint(run, iteration + 1, student, ema, optimizer, config, state)
+        if stop:
+            break
+
+    if rank == 0:
+        done = iteration + 1 if start < args.iterations else start
+        adapter = common.checkpoints(run)[-1] / "adapter"
+        if done < args.iterations:
+            print(f"stopped after {done} iterations; go on with the same command and --resume")
+        else:
+            shutil.rmtree(run / "adapter", ignore_errors=True)
+            shutil.copytree(adapter, run / "adapter")
+            common.draw_curves(run, {"reward": ("mean, 0 to 1", ["reward"]), "test reward": ("mean, 0 to 1", [f"test/{t}" for t in tests]),
+                                     "update": ("fraction", ["clip_fraction"])})  # fmt: skip
+            print(f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
+                  f"next: python evaluate.py --models base {run}/adapter")  # fmt: skip
+    common.stop_processes()
+
+
+if __name__ == "__main__":
+    main(ARGS)
