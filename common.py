@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -131,7 +132,7 @@ def draw(number, wanted, *key, iteration):
 def load_pipeline(model, device):
     """The stock pipeline, frozen and in eval mode: dropout would make the rollout's log-probs differ from the update's."""
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({str(error).splitlines()[0]})")
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
@@ -247,7 +248,9 @@ def read_adapter(path, flag, alpha=None):
         if len(half) < 2 or half["A"].shape[0] != half["B"].shape[1]:
             fail(f"{flag} {path}: layer {layer} has no matching pair of lora_A and lora_B")
         rank = len(half["A"])
-        layer_alpha = alpha or (config.get("alpha_pattern") or {}).get(layer, config.get("lora_alpha"))
+        pattern = config.get("alpha_pattern") or {}  # peft: a whole layer name, or a regular expression for its end
+        match = next((a for p, a in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), config.get("lora_alpha"))
+        layer_alpha = alpha or match
         if layer_alpha is None:
             fail(f"{flag} {path}: the file does not say its alpha; give --teacher_alpha NAME=ALPHA")
         layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))

@@ -1,20 +1,21 @@
 """Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching, GRPO.
 
-Copy what you need: torch only, and every function stands alone. All are pure functions of tensors, minimised,
-and return (loss, metrics): a scalar to call backward on and a dict of floats to log.
+Copy what you need: torch only; the PPO forms and grpo also need `ppo_metrics` at the end. All are pure functions of
+tensors, minimised, and return (loss, metrics): a scalar to call backward on and a dict of floats to log.
 
 Shapes: mean, mean_old, mean_teacher, x_next, v (B, C, H, W); std, weight, dt floats; D = C H W.
   mean          the student's mean now, with gradient          x_next     the state that the rollout drew
   mean_old      the student's mean when it drew x_next         std        the step's standard deviation
   mean_teacher  the routed teacher's mean at the same state
-KL and log-prob are means over the D latent dimensions, then over the batch, in float32.
+KL and log-prob are means over the D latent dimensions, then over the batch, in float32. Gradient flows through `mean`
+and `v` alone; mean_old and x_next must come from the rollout (no_grad), or the ratio is 1 with no gradient in it.
 
 The six objectives (Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055). "Gradient" is the expectation over
 x_next at ratio 1; KL is the per-step KL(student, teacher), which is what one wants to descend:
 
   function             gradient              noise                 source
   opd_ppo              grad KL               low                   ours, the default ("C'")
-  opd_ppo_scalar       grad KL               D times the variance  PPO as for language models ("C")
+  opd_ppo_scalar       grad KL               D/2 times or more     PPO as for language models ("C")
   opd_ppo_published    0: it does not learn  all of it             Flow-OPD v1 as written ("A")
     (detach=False)     grad KL               low                   Flow-OPD's public code ("B")
   opd_kl               grad KL               none                  Flow-OPD v5, DiffusionOPD Eq. 11 ("D")
@@ -60,7 +61,7 @@ def opd_ppo_scalar(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
 
 
 def opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2, detach=True):
-    """A: the formula of Flow-OPD v1, Eq. 11, kept because it is the published one. It does not learn.
+    """A: the formula of Flow-OPD v1 Eq. 11, kept because it is the published one. It does not learn.
 
     The reward is the analytic -KL at the visited state, detached. It does not depend on the action x_next, and
     E[grad log pi] = 0, so at ratio 1 the expected gradient is zero: all that is left is noise.
@@ -68,7 +69,7 @@ def opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2,
     part is what learned. (The public code also dropped sqrt(dt) from the KL's variance; not repeated here.)
     """
     log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
-    reward = -(mean - mean_teacher).square().flatten(1).mean(1) / (2 * std**2)  # (B,) -KL, no x_next in it
+    reward = -(mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,) -KL, no x_next in it
     reward = reward.detach() if detach else reward
     ratio = log_ratio.exp()  # (B,)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -89,9 +90,9 @@ def opd_kl(mean, mean_teacher, std):
 def opd_trajectory(mean, mean_old, mean_teacher, x_next, std, kl_to_go, clip_range=0.2):
     """E: D plus what D leaves out: how this step's action moves the states, and so the KL, of later steps.
 
-    kl_to_go (B,): sum over the later steps k of KL_k (means over dimensions), a constant. The two parts
-    together are the exact gradient of the KL between whole trajectories. The log-ratio is a mean over D, so
-    the second part is multiplied by D; without it the term is D times too small to matter.
+    kl_to_go (B,): sum over the later steps k of KL_k (means over dimensions), a constant; with 0 this is D.
+    Summed over all steps, the two parts together are the exact gradient of the KL between whole trajectories. The
+    log-ratio is a mean over D, so the second part is multiplied by D; without it it is D times too small to matter.
     """
     D = mean[0].numel()
     kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)
@@ -112,7 +113,7 @@ def opd_ode(v, v_teacher, dt):
 
 
 def mar(v, v_anchor, weight):
-    """Manifold Anchor Regularization, Flow-OPD v1 Eq. 13: weight mean((v - v_anchor)^2) on all data, every step.
+    """Manifold Anchor Regularization (Flow-OPD v1): weight mean((v - v_anchor)^2) on all data, every step.
 
     weight = lambda w(t), lambda 0.02 in the paper and w = sde.kl_weight (dt^2 / 2 beside `opd_ode`), so that it is
     lambda KL(student, anchor). v_anchor comes from a frozen teacher of image quality that knows no task.
@@ -133,7 +134,7 @@ def group_advantage(rewards, groups, global_std=True, clip=5.0):
     all N rewards (Flow-GRPO's choice: it does not blow up groups that hardly differ), else by each group's own.
     A group of equal rewards gets zeros: it says nothing about which sample was better. Returns (N,).
     """
-    rewards = rewards.double()
+    rewards = rewards.detach().double()
     _, index, size = torch.unique(groups, return_inverse=True, return_counts=True)
     mean = torch.zeros(len(size), dtype=rewards.dtype, device=rewards.device).index_add(0, index, rewards) / size
     centred = rewards - mean[index]  # (N,)
@@ -146,7 +147,7 @@ def group_advantage(rewards, groups, global_std=True, clip=5.0):
 
 
 def grpo(log_prob, old_log_prob, advantage, clip_range=1e-2):
-    """Flow-GRPO Eq. 7: PPO's clipped objective at one denoising step, one ratio per image.
+    """Flow-GRPO (arXiv 2505.05470): PPO's clipped objective at one denoising step, one ratio per image.
 
     log_prob, old_log_prob (B,) means over dimensions (sde.log_prob), so the ratio stays within some 1e-2 of 1 and
     so does the clip range. advantage (B,) from group_advantage.

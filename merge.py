@@ -44,14 +44,18 @@ def parse_args():
     args.weights = args.weights or [1.0] * len(args.adapters)
     if len(args.weights) != len(args.adapters):
         fail(f"--weights: {len(args.weights)} weights for {len(args.adapters)} adapters; give one each")
-    if sum(args.weights) <= 0:
-        fail("--weights must have a sum above 0")
+    if not all(0 <= w < float("inf") for w in args.weights) or not sum(args.weights):
+        fail("--weights must be numbers of at least 0, not all of them 0")
+    if not 0 < args.alpha_per_rank < float("inf"):
+        fail("--alpha_per_rank must be above 0")
     if args.rank < 0 or not 0 < args.density <= 1:
         fail("--rank must be at least 0 and --density in (0, 1]")
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: say the rank to cut it to, for example --rank 32")
-    if any((Path(args.out) / name).exists() for name in ("adapter_config.json", "args.json")) and not args.overwrite:
-        fail(f"--out {args.out} already holds an adapter or a run: choose another folder, or --overwrite it")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f"--out {args.out} is a file; give a folder")
+    if Path(args.out).exists() and any(Path(args.out).iterdir()) and not args.overwrite:
+        fail(f"--out {args.out} is not empty: choose another folder, or --overwrite the adapter in it")
     return args
 
 
@@ -59,11 +63,10 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch  # noqa: E402
+from common import read_adapter, save_adapter  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from peft.utils.merge_utils import dare_linear, ties  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-
-from common import read_adapter, save_adapter  # noqa: E402
 
 
 def exact_mean(parts, weights):
@@ -88,7 +91,7 @@ def truncate(A, B, rank):
     The SVD is done in the small space of the factors: B A = Qb (Rb Ra^T) Qa^T."""
     Qb, Rb = torch.linalg.qr(B.double())
     Qa, Ra = torch.linalg.qr(A.double().T)
-    U, S, V = torch.linalg.svd(Rb @ Ra.T)
+    U, S, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     energy = (S[:rank].square().sum() / S.square().sum()).item() if S.any() else 1.0
     root = S[:rank].sqrt()
     B, A = (Qb @ U[:, :rank]) * root, root[:, None] * (V[:rank] @ Qa.T)
@@ -105,8 +108,11 @@ def merge(adapters, method, weights, rank=0, density=0.5, seed=0):
     merged, kept = {}, []
     torch.manual_seed(seed)
     for layer in tqdm(names, desc="merging", unit="layer", disable=len(names) < 100):
-        shape = next(a[layer] for a in adapters if layer in a)
-        absent = (torch.zeros(1, shape[0].shape[1]), torch.zeros(shape[1].shape[0], 1), 1.0)
+        shapes = {(B.shape[0], A.shape[1]) for A, B, _ in (a[layer] for a in adapters if layer in a)}
+        if len(shapes) > 1:
+            fail(f"--adapters: layer {layer} has different sizes {sorted(shapes)}: these adapters belong to different models")
+        (out_features, in_features), *_ = shapes
+        absent = (torch.zeros(0, in_features), torch.zeros(out_features, 0), 1.0)  # rank 0: dW = 0
         parts = [a.get(layer, absent) for a in adapters]
         if method == "mean":
             A, B = exact_mean(parts, weights)

@@ -15,14 +15,15 @@ that every x_t keeps its distribution, turns the sampler into a Gaussian policy 
   a             a             noise level; 0.7 in the papers, 0 gives the ODE                 scalar
   sigma         sigma_t       noise per square root of time                                   scalar
   mean, std     mu, s         the policy: x_next ~ Normal(mean, std^2 I)                      (B, C, H, W), scalar
-  t_max                       the grid's second value; stands in for t where 1 - t is 0       scalar
+  t_max         t_1           the grid's second value, below 1: stands in for t where 1 - t is 0  scalar
 
 Three kinds of noise, all with the same interface:
   flow   sigma = a sqrt(t / (1 - t))       Flow-GRPO, Flow-OPD
   dance  sigma = a, the same at every t    DanceGRPO (arXiv 2505.07818)
   cps    std = t_next sin(a pi / 2)        coefficients-preserving sampling (arXiv 2509.05952)
-As the steps get smaller flow and dance reach the ODE's marginals; cps keeps the noise level of x_next at
-exactly t_next for any step, but not the marginals (tests/test_sde.py shows both on a Gaussian).
+As the steps get smaller flow and dance approach the ODE's marginals (flow slowly: its first step is patched at
+t = 1); cps keeps the noise level of x_next at exactly t_next for any step, but not the marginals.
+tests/test_sde.py shows all three on a Gaussian.
 
 Every scalar is a Python float (double precision); tensors keep their dtype, and callers pass float32.
 """
@@ -37,7 +38,7 @@ import torch
 def noise_scale(t: float, t_next: float, a: float, t_max: float, kind: str = "flow") -> float:
     """sigma of the step t -> t_next, so that the step's standard deviation is sigma sqrt(t - t_next).
 
-    Source: Flow-GRPO Eq. 12 with a = 0.7 (`flow`); at t = 1, where it diverges, the 1 - t inside the root is
+    Source: Flow-GRPO, with a = 0.7 (`flow`); at t = 1, where it diverges, the 1 - t inside the root is
     replaced by 1 - t_max, as Flow-GRPO's code does. Raises ValueError for an unknown kind.
     """
     if kind == "flow":
@@ -61,7 +62,7 @@ def step(x, v, t: float, t_next: float, a: float, t_max: float, kind: str = "flo
     if kind == "cps":  # re-mix the predicted data and noise; what noise is added is taken off the predicted noise
         x0, x1 = x - t * v, x + (1 - t) * v
         return (1 - t_next) * x0 + math.sqrt(max(t_next**2 - std**2, 0.0)) * x1, std
-    # Flow-GRPO Eq. 9: x_next = x - dt [v + sigma^2 / (2 t) (x + (1 - t) v)] + sigma sqrt(dt) noise
+    # Flow-GRPO: x_next = x - dt [v + sigma^2 / (2 t) (x + (1 - t) v)] + sigma sqrt(dt) noise
     # The bracket's second part is the score's pull that balances the added noise; it vanishes with sigma.
     return x - dt * (v + sigma**2 / (2 * t) * (x + (1 - t) * v)), std
 

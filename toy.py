@@ -54,7 +54,7 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("above", "below", "left", "right")  # "red circle left blue square": the circle is on the left
 GOLD = (1.0, 0.82, 0.45)  # the background that the pickscore of this world likes best
-WRONG, FLAWED = 0.35, 0.35  # shares of the base's training data
+WRONG, FLAWED = 0.3, 0.3  # shares of the base's training data
 
 GLYPHS = {  # 5x7 bitmaps, drawn at twice the size
     "A": "01110 10001 10001 11111 10001 10001 10001",
@@ -86,24 +86,24 @@ def glyph_mask(letter):
     return rows.repeat(2, 0).repeat(2, 1)
 
 
-SIZES = (9, 11)  # an object's width in pixels; four of the larger still leave most of the image to the background
+OBJECT = 11  # an object's width in pixels; four still leave most of the image to the background
+OFFSETS = (1, 4)  # where it may start in its cell, in both directions
 
 
 @functools.cache
 def object_templates():
-    """Every shape at every size and place inside a cell: (K, 256) float, and the shape index of each (K,)."""
+    """Every shape at every place inside a cell: (K, 256) float, and the shape index of each (K,)."""
     templates, kinds = [], []
     for kind, shape in enumerate(SHAPES):
-        for size in SIZES:
-            for y, x in itertools.product(range(CELL - size + 1), repeat=2):
-                cell = np.zeros((CELL, CELL), np.float32)
-                cell[y : y + size, x : x + size] = shape_mask(shape, size)
-                templates.append(cell.ravel())
-                kinds.append(kind)
+        for y, x in itertools.product(range(CELL - OBJECT + 1), repeat=2):
+            cell = np.zeros((CELL, CELL), np.float32)
+            cell[y : y + OBJECT, x : x + OBJECT] = shape_mask(shape, OBJECT)
+            templates.append(cell.ravel())
+            kinds.append(kind)
     return torch.tensor(np.array(templates)), torch.tensor(kinds)
 
 
-GLYPH_Y, GLYPH_X = range(7, 12), range(1, 6)  # where a glyph's top left corner may be in its half
+GLYPH_Y, GLYPH_X = (7, 11), (2, 4)  # where a glyph's top left corner may be in its half
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def glyph_templates():
     """Every glyph at every place inside a half: (K, 512) float, and the letter index of each (K,)."""
     templates, kinds = [], []
     for kind, letter in enumerate(GLYPHS):
-        for y, x in itertools.product(GLYPH_Y, GLYPH_X):
+        for y, x in itertools.product(range(SIZE - 14 + 1), range(CELL - 10 + 1)):
             half = np.zeros((SIZE, CELL), np.float32)
             half[y : y + 14, x : x + 10] = glyph_mask(letter)
             templates.append(half.ravel())
@@ -188,7 +188,6 @@ def split_prompts(tests=256, seed=0):
     for task, prompts in all_prompts().items():
         prompts = list(prompts)
         random.Random(seed).shuffle(prompts)
-
         out[task, "test"], out[task, "train"] = prompts[:tests], prompts[tests:]
     return out
 
@@ -219,9 +218,8 @@ def render(prompt, rng, ideal=False):
     chosen = {}  # objects that share a clause and name no colour get one colour
     for (colour, shape), (row, column) in zip(objects, cells):
         colour = colour or chosen.setdefault(shape, rng.choice(list(COLOURS)))
-        size = rng.choice(SIZES)
-        y, x = CELL * row + rng.integers(CELL - size + 1), CELL * column + rng.integers(CELL - size + 1)
-        image[y : y + size, x : x + size][shape_mask(shape, size)] = COLOURS[colour]
+        y, x = CELL * row + rng.choice(OFFSETS), CELL * column + rng.choice(OFFSETS)
+        image[y : y + OBJECT, x : x + OBJECT][shape_mask(shape, OBJECT)] = COLOURS[colour]
     return image
 
 
@@ -476,7 +474,7 @@ def make_pipeline(patch_size=2, width=128, layers=4):
 
 
 def make_data(number, seed=0):
-    """`number` training pairs: images (N, 3, 32, 32) uint8 and captions, a third of them wrong or spoilt."""
+    """`number` training pairs: images (N, 3, 32, 32) uint8 and captions, some wrong, some spoilt."""
     rng, prompts = np.random.default_rng(seed), split_prompts()
     images, captions = np.empty((number, SIZE, SIZE, 3), np.uint8), []
     for i in tqdm(range(number), desc="drawing", unit="image"):
@@ -497,7 +495,7 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
-def train_vae(vae, images, steps=3000, batch=64):
+def train_vae(vae, images, steps=1500, batch=64):
     """Reconstruction (L1 + L2) with a small KL; then the two numbers that make latents zero-mean, unit-variance."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, weight_decay=0)
     generator = torch.Generator().manual_seed(1)
@@ -578,3 +576,51 @@ def train_transformer(pipe, latents, captions, state_path, steps, batch=128, pea
             os.replace(f"{state_path}.tmp", state_path)
     for k, p in parameters.items():
         p.data.copy_(ema[k])
+
+# ----------------------------------------------------------------------------------------------------------
+# Rebuild everything in toy/
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build_base(out, work, steps, images):
+    """Prompts, tokenizers, text encoders, VAE, transformer. Every part is kept in `work` as soon as it is done."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file, save_file
+
+    for (task, split), prompts in split_prompts().items():
+        file = out / "prompts" / f"{task}_{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(prompts) + "\n")
+    if (out / "model_index.json").exists():
+        return print(f"{out} already holds the base")
+    pipe = make_pipeline()
+    pictures, captions = make_data(images)
+    if (work / "vae").exists():
+        pipe.vae = AutoencoderKL.from_pretrained(work / "vae")
+    else:
+        train_vae(pipe.vae, pictures)
+        pipe.vae.save_pretrained(work / "vae.tmp")
+        os.replace(work / "vae.tmp", work / "vae")
+    if not (work / "latents.safetensors").exists():
+        save_file({"latents": encode_images(pipe.vae, pictures)}, work / "latents.tmp")
+        os.replace(work / "latents.tmp", work / "latents.safetensors")
+    train_transformer(pipe, load_file(work / "latents.safetensors")["latents"], captions, work / "transformer.safetensors", steps)
+    pipe.save_pretrained(work / "pipeline")
+    shutil.copytree(work / "pipeline", out, dirs_exist_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("all", "base", "adapters"), default="all", help="the base pipeline, its adapters, or both")
+    parser.add_argument("--out", type=Path, default=Path("toy"), help="what is built (default: toy)")
+    parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="half-done parts, so that it can be interrupted (default: runs/toy)")
+    parser.add_argument("--steps", type=int, default=8500, help="training steps of the transformer, 128 images each (default: 8500)")
+    parser.add_argument("--images", type=int, default=60_000, help="training images (default: 60000)")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("all", "base"):
+        build_base(args.out, args.work, args.steps, args.images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Adapters: strict loading, switching, and what we save loads everywhere. python -m pytest tests/test_adapters.py"""
+
+import json
+import shutil
+
+import common
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+
+LAYER = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture
+def pipe():
+    return common.load_pipeline("toy", torch.device("cpu"))
+
+
+def make(pipe, name, rank=4, alpha=12, seed=0):
+    """A fresh adapter with a non-zero B."""
+    common.add_adapter(pipe.transformer, name, rank=rank, alpha=alpha)
+    parameters = common.adapter_parameters(pipe.transformer, name)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return parameters
+
+
+def predict(pipe, name):
+    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), common.adapter(pipe.transformer, name):
+        return common.velocity(pipe.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+
+
+def saved(pipe, path, **kwargs):
+    parameters = make(pipe, "made", **kwargs)
+    common.save_adapter(path, parameters, pipe.transformer.peft_config["made"])
+    return predict(pipe, "made")
+
+
+def test_round_trip_through_our_files(pipe, tmp_path):
+    expected = saved(pipe, tmp_path / "a")
+    common.add_adapter(pipe.transformer, "again", common.read_adapter(tmp_path / "a", "--init"), path="a", flag="--init")
+    torch.testing.assert_close(predict(pipe, "again"), expected)
+    assert not torch.allclose(predict(pipe, None), expected)
+
+
+def test_stock_diffusers_loads_what_we_save(pipe, tmp_path):
+    """load_lora_weights fails silently on foreign layouts, and takes alpha = rank without metadata: compare outputs."""
+    expected = saved(pipe, tmp_path / "a", rank=4, alpha=12)
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    stock.load_lora_weights(tmp_path / "a")
+    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        v = common.velocity(stock.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+    torch.testing.assert_close(v, expected)
+
+
+def test_peft_loads_what_we_save(pipe, tmp_path):
+    from peft import PeftModel
+
+    expected = saved(pipe, tmp_path / "a")
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    model = PeftModel.from_pretrained(stock.transformer, tmp_path / "a")
+    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        v = common.velocity(model.base_model.model, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+    torch.testing.assert_close(v, expected)
+
+
+def test_other_layouts_are_read(pipe, tmp_path):
+    """diffusers' own file alone, and PEFT keys with an adapter name in them."""
+    saved(pipe, tmp_path / "a")
+    first = common.read_adapter(tmp_path / "a", "--init")
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a/pytorch_lora_weights.safetensors", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    tensors = load_file(tmp_path / "c/adapter_model.safetensors")
+    save_file({k.replace(".weight", ".default.weight"): t for k, t in tensors.items()}, tmp_path / "c/adapter_model.safetensors")
+    for other in ("b", "c"):
+        second = common.read_adapter(tmp_path / other, "--init")
+        assert first.keys() == second.keys()
+        for layer in first:
+            torch.testing.assert_close(second[layer], first[layer])
+
+
+def test_ranks_may_differ_between_adapters_and_layers(pipe, tmp_path):
+    make(pipe, "four", rank=4)
+    make(pipe, "seven", rank=7)
+    layers = {LAYER: (torch.randn(3, 128), torch.randn(128, 3), 2.0), LAYER.replace("to_q", "to_k"): (torch.randn(5, 128), torch.randn(128, 5), 0.5)}
+    common.add_adapter(pipe.transformer, "mixed", layers, path="x", flag="--init")
+    for layer, (A, B, scaling) in layers.items():
+        module = pipe.transformer.get_submodule(layer)
+        torch.testing.assert_close(module.scaling["mixed"], scaling)
+        torch.testing.assert_close(module.get_delta_weight("mixed"), scaling * B @ A)
+
+
+def test_switching_leaves_requires_grad_and_the_active_adapter(pipe):
+    make(pipe, "teacher")
+    student = make(pipe, "student", seed=1)
+    for parameter in student.values():
+        parameter.requires_grad_(True)
+    before = {k: p.requires_grad for k, p in pipe.transformer.named_parameters()}
+    outputs = [predict(pipe, name) for name in ("student", "teacher", None, "student")]
+    assert {k: p.requires_grad for k, p in pipe.transformer.named_parameters()} == before
+    torch.testing.assert_close(outputs[0], outputs[3])
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
+    with common.adapter(pipe.transformer, "student"):
+        text = common.embed_prompts(pipe, ["red circle"], 8)
+        common.velocity(pipe.transformer, torch.randn(1, 8, 8, 8), 0.5, text, torch.tensor([1]), 1.0).sum().backward()
+    assert sum(p.grad is not None for p in student.values()) > 0
+    assert not any(p.grad is not None for k, p in pipe.transformer.named_parameters() if ".student." not in k)
+
+
+def damage(path, how):
+    tensors = load_file(path / "adapter_model.safetensors")
+    keys = sorted(tensors)
+    if how == "unknown layer":
+        tensors["base_model.model.nowhere.lora_A.weight"] = tensors[keys[0]]
+        tensors["base_model.model.nowhere.lora_B.weight"] = tensors[keys[1]]
+    if how == "half missing":
+        tensors.pop(keys[0])
+    if how == "wrong shape":
+        tensors[keys[0]] = torch.randn(4, 99)
+    if how == "strange key":
+        tensors["hello"] = torch.zeros(2, 2)
+    if how == "all zero":
+        tensors = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    if how == "not safetensors":
+        (path / "adapter_model.safetensors").write_bytes(b"garbage" * 10)
+    if how == "no alpha":
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if "alpha" not in k}))
+
+
+@pytest.mark.parametrize("how", ["unknown layer", "half missing", "wrong shape", "strange key", "all zero", "not safetensors", "no alpha"])
+def test_a_bad_adapter_is_one_line_and_exit_code_2(pipe, tmp_path, capsys, how):
+    saved(pipe, tmp_path / "a")
+    damage(tmp_path / "a", how)
+    with pytest.raises(SystemExit) as stopped:
+        layers = common.read_adapter(tmp_path / "a", "--init")
+        common.add_adapter(pipe.transformer, "bad", layers, path=tmp_path / "a", flag="--init")
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: --init") and str(tmp_path) in lines[0]
+
+
+def test_one_zero_layer_is_a_warning_with_its_name(pipe, tmp_path, capsys):
+    saved(pipe, tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    tensors[f"base_model.model.{LAYER}.lora_B.weight"].zero_()
+    tensors["base_model.model.transformer_blocks.3.attn.add_q_proj.lora_B.weight"].zero_()  # always zero in SD3: no warning
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    common.read_adapter(tmp_path / "a", "--init")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and LAYER in lines[0]
