@@ -17,7 +17,7 @@ import json
 import math
 from pathlib import Path
 
-from cli import TASKS, check_adapter, check_model, fail, make_parser, prompt_files, pairs, read_prompts, save_json
+from cli import TASKS, check_adapter, check_model, fail, make_parser, pairs, prompt_files, read_prompts, save_json
 
 COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
 SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
@@ -76,6 +76,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import adapters  # noqa: E402
 import common  # noqa: E402
 
 
@@ -101,7 +102,7 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
     bar = tqdm(total=len(models) * sum(len(p) for p, _ in tests.values()), desc="evaluating", unit="image",
                disable=rank > 0, dynamic_ncols=True)  # fmt: skip
     for name, on in models.items():
-        with common.adapter(pipe.transformer, on):
+        with adapters.adapter(pipe.transformer, on):
             for task, (prompts, metadata) in tests.items():
                 own = common.share(len(prompts), rank, world)
                 parts, values = [], {metric: [] for metric in scorers[task]}
@@ -187,13 +188,49 @@ def picture_grid(path, images, prompts, scores=None):
     page.save(path)
 
 
+def report(args, pipe, text, tests, models, run, rank=0, world=1):
+    """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
+    MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
+    scores, pictures = score_models(pipe, text, models, tests, load_scorers(args.rewards, tests), args.eval_steps,
+                                    dict.fromkeys(models, args.guidance), 0, args.micro_batch, args.size, rank, world)  # fmt: skip
+    if rank > 0:
+        return
+    live, file = summarise(scores), Path(args.model) / "results.json"
+    recorded = json.loads(file.read_text())["results"] if file.exists() else {}
+    recorded = {name: row for name, row in recorded.items() if name != "merged"}  # it is the start, evaluated live
+    notes = {name: "recorded" for name in recorded} | {"oracle": "recorded: each task asked of its own teacher"}
+    lines = [table(recorded | live, notes), ""]
+    if len(tests) == 4:
+        start = next(iter(models))
+        gain, se = compare(scores["student"], scores[start])
+        lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired: same prompts, same noise)")
+        mean, se = average(scores["student"])
+        if "grpo_mix" in recorded:
+            other = recorded["grpo_mix"]["average"]
+            lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
+        if "oracle" in recorded:
+            lines.append(f"student / oracle: {mean / recorded['oracle']['average']['mean']:.1%}")
+    (run / "table.md").write_text("\n".join(lines) + "\n")
+    save_json(run / "results.json", {"flags": vars(args), "results": live})
+    save_grid(run / "grid.png", scores, pictures, tests)
+    print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
+
+
+def save_grid(path, scores, pictures, tests):
+    """The first test prompts of every task, a column per model."""
+    columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in scores}
+    prompts = [p for task, (ps, _) in tests.items() for p in ps[: len(next(iter(pictures[task].values())))]]
+    marks = {name: [s for task in tests for s in scores[name][task][: len(pictures[task][name])]] for name in scores}
+    picture_grid(path, columns, prompts, marks)
+
+
 def load_models(transformer, models):
     """Put every adapter of {name: path} on the backbone -> {name: adapter name or None}."""
     on = {}
     for i, (name, path) in enumerate(models.items()):
         on[name] = None if path == "base" else f"model_{i}"
         if on[name]:
-            common.add_adapter(transformer, on[name], common.read_adapter(path, "--models"), path=path, flag="--models")
+            adapters.add_adapter(transformer, on[name], adapters.read_adapter(path, "--models"), path=path, flag="--models")
     return on
 
 
@@ -211,7 +248,7 @@ def main(args):
     if args.prompt:  # one's own prompts, side by side, nothing scored
         columns = {}
         for name, adapter in on.items():
-            with common.adapter(pipe.transformer, adapter):
+            with adapters.adapter(pipe.transformer, adapter):
                 keys = [(args.seed, "prompt", i) for i in range(len(args.prompt))]
                 columns[name] = common.paint(pipe, text, args.prompt, keys, args.steps, guidance[name], args.batch, args.size)
         if rank == 0:
@@ -225,10 +262,7 @@ def main(args):
         summary = summarise(scores)
         save_json(out / "results.json", {"flags": vars(args), "results": summary})
         (out / "table.md").write_text(table(summary) + "\n")
-        columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in on}
-        rows = [p for task in tests.values() for p in task[0][: len(next(iter(columns.values()))) // len(tests)]]
-        marks = {name: [s for task in tests for s in scores[name][task][: len(pictures[task][name])]] for name in on}
-        picture_grid(out / "grid.png", columns, rows, marks)
+        save_grid(out / "grid.png", scores, pictures, tests)
         print(f"\n{table(summary)}\n\n-> {out}/results.json, table.md, grid.png")
     common.stop_processes()
 

@@ -25,12 +25,12 @@ images are spoilt, so it starts where SD3.5-Medium starts and reinforcement lear
 import argparse
 import functools
 import itertools
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -609,17 +609,61 @@ def build_base(out, work, steps, images):
     shutil.copytree(work / "pipeline", out, dirs_exist_ok=True)
 
 
+# How every adapter is trained: flags of train_teacher.py. deqa's is also MAR's anchor, the aesthetic teacher.
+# grpo_mix sees as many images as the four teachers together.
+COMMON = ["--guidance", "3", "--save_every", "100", "--eval_every", "20"]
+ADAPTERS = {
+    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", "--iterations", "400"],
+    "geneval": ["--reward", "geneval", "--iterations", "100"],
+    "ocr": ["--reward", "ocr", "--iterations", "100"],
+    "deqa": ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", *TASKS, "--iterations", "100"],
+    "pickscore": ["--reward", "pickscore", "--iterations", "100"],
+}
+
+
+def train_adapters(out, work):
+    """Call train_teacher.py for every adapter, one process and one thread each, as many at a time as there are cores."""
+
+    def train(name):
+        run = work / name
+        if not (run / "adapter").exists():
+            how = ["--resume"] if any((run / "checkpoints").glob("step_*")) else ["--overwrite"]
+            command = [sys.executable, "train_teacher.py", *COMMON, *ADAPTERS[name], "--model", str(out), "--out", str(run), *how]
+            with open(work / f"{name}.log", "a") as log:
+                subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=log, stdout=log, check=True)
+        shutil.copytree(run / "adapter", out / "adapters" / name, dirs_exist_ok=True)
+
+    print(f"training {', '.join(ADAPTERS)}: progress in {work}/NAME.log", flush=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(tqdm(pool.map(train, ADAPTERS), total=len(ADAPTERS), desc="adapters"))
+
+
+def finish(out, work):
+    """The merged start, and the scores of every shipped model on the whole test split."""
+    teachers = [str(out / "adapters" / task) for task in TASKS]
+    subprocess.run([sys.executable, "merge.py", "--adapters", *teachers, "--rank", "32", "--out", str(out / "adapters/merged"), "--overwrite"], check=True)
+    names = [*TASKS, "grpo_mix", "merged"]
+    models = ["base", *(f"{name}={out}/adapters/{name}" for name in names)]
+    command = [sys.executable, "evaluate.py", "--model", str(out), "--models", *models, "--guidance", "3", "--out", str(work / "evaluate")]
+    subprocess.run(command, check=True)
+    shutil.copy(work / "evaluate/results.json", out / "results.json")
+    shutil.copy(work / "evaluate/grid.png", out / "grid.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("all", "base", "adapters"), default="all", help="the base pipeline, its adapters, or both")
     parser.add_argument("--out", type=Path, default=Path("toy"), help="what is built (default: toy)")
     parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="half-done parts, so that it can be interrupted (default: runs/toy)")
-    parser.add_argument("--steps", type=int, default=8500, help="training steps of the transformer, 128 images each (default: 8500)")
+    parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer, 128 images each (default: 7000)")
     parser.add_argument("--images", type=int, default=60_000, help="training images (default: 60000)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "base"):
         build_base(args.out, args.work, args.steps, args.images)
+    if args.stage in ("all", "adapters"):
+        train_adapters(args.out, args.work)
+        finish(args.out, args.work)
 
 
 if __name__ == "__main__":

@@ -151,16 +151,16 @@ def check_train_steps(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import json  # noqa: E402
 import shutil  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import adapters  # noqa: E402
 import common  # noqa: E402
 import losses  # noqa: E402
-from evaluate import average, compare, load_scorers, picture_grid, score_models, summarise, table  # noqa: E402
+from evaluate import picture_grid, report  # noqa: E402
 from sde import kl_weight, rollout, step  # noqa: E402
 
 
@@ -192,7 +192,7 @@ def paint_sft_images(pipe, text, args, train, run, rank, world):
         latents = {}
         for n, task in enumerate(tasks):
             mine = [i for i in own if i % len(tasks) == n]
-            with common.adapter(pipe.transformer, f"teacher_{task}"):
+            with adapters.adapter(pipe.transformer, f"teacher_{task}"):
                 for j in tqdm(range(0, len(mine), args.micro_batch), desc=f"{task} paints", disable=rank > 0):
                     part = mine[j : j + args.micro_batch]
                     rows = torch.tensor([text["rows"][train[task][i // len(tasks) % len(train[task])]] for i in part], device=pipe.device)
@@ -222,16 +222,16 @@ def main(args):
 
     # One frozen backbone; teachers, anchor, student and the student's average ("ema") are LoRAs on it.
     for task, path in args.teacher.items():
-        layers = common.read_adapter(path, f"--teacher {task}", args.teacher_alpha.get(task))
-        common.add_adapter(transformer, f"teacher_{task}", layers, path=path, flag=f"--teacher {task}")
+        layers = adapters.read_adapter(path, f"--teacher {task}", args.teacher_alpha.get(task))
+        adapters.add_adapter(transformer, f"teacher_{task}", layers, path=path, flag=f"--teacher {task}")
     anchor = None if args.anchor == "base" else "anchor"
     if anchor and args.mar_weight:
-        common.add_adapter(transformer, anchor, common.read_adapter(args.anchor, "--anchor"), path=args.anchor, flag="--anchor")
-    layers = None if args.init == "base" else common.read_adapter(args.init, "--init")
+        adapters.add_adapter(transformer, anchor, adapters.read_adapter(args.anchor, "--anchor"), path=args.anchor, flag="--anchor")
+    layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     torch.manual_seed(args.seed)
     for name in ("ema", "student"):
-        common.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
-    student, ema = (common.adapter_parameters(transformer, name) for name in ("student", "ema"))
+        adapters.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
+    student, ema = (adapters.adapter_parameters(transformer, name) for name in ("student", "ema"))
     for name, parameter in student.items():
         parameter.requires_grad_(True)
         ema[name].data.copy_(parameter.data)
@@ -299,7 +299,7 @@ def main(args):
                 on = "student" if args.rollout == "student" else f"teacher_{task}"
                 g = args.guidance if args.rollout == "student" else args.teacher_guidance.get(task, args.guidance)
                 for chunk in members[task].split(args.micro_batch):
-                    with common.adapter(transformer, on):
+                    with adapters.adapter(transformer, on):
                         noise = common.initial_noise(pipe, [generators[n] for n in chunk], args.size)
                         part = rollout(lambda x, t: common.velocity(transformer, x, t, text, rows[chunk], g), noise, grid,
                                        args.noise, args.noise_kind, [generators[n] for n in chunk])  # fmt: skip
@@ -319,7 +319,7 @@ def main(args):
                 for on, labels in (("teacher", v_teacher), *([("anchor", v_anchor)] if args.mar_weight else [])):
                     for task in tasks:
                         g = args.teacher_guidance.get(task, args.guidance) if on == "teacher" else args.guidance
-                        with common.adapter(transformer, f"teacher_{task}" if on == "teacher" else anchor):
+                        with adapters.adapter(transformer, f"teacher_{task}" if on == "teacher" else anchor):
                             for chunk in members[task].split(args.micro_batch):
                                 for i in trained:
                                     labels[i][chunk] = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], g)
@@ -338,7 +338,7 @@ def main(args):
                 part = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
                 for chunk in part.split(args.micro_batch) if len(part) else ():
                     for i in [None] if sft else trained:
-                        with common.adapter(transformer, "student"):
+                        with adapters.adapter(transformer, "student"):
                             if sft:
                                 t = t_sft[chunk].view(-1, 1, 1, 1)
                                 x_t = (1 - t) * x0[chunk] + t * noise[chunk]  # (c, C, H, W)
@@ -371,7 +371,7 @@ def main(args):
         # 5. Log. Cosines: do the tasks pull the student in one direction (1), or against each other (-1)?
         cosine = torch.nn.functional.cosine_similarity(gradients[:, None], gradients[None], dim=-1)  # (tasks, tasks)
         if not sft:
-            with torch.no_grad(), common.adapter(transformer, "student"):  # the KL again, on the first sample of every prompt
+            with torch.no_grad(), adapters.adapter(transformer, "student"):  # the KL again, on the first sample of every prompt
                 firsts = torch.tensor([n for n, i in enumerate(mine) if i % G == 0], dtype=torch.long)
                 for i in trained if len(firsts) else ():
                     v = common.velocity(transformer, x[i, firsts], grid[i], text, rows[firsts], args.guidance)
@@ -397,7 +397,7 @@ def main(args):
         last = iteration + 1 == args.iterations
         if rank == 0 and args.sample_every and ((iteration + 1) % args.sample_every == 0 or last):
             prompts = [p for task in tasks for p in sorted(train[task])[:2]]
-            with common.adapter(transformer, "ema"):
+            with adapters.adapter(transformer, "ema"):
                 images = common.paint(pipe, text, prompts, [(args.seed, "sample", p) for p in prompts], args.eval_steps,
                                       args.guidance, args.micro_batch, args.size)  # fmt: skip
             picture_grid(run / "samples" / f"{iteration + 1:05d}.png", {"student": images}, prompts)
@@ -423,49 +423,14 @@ def main(args):
                                  "gradient cosine between tasks": ("cosine", pairs_of), "update": ("fraction", ["clip_fraction"])})  # fmt: skip
         print(f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:
-        final_evaluation(args, pipe, text, tests, layers, run, rank, world)
+        start = "merged start" if Path(args.init).name == "merged" else "start"
+        if layers:
+            adapters.add_adapter(transformer, "init", layers, path=args.init, flag="--init")
+        report(args, pipe, text, tests, {start: "init" if layers else None, "student": "ema"}, run, rank, world)
+        if rank == 0:
+            print(f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"\n'
+                  f"      python train_opd.py --objective kl --out runs/opd_kl")  # fmt: skip
     common.stop_processes()
-
-
-def final_evaluation(args, pipe, text, tests, layers, run, rank, world):
-    """Start and student on the same test prompts and noise, beside what MODEL/results.json recorded of the others."""
-    if layers:
-        common.add_adapter(pipe.transformer, "init", layers, path=args.init, flag="--init")
-    start = "merged start" if Path(args.init).name == "merged" else "start"
-    models = {start: "init" if layers else None, "student": "ema"}
-    guidance = dict.fromkeys(models, args.guidance)
-    scores, pictures = score_models(pipe, text, models, tests, load_scorers(args.rewards, tests), args.eval_steps, guidance,
-                                    0, args.micro_batch, args.size, rank, world)  # fmt: skip
-    if rank > 0:
-        return
-    live = summarise(scores)
-    file = Path(args.model) / "results.json"
-    recorded = json.loads(file.read_text())["results"] if file.exists() else {}
-    oracle = recorded.pop("oracle", None)
-    recorded.pop("merged", None)
-    rows = recorded | ({"oracle": oracle} if oracle else {}) | live
-    notes = {name: "recorded" for name in recorded} | {"oracle": "recorded: each task asked of its own teacher"}
-    page = table(rows, notes)
-    lines = [page, ""]
-    if len(tests) == 4:
-        gain, se = compare(scores["student"], scores[start])
-        lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired, {len(next(iter(tests.values()))[0])} prompts a task)")
-        mean, se = average(scores["student"])
-        if "grpo_mix" in recorded:
-            other = recorded["grpo_mix"]["average"]
-            lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
-        if oracle:
-            lines.append(f"student / oracle: {mean / oracle['average']['mean']:.1%}")
-    (run / "table.md").write_text("\n".join(lines) + "\n")
-    save_json(run / "results.json", {"flags": vars(args), "results": live})
-    columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in models}
-    prompts = [p for task, (ps, _) in tests.items() for p in ps[: len(pictures[task]["student"])]]
-    marks = {name: [s for task in tests for s in scores[name][task][: len(pictures[task][name])]] for name in models}
-    picture_grid(run / "grid.png", columns, prompts, marks)
-    print("\n" + "\n".join(lines))
-    print(f"\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/\n"
-          f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"\n'
-          f"      python train_opd.py --objective kl --out runs/opd_kl")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
  3. Rewards are put on 0..1 by their range before they are weighted, so that weights mean what they say.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -112,6 +111,7 @@ import shutil  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import adapters  # noqa: E402
 import common  # noqa: E402
 from evaluate import picture_grid  # noqa: E402
 from losses import group_advantage, grpo  # noqa: E402
@@ -153,11 +153,11 @@ def main(args):
     text = common.embed_prompts(pipe, [p for prompts, _ in (*train.values(), *tests.values()) for p in prompts], args.text_length)
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
-    layers = None if args.init == "base" else common.read_adapter(args.init, "--init")
+    layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     torch.manual_seed(args.seed)
     for name in ("ema", "student"):
-        common.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
-    student, ema = (common.adapter_parameters(transformer, name) for name in ("student", "ema"))
+        adapters.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
+    student, ema = (adapters.adapter_parameters(transformer, name) for name in ("student", "ema"))
     for name, parameter in student.items():
         parameter.requires_grad_(True)
         ema[name].data.copy_(parameter.data)
@@ -247,7 +247,7 @@ def main(args):
                     mean, _ = step(x[i, chunk], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
                     loss, metrics = grpo(log_prob(x[i + 1, chunk], mean, std[i]), old_log_prob[i, chunk], advantage[chunk], args.clip_range)
                     if args.beta:
-                        with torch.no_grad(), common.adapter(transformer, None):
+                        with torch.no_grad(), adapters.adapter(transformer, None):
                             v_base = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)
                         w = kl_weight(grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
                         kl = w * (v - v_base).square().mean()
@@ -276,7 +276,7 @@ def main(args):
         # 6. Samples and evaluation, with the average of the weights and the same noise every time.
         last = iteration + 1 == args.iterations
         if args.eval_every and ((iteration + 1) % args.eval_every == 0 or last):
-            with common.adapter(transformer, "ema"):
+            with adapters.adapter(transformer, "ema"):
                 for task, (prompts, metadata) in tests.items():
                     own = common.share(len(prompts), rank, world)
                     images = common.paint(pipe, text, [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own],

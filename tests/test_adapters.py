@@ -3,11 +3,13 @@
 import json
 import shutil
 
-import common
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+
+import adapters
+import common
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -19,8 +21,8 @@ def pipe():
 
 def make(pipe, name, rank=4, alpha=12, seed=0):
     """A fresh adapter with a non-zero B."""
-    common.add_adapter(pipe.transformer, name, rank=rank, alpha=alpha)
-    parameters = common.adapter_parameters(pipe.transformer, name)
+    adapters.add_adapter(pipe.transformer, name, rank=rank, alpha=alpha)
+    parameters = adapters.adapter_parameters(pipe.transformer, name)
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters.values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
@@ -30,19 +32,19 @@ def make(pipe, name, rank=4, alpha=12, seed=0):
 def predict(pipe, name):
     text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), common.adapter(pipe.transformer, name):
+    with torch.no_grad(), adapters.adapter(pipe.transformer, name):
         return common.velocity(pipe.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
 
 
 def saved(pipe, path, **kwargs):
     parameters = make(pipe, "made", **kwargs)
-    common.save_adapter(path, parameters, pipe.transformer.peft_config["made"])
+    adapters.save_adapter(path, parameters, pipe.transformer.peft_config["made"])
     return predict(pipe, "made")
 
 
 def test_round_trip_through_our_files(pipe, tmp_path):
     expected = saved(pipe, tmp_path / "a")
-    common.add_adapter(pipe.transformer, "again", common.read_adapter(tmp_path / "a", "--init"), path="a", flag="--init")
+    adapters.add_adapter(pipe.transformer, "again", adapters.read_adapter(tmp_path / "a", "--init"), path="a", flag="--init")
     torch.testing.assert_close(predict(pipe, "again"), expected)
     assert not torch.allclose(predict(pipe, None), expected)
 
@@ -75,14 +77,14 @@ def test_peft_loads_what_we_save(pipe, tmp_path):
 def test_other_layouts_are_read(pipe, tmp_path):
     """diffusers' own file alone, and PEFT keys with an adapter name in them."""
     saved(pipe, tmp_path / "a")
-    first = common.read_adapter(tmp_path / "a", "--init")
+    first = adapters.read_adapter(tmp_path / "a", "--init")
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a/pytorch_lora_weights.safetensors", tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     tensors = load_file(tmp_path / "c/adapter_model.safetensors")
     save_file({k.replace(".weight", ".default.weight"): t for k, t in tensors.items()}, tmp_path / "c/adapter_model.safetensors")
     for other in ("b", "c"):
-        second = common.read_adapter(tmp_path / other, "--init")
+        second = adapters.read_adapter(tmp_path / other, "--init")
         assert first.keys() == second.keys()
         for layer in first:
             torch.testing.assert_close(second[layer], first[layer])
@@ -92,7 +94,7 @@ def test_ranks_may_differ_between_adapters_and_layers(pipe, tmp_path):
     make(pipe, "four", rank=4)
     make(pipe, "seven", rank=7)
     layers = {LAYER: (torch.randn(3, 128), torch.randn(128, 3), 2.0), LAYER.replace("to_q", "to_k"): (torch.randn(5, 128), torch.randn(128, 5), 0.5)}
-    common.add_adapter(pipe.transformer, "mixed", layers, path="x", flag="--init")
+    adapters.add_adapter(pipe.transformer, "mixed", layers, path="x", flag="--init")
     for layer, (A, B, scaling) in layers.items():
         module = pipe.transformer.get_submodule(layer)
         torch.testing.assert_close(module.scaling["mixed"], scaling)
@@ -109,7 +111,7 @@ def test_switching_leaves_requires_grad_and_the_active_adapter(pipe):
     assert {k: p.requires_grad for k, p in pipe.transformer.named_parameters()} == before
     torch.testing.assert_close(outputs[0], outputs[3])
     assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
-    with common.adapter(pipe.transformer, "student"):
+    with adapters.adapter(pipe.transformer, "student"):
         text = common.embed_prompts(pipe, ["red circle"], 8)
         common.velocity(pipe.transformer, torch.randn(1, 8, 8, 8), 0.5, text, torch.tensor([1]), 1.0).sum().backward()
     assert sum(p.grad is not None for p in student.values()) > 0
@@ -143,8 +145,8 @@ def test_a_bad_adapter_is_one_line_and_exit_code_2(pipe, tmp_path, capsys, how):
     saved(pipe, tmp_path / "a")
     damage(tmp_path / "a", how)
     with pytest.raises(SystemExit) as stopped:
-        layers = common.read_adapter(tmp_path / "a", "--init")
-        common.add_adapter(pipe.transformer, "bad", layers, path=tmp_path / "a", flag="--init")
+        layers = adapters.read_adapter(tmp_path / "a", "--init")
+        adapters.add_adapter(pipe.transformer, "bad", layers, path=tmp_path / "a", flag="--init")
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: --init") and str(tmp_path) in lines[0]
@@ -156,6 +158,6 @@ def test_one_zero_layer_is_a_warning_with_its_name(pipe, tmp_path, capsys):
     tensors[f"base_model.model.{LAYER}.lora_B.weight"].zero_()
     tensors["base_model.model.transformer_blocks.3.attn.add_q_proj.lora_B.weight"].zero_()  # always zero in SD3: no warning
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
-    common.read_adapter(tmp_path / "a", "--init")
+    adapters.read_adapter(tmp_path / "a", "--init")
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and LAYER in lines[0]

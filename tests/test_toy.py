@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
-import common
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
+
+import adapters
+import common
 import toy
 from cli import read_prompts
-from diffusers import StableDiffusion3Pipeline
 from evaluate import load_scorers, score_models
 
 N = 400
@@ -119,7 +121,7 @@ def recomputed(name, number):
     flags = recorded["flags"]
     pipe = common.load_pipeline("toy", torch.device("cpu"))
     if name != "base":
-        common.add_adapter(pipe.transformer, name, common.read_adapter(f"toy/adapters/{name}", "--models"))
+        adapters.add_adapter(pipe.transformer, name, adapters.read_adapter(f"toy/adapters/{name}", "--models"))
     tests = {task: [part[:number] for part in read_prompts(f"toy/prompts/{task}_test.txt")] for task in toy.TASKS}
     text = common.embed_prompts(pipe, [p for prompts, _ in tests.values() for p in prompts], flags["text_length"])
     scores, _ = score_models(pipe, text, {name: None if name == "base" else name}, tests, load_scorers("toy", tests),

@@ -1,0 +1,138 @@
+"""LoRA adapters on one frozen backbone: read strictly, switch safely, save so that everyone can load.
+
+The student, its average, every teacher and the anchor are adapters of the same transformer: a fifth teacher costs
+megabytes, not another copy of the model. Loading is strict because LoRAs fail silently elsewhere: a key that finds
+no layer, a file without its alpha or an adapter of zeros would otherwise be a teacher that teaches nothing.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its start-up notices on missing torchvision concern nobody here
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from cli import fail
+
+# The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
+LORA_TARGETS = [f"attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0")]
+
+
+def read_adapter(path, flag, alpha=None):
+    """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}. Reads files alone."""
+    folder = Path(path)
+    file = next((f for n in ("adapter_model", "pytorch_lora_weights") if (f := folder / f"{n}.safetensors").is_file()), None)
+    if file is None:
+        fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
+    try:
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if (folder / "adapter_config.json").is_file():
+            config = json.loads((folder / "adapter_config.json").read_text())
+        else:  # diffusers keeps the LoRA's numbers in the file's header, each under "transformer."
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        fail(f"{flag} {path}: damaged adapter ({error})")
+    halves = {}
+    for key, tensor in tensors.items():
+        short = key.removeprefix("base_model.model.").removeprefix("transformer.").replace(".default.", ".")
+        layer, _, end = short.rpartition(".lora_")
+        if end not in ("A.weight", "B.weight") or tensor.ndim != 2:
+            fail(f"{flag} {path}: unexpected tensor {key!r}; expected LAYER.lora_A.weight and LAYER.lora_B.weight")
+        halves.setdefault(layer, {})[end[0]] = tensor.float()
+    layers = {}
+    for layer, half in halves.items():
+        if len(half) < 2 or half["A"].shape[0] != half["B"].shape[1]:
+            fail(f"{flag} {path}: layer {layer} has no matching pair of lora_A and lora_B")
+        rank = len(half["A"])
+        pattern = config.get("alpha_pattern") or {}  # peft: a whole layer name, or a regular expression for its end
+        match = next((a for p, a in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), config.get("lora_alpha"))
+        layer_alpha = alpha or match
+        if layer_alpha is None:
+            fail(f"{flag} {path}: the file does not say its alpha; give --teacher_alpha NAME=ALPHA")
+        layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    if not any(B.any() and A.any() for A, B, _ in layers.values()):
+        fail(f"{flag} {path}: an all-zero adapter: it changes nothing, so it was not trained or not saved")
+    for layer, (A, B, _) in layers.items():
+        if not B.any() and not layer.endswith("add_q_proj"):  # SD3's last add_q_proj is always zero: nothing reads it
+            print(f"warning: {path}: lora_B of {layer} is all zero", file=sys.stderr)
+    return layers
+
+
+def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None, flag=None):
+    """Put a LoRA on the backbone: `layers` as read_adapter gives them, or a fresh one of that rank (A gaussian, B zero)."""
+    if layers is None:
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    else:
+        for layer, (A, B, _) in layers.items():
+            try:
+                linear = transformer.get_submodule(layer)
+                out_in = getattr(linear, "base_layer", linear).weight.shape
+            except AttributeError:
+                fail(f"{flag} {path}: its layer {layer} is not in the model")
+            if tuple(out_in) != (B.shape[0], A.shape[1]):
+                fail(f"{flag} {path}: layer {layer} is {B.shape[0]}x{A.shape[1]}, the model's is {out_in[0]}x{out_in[1]}")
+        ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
+        alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
+        first = next(iter(layers))
+        config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=list(layers), rank_pattern=ranks,
+                            alpha_pattern=alphas)  # fmt: skip
+    transformer.add_adapter(config, name)
+    for layer, (A, B, _) in (layers or {}).items():
+        module = transformer.get_submodule(layer)
+        module.lora_A[name].weight.data.copy_(A)
+        module.lora_B[name].weight.data.copy_(B)
+    for parameter in adapter_parameters(transformer, name).values():
+        parameter.requires_grad_(False)
+
+
+def adapter_parameters(transformer, name):
+    """{"LAYER.lora_A.weight": parameter, …} of one adapter, in a fixed order."""
+    return {k.replace(f".{name}.", "."): p for k, p in transformer.named_parameters() if f".lora_A.{name}." in k or f".lora_B.{name}." in k}
+
+
+@contextlib.contextmanager
+def adapter(transformer, name):
+    """Inside, the backbone carries this adapter (None: none at all); outside, what it carried before.
+
+    peft's own switch turns gradients on for the adapter it activates and off for the others; here requires_grad stays as it was."""
+    layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
+    before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+
+    def switch(states):
+        for layer, (names, disabled) in zip(layers, states):
+            layer.set_adapter(names, inference_mode=True)
+            layer.enable_adapters(not disabled)
+        for p in transformer.parameters():
+            p.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+
+    switch([(before[i][0] if name is None else [name], name is None) for i in range(len(layers))])
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def save_adapter(folder, tensors, config):
+    """tensors {"LAYER.lora_A.weight": tensor, …} -> a folder that peft and `pipe.load_lora_weights` both load.
+
+    Two files on purpose: diffusers silently loads nothing from a PEFT folder, and assumes alpha = rank without metadata."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: t.detach().float().cpu().contiguous().clone() for k, t in tensors.items()}
+    save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    config.save_pretrained(folder)
+    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    StableDiffusion3Pipeline.save_lora_weights(folder, tensors, transformer_lora_adapter_metadata=metadata)

@@ -1,0 +1,265 @@
+"""Every script end to end on tiny settings, alone and with two processes; bad input. python -m pytest tests/test_scripts.py"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 2 --eval_steps 2".split()
+OPD = [*TINY, "--eval_prompts", "0", "--sample_every", "0"]
+
+
+def call(monkeypatch, script, *flags):
+    """Run a script's own main in this process: `python SCRIPT.py FLAGS`."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    module = importlib.import_module(script)
+    module.main(module.parse_args())
+
+
+def shell(*words, processes=1):
+    """The same in fresh processes, under torchrun where there are several."""
+    if processes > 1:
+        words = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", *words)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+OBJECTIVES = ["ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "kl", "trajectory", "ode", "sft"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_opd_trains_with_every_objective(monkeypatch, tmp_path, objective):
+    start = {"sft": ["--init", "base", "--sft_images", 16]}.get(objective, [])
+    call(monkeypatch, "train_opd", *OPD, "--objective", objective, "--out", tmp_path / "run", *start)
+    log = metrics(tmp_path / "run")
+    assert [line["iteration"] for line in log] == [0, 1]
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in log)
+    assert all(line["grad_norm"] > 0 for line in log)
+    if objective != "sft":
+        assert all(log[0][f"kl/{task}"] > 0 for task in ("geneval", "ocr", "deqa", "pickscore"))
+    if objective.startswith("ppo"):
+        assert log[0]["ratio_gap"] > 0  # the second update of an iteration sees a student that has moved
+    assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/curves.png").exists()
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
+
+
+def test_the_ratio_is_one_before_the_first_update(monkeypatch, tmp_path):
+    """One update an iteration: every ratio is that of an unchanged policy, up to the rounding of another batch shape."""
+    call(monkeypatch, "train_opd", *OPD, "--updates", 1, "--out", tmp_path / "run")
+    assert all(line["ratio_gap"] < 1e-4 and line["clip_fraction"] == 0 for line in metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flags", [["--rollout", "teacher", "--objective", "kl"], ["--train_steps", "random:1"], ["--train_steps", "0,2"],
+                                   ["--mar_weight", "0", "--anchor", "nowhere"], ["--anchor", "base"], ["--guidance", "1"],
+                                   ["--noise_kind", "cps"], ["--noise_kind", "dance"], ["--teacher_guidance", "ocr=1.5"],
+                                   ["--task_mix", "geneval=3", "ocr=1", "deqa=1", "pickscore=1"], ["--init", "base", "--rank", "4"]])  # fmt: skip
+def test_opd_flags(monkeypatch, tmp_path, flags):
+    call(monkeypatch, "train_opd", *OPD, "--iterations", 1, *flags, "--out", tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 0
+
+
+def test_opd_lowers_the_kl(monkeypatch, tmp_path):
+    """Learning, not only running: after 8 iterations the KL to the teachers is clearly below where it started."""
+    flags = "--prompts_per_iteration 4 --group_size 8 --steps 4 --iterations 8 --mar_weight 0 --eval_prompts 0 --sample_every 0".split()
+    call(monkeypatch, "train_opd", *flags, "--out", tmp_path / "run")
+    kl = [sum(line[f"kl/{task}"] for task in ("geneval", "ocr", "deqa", "pickscore")) for line in metrics(tmp_path / "run")]
+    assert sum(kl[-2:]) < 0.8 * sum(kl[:2])
+
+
+def test_opd_needs_no_scorer_and_no_vae(monkeypatch, tmp_path):
+    import common
+
+    def refuse(*_):
+        raise AssertionError("the training path decoded or scored an image")
+
+    monkeypatch.setattr(common, "decode", refuse)
+    call(monkeypatch, "train_opd", *OPD, "--rewards", "no_such_module", "--out", tmp_path / "run")
+
+
+def test_opd_final_evaluation_and_pictures(monkeypatch, tmp_path, capsys):
+    call(monkeypatch, "train_opd", *TINY, "--iterations", 1, "--eval_prompts", 6, "--sample_every", 1, "--out", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "merged start" in out and "recorded" in out and "oracle" in out and "student - merged start" in out and "next:" in out
+    for name in ("table.md", "results.json", "grid.png", "samples/00001.png", "args.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("flags", [["--reward", "ocr"], ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", "geneval", "ocr", "deqa", "pickscore"],
+                                   ["--mix", "geneval=3", "ocr=1", "pickscore=1"], ["--reward", "ocr", "--window", "1"],
+                                   ["--reward", "ocr", "--beta", "0.04", "--std", "group"], ["--reward", "ocr", "--init", "toy/adapters/merged"]])  # fmt: skip
+def test_teacher_trains(monkeypatch, tmp_path, flags):
+    call(monkeypatch, "train_teacher", *TINY, "--eval_prompts", 4, "--eval_every", 2, *flags, "--out", tmp_path / "run")
+    log = metrics(tmp_path / "run")
+    assert len(log) == 2 and all(0 <= line["reward"] <= 1 for line in log) and any(k.startswith("test/") for k in log[-1])
+    assert (tmp_path / "run/adapter/adapter_config.json").exists() and list((tmp_path / "run/samples").glob("*.png"))
+    if "--beta" in flags:
+        assert all("kl_base" in line for line in log)
+
+
+def test_evaluate_is_deterministic_and_draws_the_grid(monkeypatch, tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        call(monkeypatch, "evaluate", "--models", "base", "ocr=toy/adapters/ocr", "--num_prompts", 6, "--steps", 2, "--out", tmp_path / name)
+        pages.append((tmp_path / name / "table.md").read_text())
+    assert pages[0] == pages[1] and "GenEval" in pages[0] and "Average" in pages[0] and "| ocr |" in pages[0]
+    assert (tmp_path / "one/grid.png").exists()
+    results = json.loads((tmp_path / "one/results.json").read_text())["results"]
+    assert results["base"]["geneval"]["n"] == 6 and 0 < results["base"]["average"]["mean"] < 1
+
+
+def test_evaluate_paints_ones_own_prompt(monkeypatch, tmp_path):
+    call(monkeypatch, "evaluate", "--models", "base", "toy/adapters/ocr", "--prompt", "sign reads K T in red", "--steps", 2, "--out", tmp_path)
+    assert (tmp_path / "prompts.png").stat().st_size > 0
+
+
+def test_resume_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    call(monkeypatch, "train_opd", *OPD, "--iterations", 3, "--out", tmp_path / "whole")
+    call(monkeypatch, "train_opd", *OPD, "--iterations", 2, "--out", tmp_path / "parts")
+    call(monkeypatch, "train_opd", *OPD, "--iterations", 3, "--out", tmp_path / "parts", "--resume")
+    assert [line["iteration"] for line in metrics(tmp_path / "parts")] == [0, 1, 2]
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("script,flags", [("train_opd", ["--eval_prompts", "0", "--sample_every", "0"]),
+                                          ("train_teacher", ["--reward", "ocr", "--eval_every", "0"])])  # fmt: skip
+def test_two_processes_give_the_curve_of_one(tmp_path, script, flags):
+    common_flags = [f"{script}.py", *"--prompts_per_iteration 4 --group_size 4 --steps 3 --iterations 3 --eval_steps 2".split(), *flags]
+    for processes in (1, 2):
+        done = shell(*common_flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"), rtol=1e-4, atol=1e-5)
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
+        for key in one.keys() - {"seconds", "ratio_gap", "clip_fraction"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-2, abs=1e-4), key
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    for processes in (1, 2):
+        done = shell("evaluate.py", "--num_prompts", 5, "--steps", 2, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["train_teacher", "merge", "train_opd", "evaluate"])
+def test_help_is_quick_and_says_units_and_defaults(script):
+    began = time.time()
+    done = shell(f"{script}.py", "--help")
+    assert done.returncode == 0 and "default" in done.stdout
+    assert "torch" not in shell("-X", "importtime", f"{script}.py", "--help").stderr  # what would make it slow
+
+
+BAD = {
+    "train_opd": [
+        (["--teacher", "zebra=toy/adapters/ocr"], "zebra"),
+        (["--teacher", "ocr=nowhere"], "nowhere"),
+        (["--teacher", "ocr"], "NAME=VALUE"),
+        (["--teacher", "ocr=toy/adapters/ocr", "--teacher", "ocr=toy/adapters/ocr"], "twice"),
+        (["--teacher", "ocr=toy/adapters/ocr", "--task_mix", "geneval=1"], "geneval"),
+        (["--task_mix", "geneval=1"], "ocr"),
+        (["--task_mix", "geneval=x"], "number"),
+        (["--teacher_guidance", "zebra=2"], "zebra"),
+        (["--prompts", "ocr=nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "zebra=toy/prompts/ocr_train.txt"], "zebra"),
+        (["--init", "toy/vae"], "toy/vae"),
+        (["--anchor", "toy/vae"], "toy/vae"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--noise", "0"], "--noise"),
+        (["--noise", "-1", "--objective", "kl"], "--noise"),
+        (["--steps", "1"], "--steps"),
+        (["--updates", "3"], "--updates"),
+        (["--train_steps", "9"], "--train_steps"),
+        (["--train_steps", "random:0"], "--train_steps"),
+        (["--train_steps", "all", "--noise_kind", "cps"], "cps"),
+        (["--rollout", "teacher"], "--rollout"),
+        (["--objective", "sft", "--mar_weight", "0.1"], "--mar_weight"),
+        (["--objective", "nonsense"], "--objective"),
+        (["--itertions", "3"], "--itertions"),
+        (["--out", "USED"], "--overwrite"),
+        (["--out", "NEW", "--resume"], "--resume"),
+    ],
+    "train_teacher": [
+        ([], "--reward"),
+        (["--reward", "ocr", "--mix", "ocr=1"], "--reward"),
+        (["--reward", "ocr=x"], "number"),
+        (["--reward", "zebra"], "zebra"),
+        (["--reward", "ocr", "--tasks", "zebra"], "zebra"),
+        (["--mix", "zebra=1"], "zebra"),
+        (["--reward", "ocr", "--group_size", "1"], "--group_size"),
+        (["--reward", "ocr", "--steps", "1"], "--steps"),
+        (["--reward", "ocr", "--noise", "0"], "--noise"),
+        (["--reward", "ocr", "--window", "8"], "--window"),
+        (["--reward", "ocr", "--init", "nowhere"], "nowhere"),
+        (["--reward", "ocr", "--out", "USED"], "--overwrite"),
+    ],
+    "evaluate": [
+        (["--models", "nowhere"], "nowhere"),
+        (["--models", "base", "base"], "base"),
+        (["--tasks", "zebra"], "zebra"),
+        (["--model_guidance", "zebra=1"], "zebra"),
+        (["--steps", "0"], "--steps"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script,flags,named", [(s, f, n) for s, cases in BAD.items() for f, n in cases])
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(monkeypatch, tmp_path, capsys, script, flags, named):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/args.json").write_text("{}")
+    places = {"USED": str(tmp_path / "used"), "NEW": str(tmp_path / "new")}
+    flags = [places.get(f, f) for f in flags]
+    if "--out" not in flags:
+        flags += ["--out", str(tmp_path / "new")]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, script, *flags)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_teacher_stops_the_real_process_in_one_line(tmp_path):
+    """In a fresh process: nothing else on stderr, no traceback."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "adapter_model.safetensors").write_bytes(b"garbage" * 10)
+    done = shell("train_opd.py", "--teacher", f"ocr={bad}", *OPD, "--out", tmp_path / "run")
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert len(done.stderr.strip().splitlines()) == 1 and "damaged" in done.stderr
+
+
+def test_the_readmes_commands_parse(monkeypatch):
+    """Every `python X.py …` and torchrun line of the README has flags that exist and files that are there or are outputs."""
+    lines = [line.strip().removeprefix("$ ") for line in Path("README.md").read_text().splitlines()]
+    commands = [line.split("#")[0].split("&&")[-1].split() for line in lines if line.startswith(("python ", "torchrun ", "git clone"))]
+    scripts = 0
+    for words in commands:
+        names = [w for w in words if w.endswith(".py")]
+        if not names or names[0] == "toy.py":
+            continue
+        module = importlib.import_module(names[0].removesuffix(".py"))
+        flags = [w.strip('"') for w in words[words.index(names[0]) + 1 :]]
+        known = {s for s in module_flags(module)}
+        assert all(f in known for f in flags if f.startswith("--")), words
+        scripts += 1
+    assert scripts >= 6
+
+
+def module_flags(module):
+    """The flags of a script, read from its --help."""
+    return {w.strip(",[]") for w in shell(f"{module.__name__}.py", "--help").stdout.split() if w.strip(",[]").startswith("--")}
