@@ -7,12 +7,11 @@ no layer, a file without its alpha or an adapter of zeros would otherwise be a t
 
 import contextlib
 import json
-import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its start-up notices on missing torchvision concern nobody here
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -22,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from cli import fail
 
 # The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
-LORA_TARGETS = [f"attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0")]
+LORA_TARGETS = [
+    f"attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0")
+]
 
 
 def read_adapter(path, flag, alpha=None):
@@ -62,7 +63,7 @@ def read_adapter(path, flag, alpha=None):
         layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))
     if not any(B.any() and A.any() for A, B, _ in layers.values()):
         fail(f"{flag} {path}: an all-zero adapter: it changes nothing, so it was not trained or not saved")
-    for layer, (A, B, _) in layers.items():
+    for layer, (_, B, _) in layers.items():
         if not B.any() and not layer.endswith("add_q_proj"):  # SD3's last add_q_proj is always zero: nothing reads it
             print(f"warning: {path}: lora_B of {layer} is all zero", file=sys.stderr)
     return layers
@@ -84,9 +85,16 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
         ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
         alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
         first = next(iter(layers))
-        config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=list(layers), rank_pattern=ranks,
-                            alpha_pattern=alphas)  # fmt: skip
-    transformer.add_adapter(config, name)
+        config = LoraConfig(
+            r=ranks[first],
+            lora_alpha=alphas[first],
+            target_modules=list(layers),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+        )
+    with warnings.catch_warnings():  # peft warns at every adapter after the first; several are the point here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        transformer.add_adapter(config, name)
     for layer, (A, B, _) in (layers or {}).items():
         module = transformer.get_submodule(layer)
         module.lora_A[name].weight.data.copy_(A)
@@ -97,7 +105,11 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
 
 def adapter_parameters(transformer, name):
     """{"LAYER.lora_A.weight": parameter, …} of one adapter, in a fixed order."""
-    return {k.replace(f".{name}.", "."): p for k, p in transformer.named_parameters() if f".lora_A.{name}." in k or f".lora_B.{name}." in k}
+    return {
+        k.replace(f".{name}.", "."): p
+        for k, p in transformer.named_parameters()
+        if f".lora_A.{name}." in k or f".lora_B.{name}." in k
+    }
 
 
 @contextlib.contextmanager

@@ -18,12 +18,14 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from adapters import save_adapter
 from cli import fail, save_json
 from sde import rollout
 
 diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 # ----------------------------------------------------------------------------------------------------------
 # Processes. One or many, on CPU or GPU: the same names afterwards
@@ -108,13 +110,19 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def draw(number, wanted, *key, iteration):
-    """`wanted` of `number` prompts for one iteration: a shuffled pass through all of them, then another."""
-    out = []
-    for position in range(iteration * wanted, (iteration + 1) * wanted):
-        order = torch.randperm(number, generator=generator(*key, "epoch", position // number))
-        out.append(int(order[position % number]))
-    return out
+def choose(sizes, cycle, wanted, seed, iteration):
+    """The `wanted` prompts of an iteration: [(task, index), ...], over all processes.
+
+    The task of a slot follows `cycle` (a list of tasks, repeated for ever), so shares are exact in the long run; a
+    task's `sizes[task]` prompts come in shuffled passes: all of them once, then all again in another order."""
+    chosen = []
+    for slot in range(iteration * wanted, (iteration + 1) * wanted):
+        turn, place = divmod(slot, len(cycle))
+        task = cycle[place]
+        nth = turn * cycle.count(task) + cycle[:place].count(task)  # how many slots this task has had before
+        order = torch.randperm(sizes[task], generator=generator(seed, task, "pass", nth // sizes[task]))
+        chosen.append((task, int(order[nth % sizes[task]])))
+    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,7 +168,11 @@ def velocity(transformer, x, t, text, rows, guidance):
     Classifier-free guidance: v = v_empty + guidance (v_prompt - v_empty). At guidance 1 one forward pass, not two."""
     t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))  # (B,)
     if guidance != 1:
-        x, t, rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.zeros_like(rows), rows])  # (2B, ...): empty first
+        x, t, rows = (
+            torch.cat([x, x]),
+            torch.cat([t, t]),
+            torch.cat([torch.zeros_like(rows), rows]),
+        )  # (2B, ...): empty first
     v = transformer(
         x.to(transformer.dtype),
         timestep=1000 * t,
@@ -222,7 +234,11 @@ def update_ema(ema, parameters, updates, decay):
 
 def sha256(path):
     """Of a file, or of the safetensors and JSON files in a directory: what --resume compares."""
-    files = [Path(path)] if Path(path).is_file() else sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json"))
+    files = (
+        [Path(path)]
+        if Path(path).is_file()
+        else sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json"))
+    )
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

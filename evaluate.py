@@ -25,21 +25,22 @@ SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average di
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default="toy", help="base pipeline: a directory that diffusers loads")
-    parser.add_argument("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
-    parser.add_argument("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
-    parser.add_argument("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
-    parser.add_argument("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
-    parser.add_argument("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
-    parser.add_argument("--steps", type=int, default=16, help="ODE steps (40 in the paper)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
-    parser.add_argument("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
-    parser.add_argument("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
-    parser.add_argument("--size", type=int, help="image side in pixels; default the model's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument("--batch", type=int, default=128, help="images per forward pass; does not change the result beyond rounding")
-    parser.add_argument("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png; replaced")
+    flag = parser.add_argument
+    flag("--model", default="toy", help="base pipeline: a directory that diffusers loads")
+    flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
+    flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
+    flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
+    flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
+    flag("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
+    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    flag("--steps", type=int, default=16, help="ODE steps (40 in the paper)")
+    flag("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
+    flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
+    flag("--size", type=int, help="image side in pixels; default the model's own")
+    flag("--seed", type=int, default=0, help="of the initial noise")
+    flag("--batch", type=int, default=128, help="images per forward pass; does not change the result beyond rounding")
+    flag("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png; replaced")
     args = parser.parse_args()
 
     check_model(args.model)
@@ -99,8 +100,13 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
     tests {task: (prompts, metadata)}.
     Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (4, 3, H, W)}} for the grid (rank 0)."""
     scores, pictures = {name: {} for name in models}, {task: {} for task in tests}
-    bar = tqdm(total=len(models) * sum(len(p) for p, _ in tests.values()), desc="evaluating", unit="image",
-               disable=rank > 0, dynamic_ncols=True)  # fmt: skip
+    bar = tqdm(
+        total=len(models) * sum(len(p) for p, _ in tests.values()),
+        desc="evaluating",
+        unit="image",
+        disable=rank > 0,
+        dynamic_ncols=True,
+    )
     for name, on in models.items():
         with adapters.adapter(pipe.transformer, on):
             for task, (prompts, metadata) in tests.items():
@@ -142,7 +148,9 @@ def summarise(scores):
         scores = scores | {"oracle": {task: scores[task][task] for task in TASKS}}
     summary = {}
     for name, metrics in scores.items():
-        summary[name] = {m: {"mean": s.mean().item(), "se": s.std().item() / len(s) ** 0.5, "n": len(s)} for m, s in metrics.items()}
+        summary[name] = {
+            m: {"mean": s.mean().item(), "se": s.std().item() / len(s) ** 0.5, "n": len(s)} for m, s in metrics.items()
+        }
         mean, se = average(metrics)
         if not math.isnan(mean):
             summary[name]["average"] = {"mean": mean, "se": se}
@@ -191,8 +199,20 @@ def picture_grid(path, images, prompts, scores=None):
 def report(args, pipe, text, tests, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
-    scores, pictures = score_models(pipe, text, models, tests, load_scorers(args.rewards, tests), args.eval_steps,
-                                    dict.fromkeys(models, args.guidance), 0, args.micro_batch, args.size, rank, world)  # fmt: skip
+    scores, pictures = score_models(
+        pipe,
+        text,
+        models,
+        tests,
+        load_scorers(args.rewards, tests),
+        args.eval_steps,
+        dict.fromkeys(models, args.guidance),
+        0,
+        args.micro_batch,
+        args.size,
+        rank,
+        world,
+    )
     if rank > 0:
         return
     live, file = summarise(scores), Path(args.model) / "results.json"
@@ -257,7 +277,9 @@ def main(args):
         common.stop_processes()
         return
 
-    scores, pictures = score_models(pipe, text, on, tests, scorers, args.steps, guidance, args.seed, args.batch, args.size, rank, world)
+    scores, pictures = score_models(
+        pipe, text, on, tests, scorers, args.steps, guidance, args.seed, args.batch, args.size, rank, world
+    )
     if rank == 0:
         summary = summarise(scores)
         save_json(out / "results.json", {"flags": vars(args), "results": summary})

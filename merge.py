@@ -26,12 +26,16 @@ from cli import TASKS, check_adapter, fail, make_parser
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("--adapters", nargs="+", default=[f"toy/adapters/{t}" for t in TASKS], metavar="DIR", help="what to merge")
+    parser.add_argument(
+        "--adapters", nargs="+", default=[f"toy/adapters/{t}" for t in TASKS], metavar="DIR", help="what to merge"
+    )
     parser.add_argument("--method", choices=("mean", "ties", "dare", "factor-mean"), default="mean", help="see above")
     parser.add_argument("--weights", nargs="+", type=float, help="one per adapter, used relative to their sum; default equal")
     parser.add_argument("--rank", type=int, default=0, help="rank of the result by SVD; 0 = exact (mean, factor-mean only)")
     parser.add_argument("--density", type=float, default=0.5, help="share of entries that ties and dare keep")
-    parser.add_argument("--alpha_per_rank", type=float, default=2.0, help="alpha / rank of the result: 2 as in the paper (64 / 32)")
+    parser.add_argument(
+        "--alpha_per_rank", type=float, default=2.0, help="alpha / rank of the result: 2 as in the paper (64 / 32)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of dare's dropping")
     parser.add_argument("--out", default="runs/merged", help="folder for the merged adapter")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")

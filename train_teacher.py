@@ -17,55 +17,75 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
 import time
 from pathlib import Path
 
-from cli import TASKS, check_adapter, check_model, check_out, fail, make_parser, pairs, prompt_files, read_prompts, save_json
+from cli import (
+    TASKS,
+    check_adapter,
+    check_model,
+    check_out,
+    fail,
+    make_parser,
+    pairs,
+    prompt_files,
+    read_prompts,
+    save_json,
+)
 
 
 def parse_args():
     parser = make_parser(__doc__)
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--model", default="toy", help="base pipeline: a directory that diffusers loads")
-    group.add_argument("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
-    group.add_argument("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
-    group.add_argument("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
-    group.add_argument("--mix", nargs="+", metavar="TASK=SHARE", help="GRPO-Mix instead: each task in this share of the "
-                       "prompts, scored by the reward of its own name")  # fmt: skip
-    group.add_argument("--mix_quality", type=float, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
-    group.add_argument("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
-    group.add_argument("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
-    group.add_argument("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
-    group.add_argument("--rank", type=int, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
-    group.add_argument("--alpha", type=float, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--prompts_per_iteration", type=int, default=8, help="distinct prompts, over all processes")
-    group.add_argument("--group_size", type=int, default=16, help="samples per prompt, G (24 in the paper)")
-    group.add_argument("--steps", type=int, default=8, help="denoising steps of a rollout, T (10 in the paper)")
-    group.add_argument("--noise", type=float, default=0.7, help="SDE noise level a")
-    group.add_argument("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    group.add_argument("--window", type=int, default=0, help="make only this many steps in a row stochastic, and train on those "
-                       "alone; where they start is drawn each iteration; 0 = all but the last step")  # fmt: skip
-    group.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
-    group.add_argument("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
-    group.add_argument("--size", type=int, help="image side in pixels; default the model's own")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--iterations", type=int, default=100, help="rollouts; each gives --updates optimizer steps")
-    group.add_argument("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of every group")
-    group.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
-    group.add_argument("--clip_range", type=float, default=1e-2, help="PPO clip of the ratio of mean log-probs")
-    group.add_argument("--beta", type=float, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
-    group.add_argument("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
-    group.add_argument("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
-    group.add_argument("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
-    group.add_argument("--ema_every", type=int, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
-    group.add_argument("--micro_batch", type=int, default=128, help="samples per forward pass; less if memory runs out, same result")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
-    group.add_argument("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
-    group.add_argument("--eval_steps", type=int, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
-    group.add_argument("--save_every", type=int, default=50, help="iterations between checkpoints")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    flag = parser.add_argument_group("what to train").add_argument
+    flag("--model", default="toy", help="base pipeline: a directory that diffusers loads")
+    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
+    flag("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
+    flag(
+        "--mix",
+        nargs="+",
+        metavar="TASK=SHARE",
+        help="GRPO-Mix instead: each task in this share of the prompts, scored by the reward of its own name",
+    )
+    flag("--mix_quality", type=float, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
+    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
+    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
+    flag("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
+    flag("--rank", type=int, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
+    flag("--alpha", type=float, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--prompts_per_iteration", type=int, default=8, help="distinct prompts, over all processes")
+    flag("--group_size", type=int, default=16, help="samples per prompt, G (24 in the paper)")
+    flag("--steps", type=int, default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--noise", type=float, default=0.7, help="SDE noise level a")
+    flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
+    flag(
+        "--window",
+        type=int,
+        default=0,
+        help="make only this many steps in a row stochastic, and train on those "
+        "alone; where they start is drawn each iteration; 0 = all but the last step",
+    )
+    flag("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
+    flag("--size", type=int, help="image side in pixels; default the model's own")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--iterations", type=int, default=100, help="rollouts; each gives --updates optimizer steps")
+    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of every group")
+    flag("--lr", type=float, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
+    flag("--clip_range", type=float, default=1e-2, help="PPO clip of the ratio of mean log-probs")
+    flag("--beta", type=float, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
+    flag("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
+    flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
+    flag("--ema_every", type=int, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    flag("--micro_batch", type=int, default=128, help="samples per forward pass; less if memory runs out, same result")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
+    flag("--seed", type=int, default=0)
+    flag("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
+    flag("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
+    flag("--eval_steps", type=int, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
+    flag("--save_every", type=int, default=50, help="iterations between checkpoints")
+    flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    flag("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args()
 
     if bool(args.reward) == bool(args.mix):
@@ -150,7 +170,9 @@ def main(args):
     # Prompts: embedded once, then the text encoders are not needed any more.
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
-    text = common.embed_prompts(pipe, [p for prompts, _ in (*train.values(), *tests.values()) for p in prompts], args.text_length)
+    text = common.embed_prompts(
+        pipe, [p for prompts, _ in (*train.values(), *tests.values()) for p in prompts], args.text_length
+    )
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
@@ -169,14 +191,28 @@ def main(args):
     samples = args.prompts_per_iteration * args.group_size
     mine = common.share(samples, rank, world)
     cycle = [task for task in args.tasks for _ in range(args.mix[task] if args.mix else 1)]
+    sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
-        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, on {world} process(es); "
-              f"{trained_steps} of {args.steps} steps trained; {args.updates} updates of {samples // args.updates} images x {trained_steps} "
-              f"steps; {sum(p.numel() for p in student.values()):,} parameters", flush=True)  # fmt: skip
+        print(
+            f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, on {world} process(es); "
+            f"{trained_steps} of {args.steps} steps trained; {args.updates} updates of {samples // args.updates} images x {trained_steps} "
+            f"steps; {sum(p.numel() for p in student.values()):,} parameters",
+            flush=True,
+        )
 
     # Flags and files that change the mathematics; --resume refuses others.
-    harmless = ("out", "resume", "overwrite", "iterations", "eval_every", "eval_prompts", "eval_steps", "save_every", "micro_batch")
+    harmless = (
+        "out",
+        "resume",
+        "overwrite",
+        "iterations",
+        "eval_every",
+        "eval_prompts",
+        "eval_steps",
+        "save_every",
+        "micro_batch",
+    )
     state = {
         "flags": {k: v for k, v in vars(args).items() if k not in harmless},
         "files": {str(f): common.sha256(f) for f in (args.model + "/transformer", *args.prompts.values())},
@@ -193,19 +229,22 @@ def main(args):
     signals = common.StopSignal()
     updates_done = start * args.updates
     began = time.time()
-    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, unit="it", disable=rank > 0, dynamic_ncols=True)
+    bar = tqdm(
+        range(start, args.iterations),
+        initial=start,
+        total=args.iterations,
+        unit="it",
+        disable=rank > 0,
+        dynamic_ncols=True,
+    )
 
     for iteration in bar:
         tick = time.time()
         # 1. Prompts: a slot's task follows the cycle of shares; a task's prompts come in shuffled passes.
-        slots = range(iteration * args.prompts_per_iteration, (iteration + 1) * args.prompts_per_iteration)
-        tasks = [cycle[slot % len(cycle)] for slot in slots]
-        chosen = []  # (task, prompt, metadata) of every slot
-        for slot, task in zip(slots, tasks):
-            nth = slot // len(cycle) * cycle.count(task) + cycle[: slot % len(cycle)].count(task)
-            (index,) = common.draw(len(train[task][0]), 1, args.seed, task, iteration=nth)
-            chosen.append((task, train[task][0][index], train[task][1][index]))
-        rows = torch.tensor([text["rows"][chosen[i // args.group_size][1]] for i in mine], device=device)  # (b,)
+        chosen = common.choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
+        tasks = [task for task, _ in chosen]
+        chosen = [(train[task][0][n], train[task][1][n]) for task, n in chosen]  # (prompt, metadata) of every slot
+        rows = torch.tensor([text["rows"][chosen[i // args.group_size][0]] for i in mine], device=device)  # (b,)
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
 
         # 2. Rollout (no gradient): b samples, T steps, by the SDE.
@@ -218,8 +257,17 @@ def main(args):
         parts = []
         for chunk in torch.arange(len(mine)).split(args.micro_batch):
             noise = common.initial_noise(pipe, [generators[i] for i in chunk], args.size)
-            parts.append(rollout(lambda x, t, r=rows[chunk]: common.velocity(transformer, x, t, text, r, args.guidance), noise,
-                                 grid, args.noise, args.noise_kind, [generators[i] for i in chunk], noisy))  # fmt: skip
+            parts.append(
+                rollout(
+                    lambda x, t, r=rows[chunk]: common.velocity(transformer, x, t, text, r, args.guidance),
+                    noise,
+                    grid,
+                    args.noise,
+                    args.noise_kind,
+                    [generators[i] for i in chunk],
+                    noisy,
+                )
+            )
         x = torch.cat([p.x for p in parts], 1)  # (T + 1, b, C, H, W)
         old_log_prob = torch.cat([p.log_prob for p in parts], 1)  # (T, b)
         std = parts[0].std
@@ -231,7 +279,7 @@ def main(args):
             members = [n for n, i in enumerate(mine) if tasks[i // args.group_size] == task]
             if members:
                 asked = [chosen[mine[n] // args.group_size] for n in members]
-                values = reward_of(images[members], task, [c[1] for c in asked], [c[2] for c in asked])
+                values = reward_of(images[members], task, [c[0] for c in asked], [c[1] for c in asked])
                 scores |= {mine[n]: value for n, value in zip(members, values.tolist())}
         scores = {i: s for part in common.gather(scores) for i, s in part.items()}  # all ranks participate
         rewards = torch.tensor([scores[i] for i in range(samples)], dtype=torch.float64)  # (N,)
@@ -245,7 +293,12 @@ def main(args):
                 for i in trained:
                     v = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)  # (c, C, H, W)
                     mean, _ = step(x[i, chunk], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
-                    loss, metrics = grpo(log_prob(x[i + 1, chunk], mean, std[i]), old_log_prob[i, chunk], advantage[chunk], args.clip_range)
+                    loss, metrics = grpo(
+                        log_prob(x[i + 1, chunk], mean, std[i]),
+                        old_log_prob[i, chunk],
+                        advantage[chunk],
+                        args.clip_range,
+                    )
                     if args.beta:
                         with torch.no_grad(), adapters.adapter(transformer, None):
                             v_base = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)
@@ -267,7 +320,12 @@ def main(args):
 
         # 5. Log.
         log = {k: sum(part[k] for part in common.gather(log)) for k in log}  # all ranks participate
-        log |= {"iteration": iteration, "reward": rewards.mean().item(), "grad_norm": norm.item(), "seconds": time.time() - tick}
+        log |= {
+            "iteration": iteration,
+            "reward": rewards.mean().item(),
+            "grad_norm": norm.item(),
+            "seconds": time.time() - tick,
+        }
         for task in sorted(set(tasks)):
             log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
         log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
@@ -279,13 +337,25 @@ def main(args):
             with adapters.adapter(transformer, "ema"):
                 for task, (prompts, metadata) in tests.items():
                     own = common.share(len(prompts), rank, world)
-                    images = common.paint(pipe, text, [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own],
-                                          args.eval_steps, args.guidance, args.micro_batch, args.size)  # fmt: skip
+                    images = common.paint(
+                        pipe,
+                        text,
+                        [prompts[i] for i in own],
+                        [(args.seed, "test", task, i) for i in own],
+                        args.eval_steps,
+                        args.guidance,
+                        args.micro_batch,
+                        args.size,
+                    )
                     values = reward_of(images, task, [prompts[i] for i in own], [metadata[i] for i in own])
                     log[f"test/{task}"] = sum(common.gather(values.sum().item())) / len(prompts)  # all ranks participate
                     if rank == 0:
-                        picture_grid(run / "samples" / f"{task}_{iteration + 1:05d}.png", {"student": images[:8]},
-                                     [prompts[i] for i in own[:8]], {"student": values[:8]})  # fmt: skip
+                        picture_grid(
+                            run / "samples" / f"{task}_{iteration + 1:05d}.png",
+                            {"student": images[:8]},
+                            [prompts[i] for i in own[:8]],
+                            {"student": values[:8]},
+                        )
         if rank == 0:
             common.log_line(run, log)
 
@@ -304,10 +374,18 @@ def main(args):
         else:
             shutil.rmtree(run / "adapter", ignore_errors=True)
             shutil.copytree(adapter, run / "adapter")
-            common.draw_curves(run, {"reward": ("mean, 0 to 1", ["reward"]), "test reward": ("mean, 0 to 1", [f"test/{t}" for t in tests]),
-                                     "update": ("fraction", ["clip_fraction"])})  # fmt: skip
-            print(f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
-                  f"next: python evaluate.py --models base {run}/adapter")  # fmt: skip
+            common.draw_curves(
+                run,
+                {
+                    "reward": ("mean, 0 to 1", ["reward"]),
+                    "test reward": ("mean, 0 to 1", [f"test/{t}" for t in tests]),
+                    "update": ("fraction", ["clip_fraction"]),
+                },
+            )
+            print(
+                f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
+                f"next: python evaluate.py --models base {run}/adapter"
+            )
     common.stop_processes()
 
 

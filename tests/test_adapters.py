@@ -82,7 +82,10 @@ def test_other_layouts_are_read(pipe, tmp_path):
     shutil.copy(tmp_path / "a/pytorch_lora_weights.safetensors", tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     tensors = load_file(tmp_path / "c/adapter_model.safetensors")
-    save_file({k.replace(".weight", ".default.weight"): t for k, t in tensors.items()}, tmp_path / "c/adapter_model.safetensors")
+    save_file(
+        {k.replace(".weight", ".default.weight"): t for k, t in tensors.items()},
+        tmp_path / "c/adapter_model.safetensors",
+    )
     for other in ("b", "c"):
         second = adapters.read_adapter(tmp_path / other, "--init")
         assert first.keys() == second.keys()
@@ -93,7 +96,10 @@ def test_other_layouts_are_read(pipe, tmp_path):
 def test_ranks_may_differ_between_adapters_and_layers(pipe, tmp_path):
     make(pipe, "four", rank=4)
     make(pipe, "seven", rank=7)
-    layers = {LAYER: (torch.randn(3, 128), torch.randn(128, 3), 2.0), LAYER.replace("to_q", "to_k"): (torch.randn(5, 128), torch.randn(128, 5), 0.5)}
+    layers = {
+        LAYER: (torch.randn(3, 128), torch.randn(128, 3), 2.0),
+        LAYER.replace("to_q", "to_k"): (torch.randn(5, 128), torch.randn(128, 5), 0.5),
+    }
     adapters.add_adapter(pipe.transformer, "mixed", layers, path="x", flag="--init")
     for layer, (A, B, scaling) in layers.items():
         module = pipe.transformer.get_submodule(layer)
@@ -140,7 +146,9 @@ def damage(path, how):
         (path / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if "alpha" not in k}))
 
 
-@pytest.mark.parametrize("how", ["unknown layer", "half missing", "wrong shape", "strange key", "all zero", "not safetensors", "no alpha"])
+@pytest.mark.parametrize(
+    "how", ["unknown layer", "half missing", "wrong shape", "strange key", "all zero", "not safetensors", "no alpha"]
+)
 def test_a_bad_adapter_is_one_line_and_exit_code_2(pipe, tmp_path, capsys, how):
     saved(pipe, tmp_path / "a")
     damage(tmp_path / "a", how)

@@ -177,8 +177,10 @@ def test_clipping_stops_what_the_reward_favours_and_nothing_else(objective):
     assert_close(metrics, {"ratio_gap": (ratio - 1).abs().mean().item(), "clip_fraction": outside})
 
 
-@pytest.mark.parametrize("objective", (opd_ppo, opd_ppo_scalar, opd_ppo_published, public_code, opd_kl, opd_trajectory,
-                                       losses.opd_ode, losses.mar))  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    (opd_ppo, opd_ppo_scalar, opd_ppo_published, public_code, opd_kl, opd_trajectory, losses.opd_ode, losses.mar),
+)
 def test_only_the_student_gets_a_gradient(objective):
     student, teacher, x_next = (randn(2, 4, 3, 3, seed=i) for i in range(3))
     known = dict.fromkeys(("mean_teacher", "v_teacher", "v_anchor"), teacher.requires_grad_())

@@ -103,8 +103,14 @@ def test_when_nothing_is_dropped_dare_is_the_mean():
 
 def test_averaged_factors_are_not_the_average():
     first, second = lora(1, 4, 2.0), lora(2, 4, 2.0)
-    pairs = {n: sum(w * u * 2.0 * b[n][1] @ a[n][0] for w, b in ((0.75, first), (0.25, second))
-                    for u, a in ((0.75, first), (0.25, second))) for n in SHAPES}  # fmt: skip
+    pairs = {
+        n: sum(
+            w * u * 2.0 * b[n][1] @ a[n][0]
+            for w, b in ((0.75, first), (0.25, second))
+            for u, a in ((0.75, first), (0.25, second))
+        )
+        for n in SHAPES
+    }
     assert_close(products(merge([first, second], "factor-mean", [3.0, 1.0])[0]), pairs)  # all pairs B_i A_j
 
     adapters = [lora(seed, 4, 2.0) for seed in (1, 2, 3)]
@@ -158,11 +164,16 @@ def test_the_script_on_files(tmp_path, flags):
     assert f"retained energy {sum(kept) / 3:.1%} on average, {min(kept):.1%} in the worst layer" in done.stdout
 
 
-@pytest.mark.parametrize("flags, names", (
-    ("--adapters A B --out C --weights 1 2 3", "--weights"), ("--adapters A nowhere --out C", "nowhere"),
-    ("--adapters A --out C", "two"), ("--adapters A B --out B", "--out B"),
-    ("--adapters A B --out C --method ties", "--rank"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, names",
+    (
+        ("--adapters A B --out C --weights 1 2 3", "--weights"),
+        ("--adapters A nowhere --out C", "nowhere"),
+        ("--adapters A --out C", "two"),
+        ("--adapters A B --out B", "--out B"),
+        ("--adapters A B --out C --method ties", "--rank"),
+    ),
+)
 def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, flags, names):
     save(tmp_path / "A", lora(1, 2, 2.0))
     save(tmp_path / "B", lora(2, 2, 2.0))
