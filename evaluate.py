@@ -34,7 +34,7 @@ def parse_args():
     flag("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--steps", type=int, default=16, help="ODE steps (40 in the paper)")
-    flag("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--size", type=int, help="image side in pixels; default the model's own")

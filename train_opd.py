@@ -79,7 +79,7 @@ def parse_args():
     flag(
         "--guidance",
         type=float,
-        default=3.0,
+        default=1.0,
         help="classifier-free guidance of student, teachers and anchor; 1 = off (4.5 for SD3.5)",
     )
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")

@@ -56,14 +56,9 @@ def parse_args():
     flag("--steps", type=int, default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--noise", type=float, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag(
-        "--window",
-        type=int,
-        default=0,
-        help="make only this many steps in a row stochastic, and train on those "
-        "alone; where they start is drawn each iteration; 0 = all but the last step",
-    )
-    flag("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--window", type=int, default=0, help="make only this many steps in a row stochastic and train on those alone; 0 = all but the last")
+    flag("--window_end", type=int, default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
+    flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--size", type=int, help="image side in pixels; default the model's own")
     flag = parser.add_argument_group("optimisation").add_argument
@@ -112,8 +107,9 @@ def parse_args():
         fail("--noise must be above 0: without noise there is no policy to take the gradient of")
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
-    if not 0 <= args.window < args.steps:
-        fail("--window must be below --steps; 0 trains on all steps but the last")
+    args.window_end = args.window_end or args.steps - 1
+    if not 0 <= args.window <= args.window_end < args.steps:
+        fail("--window must be at most --window_end, and that below --steps; --window 0 trains on all steps but the last")
     check_model(args.model)
     if args.init != "base":
         check_adapter(args.init, "--init")
@@ -250,7 +246,7 @@ def main(args):
         # 2. Rollout (no gradient): b samples, T steps, by the SDE.
         trained = range(args.steps - 1)
         if args.window:
-            first = int(torch.randint(args.steps - args.window, (), generator=common.generator(args.seed, "window", iteration)))
+            first = int(torch.randint(args.window_end - args.window + 1, (), generator=common.generator(args.seed, "window", iteration)))
             trained = range(first, first + args.window)
         noisy = trained if args.window else None
         transformer.eval()
