@@ -116,7 +116,8 @@ def adapter_parameters(transformer, name):
 def adapter(transformer, name):
     """Inside, the backbone carries this adapter (None: none at all); outside, what it carried before.
 
-    peft's own switch turns gradients on for the adapter it activates and off for the others; here requires_grad stays as it was."""
+    peft's own switch turns gradients on for the adapter it activates and off for the others; here requires_grad
+    stays as it was."""
     layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
     before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
     trained = [p for p in transformer.parameters() if p.requires_grad]

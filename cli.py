@@ -90,6 +90,8 @@ def check_adapter(path, flag):
 def check_out(out, resume=False, overwrite=False):
     """A run never lands on another one: the folder must be new unless --resume or --overwrite."""
     used = (Path(out) / "args.json").exists()
+    if resume and overwrite:
+        fail("--resume and --overwrite: choose one")
     if resume and not used:
         fail(f"--resume: there is no run in {out}")
     if used and not (resume or overwrite):

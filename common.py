@@ -11,7 +11,6 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
@@ -321,20 +320,20 @@ def cut_log(run, iteration):
 
 
 def draw_curves(run, panels):
-    """curves.png from metrics.jsonl: one panel per {title: (axis label, [metric, …])}."""
+    """curves.png from metrics.jsonl: {title: [metric, ...]}, a panel each; panels without data are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    panels = {title: [n for n in names if any(n in line for line in log)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
-    for axis, (title, (label, names)) in zip(axes[0], panels.items()):
+    for axis, (title, names) in zip(axes[0], panels.items()):
         for name in names:
-            points = [(line["iteration"], line[name]) for line in log if name in line]
-            if points:
-                axis.plot(*np.array(points).T, label=name.split("/")[-1], linewidth=1.5)
-        axis.set(title=title, xlabel="iteration", ylabel=label)
+            axis.plot(*zip(*[(line["iteration"], line[name]) for line in log if name in line]), label=name.split("/")[-1])
+        axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(Path(run) / "curves.png", dpi=110)

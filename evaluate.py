@@ -71,14 +71,14 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import importlib  # noqa: E402
+import importlib
 
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-import adapters  # noqa: E402
-import common  # noqa: E402
+import adapters
+import common
 
 
 def load_scorers(module, tasks):

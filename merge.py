@@ -66,12 +66,12 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import torch  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from peft.utils.merge_utils import dare_linear, ties  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from peft import LoraConfig
+from peft.utils.merge_utils import dare_linear, ties
+from tqdm import tqdm
 
-from adapters import read_adapter, save_adapter  # noqa: E402
+from adapters import read_adapter, save_adapter
 
 
 def exact_mean(parts, weights):

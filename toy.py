@@ -336,7 +336,7 @@ def geneval(images, prompts, metadata=None):
             raise ValueError(f"geneval cannot score the OCR prompt {prompt!r}")
         points = []
         for count, colour, shape in spec["objects"]:
-            near = lambda n: max(0.0, 1 - abs(n - count) / count)  # noqa: E731
+            near = lambda n: max(0.0, 1 - abs(n - count) / count)
             shaped = [f for f in found if f[0] == shape]
             coloured = [f for f in shaped if colour in (None, f[1])]
             points.append(0.5 * near(len(shaped)) + 0.5 * near(len(coloured)))

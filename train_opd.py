@@ -169,17 +169,17 @@ def check_train_steps(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import shutil  # noqa: E402
+import shutil
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-import adapters  # noqa: E402
-import common  # noqa: E402
-import losses  # noqa: E402
-from evaluate import picture_grid, report  # noqa: E402
-from sde import kl_weight, rollout, step  # noqa: E402
+import adapters
+import common
+import losses
+from evaluate import picture_grid, report
+from sde import kl_weight, rollout, step
 
 
 def objective(args, v, v_teacher, x, x_next, mean_old, kl_to_go, t, t_next, t_max, std):
@@ -282,27 +282,17 @@ def main(args):
         ode = args.objective == "ode"
         mar_scale[i] = (t - t_next) ** 2 / 2 if ode else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
     if rank == 0:
+        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
         print(
-            f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, on {world} process(es); "
-            f"{args.trained_steps} of {args.steps} steps trained; {args.updates} updates of {samples // args.updates} images x "
-            f"{args.trained_steps} steps; {sum(p.numel() for p in student.values()):,} parameters; {len(tasks)} teachers",
+            f"{args.updates} updates of {samples // args.updates} images x {args.trained_steps} of {args.steps} steps",
             flush=True,
         )
 
     # Flags and files that change the mathematics; --resume refuses others.
     harmless = (
-        "out",
-        "resume",
-        "overwrite",
-        "iterations",
-        "sample_every",
-        "save_every",
-        "micro_batch",
-        "eval_prompts",
-        "eval_steps",
-        "test_prompts",
-        "rewards",
+        "out resume overwrite iterations sample_every save_every micro_batch eval_prompts eval_steps test_prompts rewards"
     )
+    harmless = harmless.split()
     files = [args.model + "/transformer", *args.teacher.values(), *args.prompts.values(), args.init, args.anchor]
     state = {
         "flags": {k: v for k, v in vars(args).items() if k not in harmless},
@@ -320,14 +310,7 @@ def main(args):
     signals = common.StopSignal()
     updates_done = start * args.updates
     began = time.time()
-    bar = tqdm(
-        range(start, args.iterations),
-        initial=start,
-        total=args.iterations,
-        unit="it",
-        disable=rank > 0,
-        dynamic_ncols=True,
-    )
+    bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
     def velocity(on, x, t, members, guidance):
         """Of one adapter at x (c, C, H, W) for the samples `members`; a teacher may have a guidance scale of its own."""
@@ -396,8 +379,8 @@ def main(args):
                             loss, metrics = losses.flow_matching(v, x0[part], noise[part])
                         else:
                             v = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)
-                            loss, metrics = objective(args, v, v_teacher[i][part], x[i, part], x[i + 1, part], mean_old[i, part],
-                                                      kl_to_go[i][part], grid[i], grid[i + 1], grid[1], std[i])  # fmt: skip
+                            labels = (v_teacher[i][part], x[i, part], x[i + 1, part], mean_old[i, part], kl_to_go[i][part])
+                            loss, metrics = objective(args, v, *labels, grid[i], grid[i + 1], grid[1], std[i])
                         if args.mar_weight:
                             extra, more = losses.mar(v, v_anchor[i][part], args.mar_weight * mar_scale[i])
                             loss, metrics = loss + extra, metrics | more
@@ -466,15 +449,9 @@ def main(args):
     if rank == 0:
         shutil.rmtree(run / "adapter", ignore_errors=True)
         shutil.copytree(common.checkpoints(run)[-1] / "adapter", run / "adapter")
-        pairs_of = [f"cosine/{a}-{b}" for m, a in enumerate(tasks) for b in tasks[m + 1 :]]
-        common.draw_curves(
-            run,
-            {
-                "KL to the routed teacher": ("mean over dimensions", [f"kl/{t}" for t in tasks]),
-                "gradient cosine between tasks": ("cosine", pairs_of),
-                "update": ("fraction", ["clip_fraction"]),
-            },
-        )
+        cosines = [f"cosine/{a}-{b}" for m, a in enumerate(tasks) for b in tasks[m + 1 :]]
+        panels = {"KL to the routed teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
+        common.draw_curves(run, panels | {"fraction clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
         print(
             f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/",
             flush=True,

@@ -56,7 +56,12 @@ def parse_args():
     flag("--steps", type=int, default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--noise", type=float, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag("--window", type=int, default=0, help="make only this many steps in a row stochastic and train on those alone; 0 = all but the last")
+    flag(
+        "--window",
+        type=int,
+        default=0,
+        help="make only this many steps in a row stochastic and train on those alone; 0 = all but the last",
+    )
     flag("--window_end", type=int, default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
@@ -86,9 +91,9 @@ def parse_args():
     if bool(args.reward) == bool(args.mix):
         fail("give one of --reward NAME (a teacher) and --mix TASK=SHARE … (the GRPO-Mix baseline)")
     if args.mix:
-        args.mix = {task: int(share) for task, share in pairs(args.mix, "--mix", number=True).items()}
+        args.mix = pairs(args.mix, "--mix", number=True)
         args.tasks = list(args.mix)
-        if min(args.mix.values()) < 1:
+        if any(share < 1 or share != int(share) for share in args.mix.values()):
             fail("--mix: shares are whole numbers of at least 1")
     else:
         args.reward = pairs([r if "=" in r else f"{r}=1" for r in args.reward], "--reward", number=True)
@@ -121,17 +126,17 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import importlib  # noqa: E402
-import shutil  # noqa: E402
+import importlib
+import shutil
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import adapters  # noqa: E402
-import common  # noqa: E402
-from evaluate import picture_grid  # noqa: E402
-from losses import group_advantage, grpo  # noqa: E402
-from sde import kl_weight, log_prob, rollout, step  # noqa: E402
+import adapters
+import common
+from evaluate import picture_grid
+from losses import group_advantage, grpo
+from sde import kl_weight, log_prob, rollout, step
 
 
 def make_reward(args):
@@ -186,36 +191,22 @@ def main(args):
     grid = common.time_grid(pipe, args.steps)
     samples = args.prompts_per_iteration * args.group_size
     mine = common.share(samples, rank, world)
-    cycle = [task for task in args.tasks for _ in range(args.mix[task] if args.mix else 1)]
+    cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
         print(
-            f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, on {world} process(es); "
-            f"{trained_steps} of {args.steps} steps trained; {args.updates} updates of {samples // args.updates} images x {trained_steps} "
-            f"steps; {sum(p.numel() for p in student.values()):,} parameters",
-            flush=True,
+            f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, {world} process(es)"
         )
+        print(f"{args.updates} updates of {samples // args.updates} images x {trained_steps} of {args.steps} steps", flush=True)
 
     # Flags and files that change the mathematics; --resume refuses others.
-    harmless = (
-        "out",
-        "resume",
-        "overwrite",
-        "iterations",
-        "eval_every",
-        "eval_prompts",
-        "eval_steps",
-        "save_every",
-        "micro_batch",
-    )
+    harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch".split()
     state = {
         "flags": {k: v for k, v in vars(args).items() if k not in harmless},
         "files": {str(f): common.sha256(f) for f in (args.model + "/transformer", *args.prompts.values())},
     }
-    start = 0
-    if args.resume:
-        start = common.load_checkpoint(run, student, ema, optimizer, state)
+    start = common.load_checkpoint(run, student, ema, optimizer, state) if args.resume else 0
     if rank == 0:
         if args.overwrite:
             shutil.rmtree(run, ignore_errors=True)
@@ -225,14 +216,7 @@ def main(args):
     signals = common.StopSignal()
     updates_done = start * args.updates
     began = time.time()
-    bar = tqdm(
-        range(start, args.iterations),
-        initial=start,
-        total=args.iterations,
-        unit="it",
-        disable=rank > 0,
-        dynamic_ncols=True,
-    )
+    bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
     for iteration in bar:
         tick = time.time()
@@ -246,27 +230,18 @@ def main(args):
         # 2. Rollout (no gradient): b samples, T steps, by the SDE.
         trained = range(args.steps - 1)
         if args.window:
-            first = int(torch.randint(args.window_end - args.window + 1, (), generator=common.generator(args.seed, "window", iteration)))
+            places, own = args.window_end - args.window + 1, common.generator(args.seed, "window", iteration)
+            first = int(torch.randint(places, (), generator=own))
             trained = range(first, first + args.window)
         noisy = trained if args.window else None
-        transformer.eval()
-        parts = []
-        for chunk in torch.arange(len(mine)).split(args.micro_batch):
-            noise = common.initial_noise(pipe, [generators[i] for i in chunk], args.size)
-            parts.append(
-                rollout(
-                    lambda x, t, r=rows[chunk]: common.velocity(transformer, x, t, text, r, args.guidance),
-                    noise,
-                    grid,
-                    args.noise,
-                    args.noise_kind,
-                    [generators[i] for i in chunk],
-                    noisy,
-                )
-            )
-        x = torch.cat([p.x for p in parts], 1)  # (T + 1, b, C, H, W)
-        old_log_prob = torch.cat([p.log_prob for p in parts], 1)  # (T, b)
-        std = parts[0].std
+        noise = common.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
+        old_log_prob = noise.new_empty(args.steps, len(mine))  # (T, b)
+        for part in torch.arange(len(mine)).split(args.micro_batch):
+            own = [generators[n] for n in part]
+            velocity = lambda x, t, r=rows[part]: common.velocity(transformer, x, t, text, r, args.guidance)
+            trajectory = rollout(velocity, noise[part], grid, args.noise, args.noise_kind, own, noisy)
+            x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
 
         # 3. Rewards and advantages: every process scores its own images, all share the numbers.
         images = torch.cat([common.decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])
@@ -284,25 +259,21 @@ def main(args):
         # 4. Update: each optimizer step takes its share of every group; gradients are summed over micro-batches and processes.
         log = {}
         for update in range(args.updates):
-            members = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update])
-            for chunk in members.split(args.micro_batch):
+            ours = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update], dtype=torch.long)
+            for part in ours.split(args.micro_batch) if len(ours) else ():
                 for i in trained:
-                    v = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)  # (c, C, H, W)
-                    mean, _ = step(x[i, chunk], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
-                    loss, metrics = grpo(
-                        log_prob(x[i + 1, chunk], mean, std[i]),
-                        old_log_prob[i, chunk],
-                        advantage[chunk],
-                        args.clip_range,
-                    )
+                    v = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)  # (c, C, H, W)
+                    mean, _ = step(x[i, part], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
+                    new_log_prob = log_prob(x[i + 1, part], mean, std[i])  # (c,)
+                    loss, metrics = grpo(new_log_prob, old_log_prob[i, part], advantage[part], args.clip_range)
                     if args.beta:
                         with torch.no_grad(), adapters.adapter(transformer, None):
-                            v_base = common.velocity(transformer, x[i, chunk], grid[i], text, rows[chunk], args.guidance)
+                            v_base = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)
                         w = kl_weight(grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
                         kl = w * (v - v_base).square().mean()
                         loss = loss + args.beta * kl
                         metrics["kl_base"] = kl.item()
-                    share = len(chunk) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
+                    share = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
                     (loss * share).backward()
                     for k, value in metrics.items():
                         log[k] = log.get(k, 0.0) + value * share / args.updates
@@ -315,13 +286,10 @@ def main(args):
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
 
         # 5. Log.
-        log = {k: sum(part[k] for part in common.gather(log)) for k in log}  # all ranks participate
-        log |= {
-            "iteration": iteration,
-            "reward": rewards.mean().item(),
-            "grad_norm": norm.item(),
-            "seconds": time.time() - tick,
-        }
+        parts = common.gather(log)  # all ranks participate
+        log = {k: sum(part.get(k, 0.0) for part in parts) for k in {k: None for part in parts for k in part}}
+        log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
+        log["seconds"] = time.time() - tick
         for task in sorted(set(tasks)):
             log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
         log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
@@ -333,25 +301,13 @@ def main(args):
             with adapters.adapter(transformer, "ema"):
                 for task, (prompts, metadata) in tests.items():
                     own = common.share(len(prompts), rank, world)
-                    images = common.paint(
-                        pipe,
-                        text,
-                        [prompts[i] for i in own],
-                        [(args.seed, "test", task, i) for i in own],
-                        args.eval_steps,
-                        args.guidance,
-                        args.micro_batch,
-                        args.size,
-                    )
-                    values = reward_of(images, task, [prompts[i] for i in own], [metadata[i] for i in own])
+                    asked, keys = [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own]
+                    images = common.paint(pipe, text, asked, keys, args.eval_steps, args.guidance, args.micro_batch, args.size)
+                    values = reward_of(images, task, asked, [metadata[i] for i in own])
                     log[f"test/{task}"] = sum(common.gather(values.sum().item())) / len(prompts)  # all ranks participate
                     if rank == 0:
-                        picture_grid(
-                            run / "samples" / f"{task}_{iteration + 1:05d}.png",
-                            {"student": images[:8]},
-                            [prompts[i] for i in own[:8]],
-                            {"student": values[:8]},
-                        )
+                        file = run / "samples" / f"{task}_{iteration + 1:05d}.png"
+                        picture_grid(file, {"student": images[:8]}, asked[:8], {"student": values[:8]})
         if rank == 0:
             common.log_line(run, log)
 
@@ -370,14 +326,8 @@ def main(args):
         else:
             shutil.rmtree(run / "adapter", ignore_errors=True)
             shutil.copytree(adapter, run / "adapter")
-            common.draw_curves(
-                run,
-                {
-                    "reward": ("mean, 0 to 1", ["reward"]),
-                    "test reward": ("mean, 0 to 1", [f"test/{t}" for t in tests]),
-                    "update": ("fraction", ["clip_fraction"]),
-                },
-            )
+            panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
+            common.draw_curves(run, panels)
             print(
                 f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
                 f"next: python evaluate.py --models base {run}/adapter"
