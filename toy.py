@@ -54,7 +54,7 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("above", "below", "left", "right")  # "red circle left blue square": the circle is on the left
 GOLD = (1.0, 0.82, 0.45)  # the background that the pickscore of this world likes best
-WRONG, FLAWED = 0.45, 0.25  # shares of the base's training data (wrong captions: in the last third of its training)
+WRONG, FLAWED = 0.45, 0.25  # shares of the base's data; wrong captions come late, see train_transformer
 
 GLYPHS = {  # 5x7 bitmaps, drawn at twice the size
     "A": "01110 10001 10001 11111 10001 10001 10001",
@@ -550,8 +550,8 @@ def encode_images(vae, images):
 def train_transformer(pipe, latents, captions, noisy, state_path, steps, batch=128, peak=1e-3):
     """Flow matching with one caption in ten left empty; the average of the weights (EMA .999) is what is kept.
 
-    Two thirds of the steps see the right captions, the last third the noisy ones: the model knows how to follow a
-    prompt and has learnt not to trust it. That is what reinforcement learning can mend in minutes."""
+    In the last third of the steps every second batch has the noisy captions: the model knows how to follow a prompt
+    and has learnt not to trust it. That is what reinforcement learning can mend in minutes."""
     from safetensors.torch import load_file, save_file
 
     transformer, optimizer_state = pipe.transformer, {}
@@ -586,7 +586,7 @@ def train_transformer(pipe, latents, captions, noisy, state_path, steps, batch=1
         i = torch.randint(len(latents), (batch,), generator=generator)
         x0, noise = latents[i], torch.randn((batch, *latents.shape[1:]), generator=generator)
         t = torch.randn(batch, generator=generator).add(0.5).sigmoid()  # more noise than data: that is where content forms
-        c = (caption if 3 * step < 2 * steps else wrong)[i].masked_fill(torch.rand(batch, generator=generator) < 0.1, index[""])
+        c = (wrong if 3 * step >= 2 * steps and step % 2 else caption)[i].masked_fill(torch.rand(batch, generator=generator) < 0.1, index[""])
         x = (1 - t).view(-1, 1, 1, 1) * x0 + t.view(-1, 1, 1, 1) * noise
         v = transformer(x, timestep=t * 1000, encoder_hidden_states=embeds[c], pooled_projections=pooled[c]).sample
         loss = F.mse_loss(v, noise - x0)
