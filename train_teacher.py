@@ -254,7 +254,11 @@ def main(args):
                 scores |= {mine[n]: value for n, value in zip(members, values.tolist())}
         scores = {i: s for part in common.gather(scores) for i, s in part.items()}  # all ranks participate
         rewards = torch.tensor([scores[i] for i in range(samples)], dtype=torch.float64)  # (N,)
-        advantage = group_advantage(rewards, torch.arange(samples) // args.group_size, args.std == "global")[mine].to(device)
+        groups, advantage = torch.arange(samples) // args.group_size, torch.zeros(samples)
+        for task in set(tasks):  # each task by its own std: a reward that varies little weighs as much as one that varies a lot
+            of_task = torch.tensor([t == task for t in tasks])[groups]  # (N,) bool
+            advantage[of_task] = group_advantage(rewards[of_task], groups[of_task], args.std == "global")
+        advantage = advantage[mine].to(device)  # (b,)
 
         # 4. Update: each optimizer step takes its share of every group; gradients are summed over micro-batches and processes.
         log = {}
