@@ -63,15 +63,15 @@ def read_prompts(path, flag="--prompts"):
         fail(f'{flag}: {path} is not JSON lines with a "prompt" in each')
 
 
-def prompt_files(given, tasks, split):
+def prompt_files(given, tasks, split, flag="--prompts"):
     """{task: file}: the --prompts given, the miniature's own for the other tasks."""
     for task in given:
         if task not in tasks:
-            fail(f"unknown task {task!r} in the prompts: this run has {', '.join(tasks)}")
+            fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
     files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
     for task, file in files.items():
         if not Path(file).is_file():
-            fail(f"no {split} prompts for task {task!r}: {file} is not a file; give --prompts {task}=FILE")
+            fail(f"no {split} prompts for task {task!r}: {file} is not a file; give {flag} {task}=FILE")
     return files
 
 
@@ -87,13 +87,23 @@ def check_adapter(path, flag):
         fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
 
 
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def check_out(out, resume=False, overwrite=False):
-    """A run never lands on another one: the folder must be new unless --resume or --overwrite."""
+    """A run never lands on anything else: the folder must be new or empty, unless it is a run and --resume or
+    --overwrite says what to do with it."""
     used = (Path(out) / "args.json").exists()
     if resume and overwrite:
         fail("--resume and --overwrite: choose one")
     if resume and not used:
         fail(f"--resume: there is no run in {out}")
+    if not used and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        fail(f"--out {out} is not an empty folder, and no run either: choose another")
     if used and not (resume or overwrite):
         fail(f"--out {out} already holds a run: choose another folder, or --resume it, or --overwrite it")
 

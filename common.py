@@ -3,6 +3,7 @@
 No method in here: the sampler is sde.py, the objectives are losses.py, the loops are the scripts.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,9 +41,14 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1:
         if not cuda:  # processes on one machine share its cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return rank, world, device
+
+
+def chunks(index, size):
+    """An index tensor in pieces of at most `size`; no piece at all where it is empty (torch.split gives an empty one)."""
+    return index.split(size) if len(index) else ()
 
 
 def share(number, rank, world):
@@ -175,8 +181,8 @@ def velocity(transformer, x, t, text, rows, guidance):
     v = transformer(
         x.to(transformer.dtype),
         timestep=1000 * t,
-        encoder_hidden_states=text["embeds"][rows],
-        pooled_projections=text["pooled"][rows],
+        encoder_hidden_states=text["embeds"][rows].to(transformer.dtype),
+        pooled_projections=text["pooled"][rows].to(transformer.dtype),
         return_dict=False,
     )[0].float()
     if guidance != 1:
@@ -195,6 +201,8 @@ def initial_noise(pipe, generators, size=None):
     """One (C, H, W) per generator: (B, C, H, W). size: image pixels; default the transformer's own."""
     config = pipe.transformer.config
     side = size // pipe.vae_scale_factor if size else config.sample_size
+    if not generators:  # a process without a part
+        return torch.empty(0, config.in_channels, side, side, device=pipe.device)
     return torch.stack([torch.randn(config.in_channels, side, side, generator=g) for g in generators]).to(pipe.device)
 
 
@@ -215,7 +223,8 @@ def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
         noise = initial_noise(pipe, [generator(*key) for key in keys[i : i + batch]], size)
         latents = rollout(lambda x, t, r=rows: velocity(pipe.transformer, x, t, text, r, guidance), noise, grid, a=0.0).x[-1]
         images.append(decode(pipe.vae, latents).cpu())
-    return torch.cat(images)
+    side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -293,14 +302,18 @@ class StopSignal:
 
     def __init__(self):
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame):
         self.received += 1
         if self.received > 1:
             os._exit(128 + number)
         print("\nstopping after this iteration; again to stop at once", file=sys.stderr, flush=True)
+
+    def restore(self):
+        """After the loop: Ctrl-C is Ctrl-C again."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def stop(self):
         return any(gather(self.received))
@@ -315,8 +328,13 @@ def log_line(run, values):
 def cut_log(run, iteration):
     """After --resume: drop the lines of iterations that are run again."""
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["iteration"] < iteration))
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed while it wrote
+            kept += [line + "\n"] if json.loads(line)["iteration"] < iteration else []
+    beside = path.with_name("metrics.tmp")
+    beside.write_text("".join(kept))
+    os.replace(beside, path)
 
 
 def draw_curves(run, panels):

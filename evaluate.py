@@ -17,7 +17,7 @@ import json
 import math
 from pathlib import Path
 
-from cli import TASKS, check_adapter, check_model, fail, make_parser, pairs, prompt_files, read_prompts, save_json
+from cli import TASKS, check_adapter, check_model, fail, make_parser, pairs, positive, prompt_files, read_prompts, save_json
 
 COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
 SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
@@ -33,14 +33,15 @@ def parse_args():
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
     flag("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
-    flag("--steps", type=int, default=16, help="ODE steps (40 in the paper)")
+    flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--size", type=int, help="image side in pixels; default the model's own")
     flag("--seed", type=int, default=0, help="of the initial noise")
-    flag("--batch", type=int, default=128, help="images per forward pass; does not change the result beyond rounding")
-    flag("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png; replaced")
+    flag("--batch", type=positive, default=128, help="images per forward pass; does not change the result beyond rounding")
+    flag("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png")
+    flag("--overwrite", action="store_true", help="replace the evaluation in --out")
     args = parser.parse_args()
 
     check_model(args.model)
@@ -63,8 +64,9 @@ def parse_args():
         if task not in TASKS and task not in given:
             fail(f"unknown task {task!r}: one of {', '.join(TASKS)}")
     args.prompts = {} if args.prompt else prompt_files(given, args.tasks, "test")
-    if args.steps < 1:
-        fail("--steps must be at least 1")
+    name = "prompts.png" if args.prompt else "results.json"
+    if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
+        fail(f"--out {args.out} holds a run or an evaluation: choose another folder, or --overwrite the evaluation")
     return args
 
 
@@ -196,40 +198,35 @@ def picture_grid(path, images, prompts, scores=None):
     page.save(path)
 
 
-def report(args, pipe, text, tests, models, run, rank=0, world=1):
+def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
-    scores, pictures = score_models(
-        pipe,
-        text,
-        models,
-        tests,
-        load_scorers(args.rewards, tests),
-        args.eval_steps,
-        dict.fromkeys(models, args.guidance),
-        0,
-        args.micro_batch,
-        args.size,
-        rank,
-        world,
-    )
+    guidance = dict.fromkeys(models, args.guidance)
+    how = (args.eval_steps, guidance, 0, args.micro_batch, args.size, rank, world)
+    scores, pictures = score_models(pipe, text, models, tests, scorers, *how)
     if rank > 0:
         return
     live, file = summarise(scores), Path(args.model) / "results.json"
-    recorded = json.loads(file.read_text())["results"] if file.exists() else {}
-    recorded = {name: row for name, row in recorded.items() if name != "merged"}  # it is the start, evaluated live
-    notes = {name: "recorded" for name in recorded} | {"oracle": "recorded: each task asked of its own teacher"}
-    lines = [table(recorded | live, notes), ""]
+    recorded = json.loads(file.read_text()) if file.exists() else {"flags": {}, "results": {}}
+    lines, results = [], {name: row for name, row in recorded["results"].items() if name != "merged"}  # it is the live start
+    ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
+    changed = [name for name, value in ours.items() if recorded["flags"].get(name) != value]
+    number = len(next(iter(tests.values()))[0])
+    changed += ["number of prompts"] if any(row["geneval"]["n"] != number for row in results.values()) else []
+    if results and changed:
+        lines.append(f"The recorded rows were made with other settings ({', '.join(changed)}): not comparable.\n")
+    notes = {name: "recorded" for name in results} | {"oracle": "recorded: each task asked of its own teacher"}
+    lines += [table(results | live, notes), ""]
     if len(tests) == 4:
         start = next(iter(models))
         gain, se = compare(scores["student"], scores[start])
         lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired: same prompts, same noise)")
         mean, se = average(scores["student"])
-        if "grpo_mix" in recorded:
-            other = recorded["grpo_mix"]["average"]
+        if "grpo_mix" in results and not changed:
+            other = results["grpo_mix"]["average"]
             lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
-        if "oracle" in recorded:
-            lines.append(f"student / oracle: {mean / recorded['oracle']['average']['mean']:.1%}")
+        if "oracle" in results and not changed:
+            lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
     save_grid(run / "grid.png", scores, pictures, tests)

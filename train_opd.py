@@ -28,7 +28,7 @@ import os
 import time
 from pathlib import Path
 
-from cli import check_adapter, check_model, check_out, fail, make_parser, pairs, prompt_files, read_prompts, save_json
+from cli import check_adapter, check_model, check_out, fail, make_parser, pairs, positive, prompt_files, read_prompts, save_json
 
 TEACHERS = ("geneval", "ocr", "deqa", "pickscore")
 OBJECTIVES = ("ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "kl", "trajectory", "ode", "sft")
@@ -56,7 +56,7 @@ def parse_args():
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="rows of the table in losses.py")
     flag("--mar_weight", type=float, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
-    flag("--clip_range", type=float, default=0.2, help="PPO clip: of a coordinate's ratio for ppo, of an image's else")
+    flag("--clip_range", type=float, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
     flag(
         "--rollout",
         choices=("student", "teacher"),
@@ -64,9 +64,9 @@ def parse_args():
         help="whose states are labelled; teacher = off-policy distillation, a control (kl and ode only)",
     )
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompts_per_iteration", type=int, default=8, help="distinct prompts, over all tasks and processes")
-    flag("--group_size", type=int, default=16, help="samples per prompt, G (24 in the paper)")
-    flag("--steps", type=int, default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all tasks and processes")
+    flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
+    flag("--steps", type=positive, default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag(
         "--train_steps",
         default="first",
@@ -84,22 +84,22 @@ def parse_args():
     )
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--size", type=int, help="image side in pixels; default the model's own")
-    flag("--sft_images", type=int, default=2048, help="images that the teachers paint for --objective sft, once")
+    flag("--sft_images", type=positive, default=2048, help="images that the teachers paint for --objective sft, once")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--iterations", type=int, default=40, help="rollouts; each gives --updates optimizer steps")
-    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of every group")
+    flag("--iterations", type=positive, default=40, help="rollouts; each gives --updates optimizer steps")
+    flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
     flag("--lr", type=float, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
     flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
     flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
-    flag("--ema_every", type=int, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
-    flag("--micro_batch", type=int, default=128, help="samples per forward pass; less if memory runs out, same result")
+    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
     flag("--seed", type=int, default=0)
     flag("--sample_every", type=int, default=10, help="iterations between sample pictures; 0 = never")
-    flag("--save_every", type=int, default=20, help="iterations between checkpoints")
+    flag("--save_every", type=positive, default=20, help="iterations between checkpoints")
     flag("--eval_prompts", type=int, default=256, help="test prompts per task in the final evaluation; 0 = none")
-    flag("--eval_steps", type=int, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
+    flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
     flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -110,7 +110,8 @@ def parse_args():
     args.teacher = pairs(args.teacher, "--teacher") or {task: f"{args.model}/adapters/{task}" for task in TEACHERS}
     tasks = list(args.teacher)
     args.prompts = prompt_files(pairs(args.prompts, "--prompts"), tasks, "train")
-    args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), tasks, "test") if args.eval_prompts else {}
+    tests = pairs(args.test_prompts, "--test_prompts")
+    args.test_prompts = prompt_files(tests, tasks, "test", "--test_prompts") if args.eval_prompts else {}
     args.task_mix = pairs(args.task_mix, "--task_mix", number=True) or {task: 1 for task in tasks}
     for flag in ("teacher_guidance", "teacher_alpha"):
         setattr(args, flag, pairs(getattr(args, flag), f"--{flag}", number=True))
@@ -122,10 +123,12 @@ def parse_args():
         if task not in args.task_mix:
             fail(f"--teacher {task}: its task is not in --task_mix; give it a share there or leave the teacher out")
         check_adapter(args.teacher[task], f"--teacher {task}")
-    if any(share < 1 or share != int(share) for share in args.task_mix.values()):
+    if any(share < 1 or share % 1 for share in args.task_mix.values()):
         fail("--task_mix: shares are whole numbers of at least 1")
     args.init = args.init or f"{args.model}/adapters/merged"
     args.anchor = args.anchor or f"{args.model}/adapters/deqa"
+    if args.clip_range is None:
+        args.clip_range = 0.2 if args.objective == "ppo" else 1e-4
     if args.mar_weight is None:
         args.mar_weight = 0.0 if args.objective == "sft" else 0.02
     for flag in ("init", "anchor"):
@@ -133,10 +136,14 @@ def parse_args():
             check_adapter(getattr(args, flag), f"--{flag}")
     if args.objective == "sft" and args.mar_weight:
         fail("--mar_weight: sft is a cold start and has no anchor; leave it out or 0")
+    if args.sft_images < len(tasks):
+        fail(f"--sft_images must be at least {len(tasks)}: one for every task")
     if args.objective == "ode":
         args.noise = 0.0
-    elif args.noise <= 0:
+    elif not 0 < args.noise < float("inf"):
         fail("--noise must be above 0 for this objective: without noise a step has no density; or take --objective ode")
+    if args.objective == "trajectory" and args.train_steps == "random:1":
+        fail("--train_steps random:1: the trajectory objective needs later steps to look ahead to; take at least 2")
     if args.rollout == "teacher" and args.objective not in ("kl", "ode"):
         fail(f"--rollout teacher goes with --objective kl or ode: {args.objective} needs actions that the student drew")
     if args.steps < 2:
@@ -178,7 +185,7 @@ from tqdm import tqdm
 import adapters
 import common
 import losses
-from evaluate import picture_grid, report
+from evaluate import load_scorers, picture_grid, report
 from sde import kl_weight, rollout, step
 
 
@@ -218,7 +225,7 @@ def paint_sft_images(pipe, text, args, train, run, rank, world):
         own, latents = common.share(args.sft_images, rank, world), {}
         for n, task in enumerate(tasks):
             g = args.teacher_guidance.get(task, args.guidance)
-            parts = torch.tensor([i for i in own if i % len(tasks) == n], dtype=torch.long).split(args.micro_batch)
+            parts = common.chunks(torch.tensor([i for i in own if i % len(tasks) == n], dtype=torch.long), args.micro_batch)
             for part in tqdm(parts, desc=f"{task} teacher paints", disable=rank > 0):
                 prompts = [train[task][i // len(tasks) % len(train[task])] for i in part.tolist()]
                 rows = torch.tensor([text["rows"][p] for p in prompts], device=pipe.device)
@@ -237,6 +244,7 @@ def paint_sft_images(pipe, text, args, train, run, rank, world):
 def main(args):
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
+    scorers = load_scorers(args.rewards, tasks) if args.eval_prompts else {}  # now, not after the training
     pipe = common.load_pipeline(args.model, device)
     transformer = pipe.transformer
 
@@ -272,6 +280,8 @@ def main(args):
     # Every derived number, once.
     grid = common.time_grid(pipe, args.steps)
     samples, G = args.prompts_per_iteration * args.group_size, args.group_size
+    if samples < world:
+        fail(f"{world} processes for {samples} samples an iteration: raise --prompts_per_iteration or start fewer")
     mine = common.share(samples, rank, world)
     cycle = [task for task in tasks for _ in range(int(args.task_mix[task]))]
     sizes = {task: args.sft_images // len(tasks) if sft else len(train[task]) for task in tasks}
@@ -283,16 +293,11 @@ def main(args):
         mar_scale[i] = (t - t_next) ** 2 / 2 if ode else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
     if rank == 0:
         print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
-        print(
-            f"{args.updates} updates of {samples // args.updates} images x {args.trained_steps} of {args.steps} steps",
-            flush=True,
-        )
+        print(f"{args.updates} updates of {samples // args.updates} images x {args.trained_steps} of {args.steps} steps")
 
     # Flags and files that change the mathematics; --resume refuses others.
-    harmless = (
-        "out resume overwrite iterations sample_every save_every micro_batch eval_prompts eval_steps test_prompts rewards"
-    )
-    harmless = harmless.split()
+    harmless = "out resume overwrite iterations sample_every save_every micro_batch eval_prompts eval_steps".split()
+    harmless += ["test_prompts", "rewards"]
     files = [args.model + "/transformer", *args.teacher.values(), *args.prompts.values(), args.init, args.anchor]
     state = {
         "flags": {k: v for k, v in vars(args).items() if k not in harmless},
@@ -321,9 +326,12 @@ def main(args):
         tick, log = time.time(), {}
         # 1. Prompts: every task in its share; which steps of the trajectory are trained.
         chosen = common.choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
+        slots = [task for task, _ in chosen]
+        portion = {task: slots.count(task) / len(slots) for task in tasks if task in slots}  # of the tasks in this iteration
         task_of = [chosen[i // G][0] for i in mine]  # b samples on this process
-        index = [chosen[i // G][1] + (i % G if sft else 0) for i in mine]  # sft: G different kept images instead of G samples
-        index = [n % sizes[task] for task, n in zip(task_of, index)]
+        index = [chosen[i // G][1] for i in mine]
+        if sft:  # not G samples of a prompt, but the next G images that its teacher painted
+            index = [(n + i % G) % sizes[task] for i, n, task in zip(mine, index, task_of)]
         rows = torch.tensor([text["rows"][train[task][n % len(train[task])]] for task, n in zip(task_of, index)], device=device)
         members = {
             task: torch.tensor([n for n, other in enumerate(task_of) if other == task], dtype=torch.long) for task in tasks
@@ -339,7 +347,7 @@ def main(args):
             mean_old = torch.empty_like(x[1:])  # (T, b, C, H, W)
             for task in tasks:
                 on, g = ("student", args.guidance) if args.rollout == "student" else (f"teacher_{task}", teacher_guidance[task])
-                for part in members[task].split(args.micro_batch):
+                for part in common.chunks(members[task], args.micro_batch):
                     trajectory = rollout(lambda x, t: velocity(on, x, t, part, g), noise[part], grid, args.noise,
                                          args.noise_kind, [generators[n] for n in part])  # fmt: skip
                     x[:, part], mean_old[:, part], std = trajectory.x, trajectory.mean, trajectory.std
@@ -355,11 +363,15 @@ def main(args):
                 for i in trained:
                     v_teacher[i], v_anchor[i] = torch.empty_like(noise), torch.empty_like(noise)
                 for task in tasks:
-                    for part in members[task].split(args.micro_batch):
+                    for part in common.chunks(members[task], args.micro_batch):
                         for i in trained:
                             v_teacher[i][part] = velocity(f"teacher_{task}", x[i, part], grid[i], part, teacher_guidance[task])
                             if args.mar_weight:
                                 v_anchor[i][part] = velocity(anchor, x[i, part], grid[i], part, args.guidance)
+                            if args.rollout == "teacher":  # the states are the teacher's, the KL is still the student's
+                                v = velocity("student", x[i, part], grid[i], part, args.guidance)
+                                times = (grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
+                                mean_old[i, part], _ = step(x[i, part], v, *times)
                 kl = {i: kl_to_teacher(args, grid, i, x[i], mean_old[i], v_teacher[i], std[i]) for i in trained}
             # trajectory objective: the KL still to come; when only some steps are trained they stand for all
             scale = (len(args.eligible_steps) - 1) / max(args.trained_steps - 1, 1)
@@ -372,7 +384,7 @@ def main(args):
             task_gradients = []
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
-                for part in ours.split(args.micro_batch) if len(ours) else ():
+                for part in common.chunks(ours, args.micro_batch):
                     for i in trained:
                         if sft:
                             v = common.velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)
@@ -389,6 +401,7 @@ def main(args):
                         (loss * share).backward()
                         for k, value in {"loss": loss.item(), **metrics}.items():
                             log[k] = log.get(k, 0.0) + value * share / args.updates
+                            log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * share / args.updates / portion[task]
                 task_gradients.append(common.take_gradients(student.values()))  # (P,) what this task alone asks for
             gradients = common.all_reduce(torch.stack(task_gradients))  # (tasks, P); all ranks participate
             common.give_gradients(student.values(), gradients.sum(0))
@@ -399,26 +412,30 @@ def main(args):
             if updates_done % args.ema_every == 0:
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
 
-        # 5. Log. KL: of all samples, and before and after the update on the first sample of every prompt.
+        # 5. Log, per task. KL: of all samples; before and after the update on the first sample of every prompt.
         if not sft:
             firsts = torch.tensor([n for n, i in enumerate(mine) if i % G == 0], dtype=torch.long)
-            for i in trained:
-                with torch.no_grad():
-                    v = velocity("student", x[i, firsts], grid[i], firsts, args.guidance)
-                    mean, _ = step(x[i, firsts], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
-                    after = kl_to_teacher(args, grid, i, x[i, firsts], mean, v_teacher[i][firsts], std[i])
-                for n, value in zip(firsts.tolist(), after.tolist()):
-                    count = sum(task == task_of[n] for task, _ in chosen) * len(trained)
-                    for name, term in (("kl_before", kl[i][n].item()), ("kl_after", value)):
-                        log[f"{name}/{task_of[n]}"] = log.get(f"{name}/{task_of[n]}", 0.0) + term / count
-                for task in tasks:
-                    count = max(1, sum(other == task for other, _ in chosen)) * G * len(trained)
-                    log[f"kl/{task}"] = log.get(f"kl/{task}", 0.0) + kl[i][members[task]].sum().item() / count
+            for task in portion:
+                first, count = members[task][torch.isin(members[task], firsts)], portion[task] * samples * len(trained)
+                for i in trained:
+                    after = torch.zeros(0)
+                    if len(first):
+                        with torch.no_grad():
+                            v = velocity("student", x[i, first], grid[i], first, args.guidance)
+                            mean, _ = step(x[i, first], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
+                            after = kl_to_teacher(args, grid, i, x[i, first], mean, v_teacher[i][first], std[i])
+                    terms = {"kl": kl[i][members[task]] / G, "kl_before": kl[i][first], "kl_after": after}
+                    for name, term in terms.items():
+                        log[f"{name}/{task}"] = log.get(f"{name}/{task}", 0.0) + term.sum().item() * G / count
         parts = common.gather(log)  # all ranks participate
         log = {k: sum(part.get(k, 0.0) for part in parts) for k in {k: None for part in parts for k in part}}
-        # Do the tasks pull the student in one direction (1), or against each other (-1)? From the last update.
-        cosine = torch.nn.functional.cosine_similarity(gradients[:, None], gradients[None], dim=-1)  # (tasks, tasks)
-        log |= {f"cosine/{a}-{b}": cosine[m, n].item() for m, a in enumerate(tasks) for n, b in enumerate(tasks) if m < n}
+        # Do the tasks (each with its part of MAR) pull in one direction (1), or against each other (-1)? Last update.
+        lengths = gradients.norm(dim=1)  # (tasks,)
+        cosine = gradients @ gradients.T / (lengths[:, None] * lengths).clamp(min=1e-30)  # (tasks, tasks)
+        for m, a in enumerate(tasks):
+            if a in portion:
+                log[f"grad_norm/{a}"] = lengths[m].item()
+                log |= {f"cosine/{a}-{b}": cosine[m, m + 1 + n].item() for n, b in enumerate(tasks[m + 1 :]) if b in portion}
         log = {"iteration": iteration} | log | {"grad_norm": norm.item(), "seconds": time.time() - tick}
         if rank == 0:
             common.log_line(run, log)
@@ -440,6 +457,7 @@ def main(args):
         if stop:
             break
 
+    signals.restore()
     done = iteration + 1 if start < args.iterations else start
     if done < args.iterations:
         if rank == 0:
@@ -457,10 +475,10 @@ def main(args):
             flush=True,
         )
     if tests:
-        start = "merged start" if Path(args.init).name == "merged" else "start"
+        name = "merged start" if Path(args.init).name == "merged" else "start"
         if layers:
             adapters.add_adapter(transformer, "init", layers, path=args.init, flag="--init")
-        report(args, pipe, text, tests, {start: "init" if layers else None, "student": "ema"}, run, rank, world)
+        report(args, pipe, text, tests, scorers, {name: "init" if layers else None, "student": "ema"}, run, rank, world)
         if rank == 0:
             print(
                 f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"\n'

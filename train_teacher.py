@@ -12,6 +12,7 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
  1. Every iteration holds all tasks of --mix in their proportions; the public code alternates whole epochs.
  2. Noise and prompts are functions of (seed, iteration, sample), so the number of processes changes nothing.
  3. Rewards are put on 0..1 by their range before they are weighted, so that weights mean what they say.
+ 4. No KL to the base by default (--beta): the miniature's runs are too short to drift far.
 """
 
 import time
@@ -25,6 +26,7 @@ from cli import (
     fail,
     make_parser,
     pairs,
+    positive,
     prompt_files,
     read_prompts,
     save_json,
@@ -51,9 +53,9 @@ def parse_args():
     flag("--rank", type=int, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
     flag("--alpha", type=float, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompts_per_iteration", type=int, default=8, help="distinct prompts, over all processes")
-    flag("--group_size", type=int, default=16, help="samples per prompt, G (24 in the paper)")
-    flag("--steps", type=int, default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all processes")
+    flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
+    flag("--steps", type=positive, default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--noise", type=float, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag(
@@ -67,23 +69,23 @@ def parse_args():
     flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--size", type=int, help="image side in pixels; default the model's own")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--iterations", type=int, default=100, help="rollouts; each gives --updates optimizer steps")
-    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of every group")
+    flag("--iterations", type=positive, default=100, help="rollouts; each gives --updates optimizer steps")
+    flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
     flag("--lr", type=float, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
     flag("--clip_range", type=float, default=1e-2, help="PPO clip of the ratio of mean log-probs")
     flag("--beta", type=float, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
     flag("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
     flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
     flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
-    flag("--ema_every", type=int, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
-    flag("--micro_batch", type=int, default=128, help="samples per forward pass; less if memory runs out, same result")
+    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
     flag("--seed", type=int, default=0)
     flag("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
     flag("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
-    flag("--eval_steps", type=int, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
-    flag("--save_every", type=int, default=50, help="iterations between checkpoints")
+    flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
+    flag("--save_every", type=positive, default=50, help="iterations between checkpoints")
     flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args()
@@ -93,7 +95,7 @@ def parse_args():
     if args.mix:
         args.mix = pairs(args.mix, "--mix", number=True)
         args.tasks = list(args.mix)
-        if any(share < 1 or share != int(share) for share in args.mix.values()):
+        if any(share < 1 or share % 1 for share in args.mix.values()):
             fail("--mix: shares are whole numbers of at least 1")
     else:
         args.reward = pairs([r if "=" in r else f"{r}=1" for r in args.reward], "--reward", number=True)
@@ -103,12 +105,12 @@ def parse_args():
         if task not in TASKS and task not in pairs(args.prompts, "--prompts"):
             fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
     args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train")
-    args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test")
+    args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test", "--test_prompts")
     if args.group_size < 2:
         fail("--group_size must be at least 2: a group of one has no mean to be better than")
     if args.steps < 2:
         fail("--steps must be at least 2")
-    if args.noise <= 0:
+    if not 0 < args.noise < float("inf"):
         fail("--noise must be above 0: without noise there is no policy to take the gradient of")
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
@@ -190,14 +192,15 @@ def main(args):
     # Every derived number, once.
     grid = common.time_grid(pipe, args.steps)
     samples = args.prompts_per_iteration * args.group_size
+    if samples < world:
+        fail(f"{world} processes for {samples} samples an iteration: raise --prompts_per_iteration or start fewer")
     mine = common.share(samples, rank, world)
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
-        print(
-            f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size} samples, {world} process(es)"
-        )
+        prompts = args.prompts_per_iteration
+        print(f"{samples} images an iteration = {prompts} prompts x {args.group_size} samples, {world} process(es)")
         print(f"{args.updates} updates of {samples // args.updates} images x {trained_steps} of {args.steps} steps", flush=True)
 
     # Flags and files that change the mathematics; --resume refuses others.
@@ -237,14 +240,16 @@ def main(args):
         noise = common.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
         x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
         old_log_prob = noise.new_empty(args.steps, len(mine))  # (T, b)
-        for part in torch.arange(len(mine)).split(args.micro_batch):
+        for part in common.chunks(torch.arange(len(mine)), args.micro_batch):
             own = [generators[n] for n in part]
             velocity = lambda x, t, r=rows[part]: common.velocity(transformer, x, t, text, r, args.guidance)
             trajectory = rollout(velocity, noise[part], grid, args.noise, args.noise_kind, own, noisy)
             x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
 
         # 3. Rewards and advantages: every process scores its own images, all share the numbers.
-        images = torch.cat([common.decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])
+        images = torch.cat(
+            [common.decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)]
+        )  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):
             members = [n for n, i in enumerate(mine) if tasks[i // args.group_size] == task]
@@ -264,7 +269,7 @@ def main(args):
         log = {}
         for update in range(args.updates):
             ours = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update], dtype=torch.long)
-            for part in ours.split(args.micro_batch) if len(ours) else ():
+            for part in common.chunks(ours, args.micro_batch):
                 for i in trained:
                     v = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)  # (c, C, H, W)
                     mean, _ = step(x[i, part], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
@@ -322,6 +327,7 @@ def main(args):
         if stop:
             break
 
+    signals.restore()
     if rank == 0:
         done = iteration + 1 if start < args.iterations else start
         adapter = common.checkpoints(run)[-1] / "adapter"
