@@ -518,7 +518,7 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
-def train_vae(vae, images, steps=1500, batch=64):
+def train_vae(vae, images, steps, batch=64):
     """Reconstruction (L1 + L2) with a small KL; then the two numbers that make latents zero-mean, unit-variance."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, weight_decay=0)
     generator = torch.Generator().manual_seed(1)
@@ -620,7 +620,7 @@ def train_transformer(pipe, latents, captions, noisy, state_path, steps, batch=1
 # ----------------------------------------------------------------------------------------------------------
 
 
-def build_base(out, work, steps, images):
+def build_base(out, work, steps, vae_steps, images):
     """Prompts, tokenizers, text encoders, VAE, transformer. Every part is kept in `work` as soon as it is done."""
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file, save_file
@@ -639,7 +639,7 @@ def build_base(out, work, steps, images):
     if (work / "vae").exists():
         pipe.vae = AutoencoderKL.from_pretrained(work / "vae")
     else:
-        train_vae(pipe.vae, pictures)
+        train_vae(pipe.vae, pictures, vae_steps)
         pipe.vae.save_pretrained(work / "vae.tmp")
         os.replace(work / "vae.tmp", work / "vae")
     if not (work / "latents.safetensors").exists():
@@ -712,11 +712,12 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=6600, help="training steps of the transformer, 128 images each (default: 6600)"
     )
+    parser.add_argument("--vae_steps", type=int, default=1500, help="training steps of the VAE, 64 images each (default: 1500)")
     parser.add_argument("--images", type=int, default=60_000, help="training images (default: 60000)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "base"):
-        build_base(args.out, args.work, args.steps, args.images)
+        build_base(args.out, args.work, args.steps, args.vae_steps, args.images)
     if args.stage in ("all", "adapters"):
         train_adapters(args.out, args.work)
         finish(args.out, args.work)

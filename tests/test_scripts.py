@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from cli import TASKS
 
 TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 2 --eval_steps 2".split()
 OPD = [*TINY, "--eval_prompts", "0", "--sample_every", "0"]
@@ -25,7 +29,7 @@ def call(monkeypatch, script, *flags):
 def shell(*words, processes=1):
     """The same in fresh processes, under torchrun where there are several."""
     if processes > 1:
-        words = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", *words)
+        words = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
 
@@ -50,7 +54,7 @@ def test_opd_trains_with_every_objective(monkeypatch, tmp_path, objective):
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in log)
     assert all(line["grad_norm"] > 0 for line in log)
     if objective != "sft":
-        assert all(log[0][f"kl/{task}"] > 0 for task in ("geneval", "ocr", "deqa", "pickscore"))
+        assert all(log[0][f"kl/{task}"] > 0 for task in TASKS)
     if objective.startswith("ppo"):
         assert log[0]["ratio_gap"] > 0  # the second update of an iteration sees a student that has moved
     assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/curves.png").exists()
@@ -71,7 +75,7 @@ def test_the_ratio_is_one_before_the_first_update(monkeypatch, tmp_path):
         ["--train_steps", "0,2"],
         ["--mar_weight", "0", "--anchor", "nowhere"],
         ["--anchor", "base"],
-        ["--guidance", "1"],
+        ["--guidance", "3"],
         ["--noise_kind", "cps"],
         ["--noise_kind", "dance"],
         ["--teacher_guidance", "ocr=1.5"],
@@ -81,15 +85,17 @@ def test_the_ratio_is_one_before_the_first_update(monkeypatch, tmp_path):
 )
 def test_opd_flags(monkeypatch, tmp_path, flags):
     call(monkeypatch, "train_opd", *OPD, "--iterations", 1, *flags, "--out", tmp_path / "run")
-    assert metrics(tmp_path / "run")[0]["grad_norm"] > 0
+    line = metrics(tmp_path / "run")[0]
+    assert line["grad_norm"] > 0 and all(value > 0 for key, value in line.items() if key.startswith("kl"))
 
 
 def test_opd_lowers_the_kl(monkeypatch, tmp_path):
-    """Learning, not only running: after 8 iterations the KL to the teachers is clearly below where it started."""
-    flags = "--prompts_per_iteration 4 --group_size 8 --steps 4 --iterations 8 --mar_weight 0 --eval_prompts 0 --sample_every 0".split()
-    call(monkeypatch, "train_opd", *flags, "--out", tmp_path / "run")
-    kl = [sum(line[f"kl/{task}"] for task in ("geneval", "ocr", "deqa", "pickscore")) for line in metrics(tmp_path / "run")]
-    assert sum(kl[-2:]) < 0.8 * sum(kl[:2])
+    """Learning, not only running: on the same states the KL to the teachers is lower after the updates than before."""
+    settings = "--group_size 8 --steps 4 --iterations 6 --mar_weight 0 --eval_prompts 0 --sample_every 0"
+    call(monkeypatch, "train_opd", *settings.split(), "--out", tmp_path / "run")
+    log = metrics(tmp_path / "run")
+    before, after = (sum(line[f"{name}/{task}"] for line in log for task in TASKS) for name in ("kl_before", "kl_after"))
+    assert after < before
 
 
 def test_opd_needs_no_scorer_and_no_vae(monkeypatch, tmp_path):
@@ -131,13 +137,15 @@ def test_opd_final_evaluation_and_pictures(monkeypatch, tmp_path, capsys):
         ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", "geneval", "ocr", "deqa", "pickscore"],
         ["--mix", "geneval=3", "ocr=1", "pickscore=1"],
         ["--reward", "ocr", "--window", "1"],
-        ["--reward", "ocr", "--beta", "0.04", "--std", "group"],
+        ["--reward", "deqa", "--beta", "0.04", "--std", "group"],
         ["--reward", "ocr", "--init", "toy/adapters/merged"],
     ],
 )
 def test_teacher_trains(monkeypatch, tmp_path, flags):
     call(monkeypatch, "train_teacher", *TINY, "--eval_prompts", 4, "--eval_every", 2, *flags, "--out", tmp_path / "run")
     log = metrics(tmp_path / "run")
+    if "deqa" in flags:  # after three noisy steps nothing is legible, but something is dirty
+        assert all(line["grad_norm"] > 0 for line in log)
     assert len(log) == 2 and all(0 <= line["reward"] <= 1 for line in log) and any(k.startswith("test/") for k in log[-1])
     assert (tmp_path / "run/adapter/adapter_config.json").exists() and list((tmp_path / "run/samples").glob("*.png"))
     if "--beta" in flags:
@@ -196,18 +204,19 @@ def test_resume_goes_on_where_it_stopped(monkeypatch, tmp_path):
     "script,flags",
     [
         ("train_opd", ["--eval_prompts", "0", "--sample_every", "0"]),
-        ("train_teacher", ["--reward", "ocr", "--eval_every", "0"]),
+        ("train_teacher", ["--reward", "deqa", "--eval_every", "0"]),
     ],
 )
 def test_two_processes_give_the_curve_of_one(tmp_path, script, flags):
     common_flags = [
         f"{script}.py",
-        *"--prompts_per_iteration 4 --group_size 4 --steps 3 --iterations 3 --eval_steps 2".split(),
+        *"--prompts_per_iteration 3 --group_size 4 --steps 3 --iterations 3 --eval_steps 2".split(),
         *flags,
     ]
     for processes in (1, 2):
         done = shell(*common_flags, "--out", tmp_path / str(processes), processes=processes)
         assert done.returncode == 0, done.stderr
+    assert all(line["grad_norm"] > 0 for line in metrics(tmp_path / "1"))  # there was something to disagree about
     torch.testing.assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"), rtol=1e-4, atol=1e-5)
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
         for key in one.keys() - {"seconds", "ratio_gap", "clip_fraction"}:
@@ -255,6 +264,13 @@ BAD = {
         (["--objective", "nonsense"], "--objective"),
         (["--itertions", "3"], "--itertions"),
         (["--out", "USED"], "--overwrite"),
+        (["--out", "FULL", "--overwrite"], "--out"),
+        (["--resume", "--overwrite"], "choose one"),
+        (["--updates", "0"], "--updates"),
+        (["--micro_batch", "x"], "--micro_batch"),
+        (["--noise", "nan"], "--noise"),
+        (["--rewards", "no_such_module"], "no_such_module"),
+        (["--test_prompts", "ocr=nowhere.txt"], "--test_prompts"),
         (["--out", "NEW", "--resume"], "--resume"),
     ],
     "train_teacher": [
@@ -277,15 +293,18 @@ BAD = {
         (["--tasks", "zebra"], "zebra"),
         (["--model_guidance", "zebra=1"], "zebra"),
         (["--steps", "0"], "--steps"),
+        (["--out", "USED"], "--out"),
     ],
 }
 
 
 @pytest.mark.parametrize("script,flags,named", [(s, f, n) for s, cases in BAD.items() for f, n in cases])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(monkeypatch, tmp_path, capsys, script, flags, named):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("not a run")
     (tmp_path / "used").mkdir()
     (tmp_path / "used/args.json").write_text("{}")
-    places = {"USED": str(tmp_path / "used"), "NEW": str(tmp_path / "new")}
+    places = {"USED": str(tmp_path / "used"), "FULL": str(tmp_path / "full"), "NEW": str(tmp_path / "new")}
     flags = [places.get(f, f) for f in flags]
     if "--out" not in flags:
         flags += ["--out", str(tmp_path / "new")]
@@ -308,25 +327,30 @@ def test_a_damaged_teacher_stops_the_real_process_in_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and "damaged" in done.stderr
 
 
-def test_the_readmes_commands_parse(monkeypatch):
-    """Every `python X.py …` and torchrun line of the README has flags that exist and files that are there or are outputs."""
-    lines = [line.strip().removeprefix("$ ") for line in Path("README.md").read_text().splitlines()]
-    commands = [
-        line.split("#")[0].split("&&")[-1].split() for line in lines if line.startswith(("python ", "torchrun ", "git clone"))
-    ]
-    scripts = 0
+def readme_commands():
+    """Every command line of the README's code blocks, as words."""
+    text = Path("README.md").read_text()
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    parts = [part for line in lines for part in shlex.split(line, comments=True) and line.split("#")[0].split("&&")]
+    return [shlex.split(part) for part in parts if any(word in part for word in ("python", "torchrun", "pip "))]
+
+
+def test_the_readmes_commands_parse(monkeypatch, tmp_path):
+    """Scripts accept their flags as written (outputs of earlier commands stand in as the merged adapter); pip and pytest
+    commands name files that exist."""
+    commands = readme_commands()
+    assert any("requirements.txt" in words for words in commands) and any("pytest" in words for words in commands)
+    assert sum(words[-1] == "train_opd.py" for words in commands) >= 1  # the main job, without a flag
     for words in commands:
-        names = [w for w in words if w.endswith(".py")]
-        if not names or names[0] == "toy.py":
+        script = next((word for word in words if word.endswith(".py")), None)
+        if script is None or script == "toy.py":
             continue
-        module = importlib.import_module(names[0].removesuffix(".py"))
-        flags = [w.strip('"') for w in words[words.index(names[0]) + 1 :]]
-        known = {s for s in module_flags(module)}
-        assert all(f in known for f in flags if f.startswith("--")), words
-        scripts += 1
-    assert scripts >= 6
-
-
-def module_flags(module):
-    """The flags of a script, read from its --help."""
-    return {w.strip(",[]") for w in shell(f"{module.__name__}.py", "--help").stdout.split() if w.strip(",[]").startswith("--")}
+        flags = [
+            "toy/adapters/merged" if re.fullmatch(r"runs/(merged|opd/adapter)", w) else w
+            for w in words[words.index(script) + 1 :]
+        ]
+        flags = [re.sub(r"=runs/.*", "=toy/adapters/merged", flag) for flag in flags]
+        if "--out" not in flags:
+            flags += ["--out", str(tmp_path / "new")]
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        importlib.import_module(script.removesuffix(".py")).parse_args()
