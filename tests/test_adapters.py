@@ -128,8 +128,8 @@ def damage(path, how):
     tensors = load_file(path / "adapter_model.safetensors")
     keys = sorted(tensors)
     if how == "unknown layer":
-        tensors["base_model.model.nowhere.lora_A.weight"] = tensors[keys[0]]
-        tensors["base_model.model.nowhere.lora_B.weight"] = tensors[keys[1]]
+        tensors["base_model.model.nowhere.lora_A.weight"] = tensors[keys[0]].clone()
+        tensors["base_model.model.nowhere.lora_B.weight"] = tensors[keys[1]].clone()
     if how == "half missing":
         tensors.pop(keys[0])
     if how == "wrong shape":
