@@ -100,7 +100,7 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
 
     models {name: adapter name on the backbone, or None for the base}; guidance {name: scale};
     tests {task: (prompts, metadata)}.
-    Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (4, 3, H, W)}} for the grid (rank 0)."""
+    Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (2, 3, H, W)}} for the grid (rank 0)."""
     scores, pictures = {name: {} for name in models}, {task: {} for task in tests}
     bar = tqdm(
         total=len(models) * sum(len(p) for p, _ in tests.values()),
@@ -121,7 +121,7 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
                     images = common.paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
                     for metric, scorer in scorers[task].items():
                         values[metric] += scorer(images, asked, [metadata[j] for j in part]).tolist()
-                    parts.append(images[: 4 if i == 0 else 0])
+                    parts.append(images[: 2 if i == 0 else 0])
                     bar.update(len(part) * world)
                 for metric, got in values.items():
                     scores[name][metric] = torch.tensor([v for part in common.gather(got) for v in part], dtype=torch.float64)
@@ -181,7 +181,8 @@ def picture_grid(path, images, prompts, scores=None):
     side = max(112, next(iter(images.values())).shape[-1])
     font, pad, line = ImageFont.load_default(12), 8, 16
     height = line + side + (line if scores else 0) + pad
-    page = Image.new("RGB", (pad + (side + pad) * len(images), line + pad + height * len(prompts)), "white")
+    width = max(pad + (side + pad) * len(images), 2 * pad + int(max(font.getlength(p[:120]) for p in prompts)))
+    page = Image.new("RGB", (width, line + pad + height * len(prompts)), "white")
     pen = ImageDraw.Draw(page)
     for column, (name, pictures) in enumerate(images.items()):
         x = pad + (side + pad) * column
@@ -189,7 +190,7 @@ def picture_grid(path, images, prompts, scores=None):
         for row in range(len(prompts)):
             y = line + pad + height * row
             if column == 0:
-                pen.text((x, y), prompts[row][: int(page.width / 6.3)], "black", font)
+                pen.text((x, y), prompts[row][:120], "black", font)
             picture = (pictures[row] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             page.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x, y + line))
             if scores:

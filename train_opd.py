@@ -86,7 +86,7 @@ def parse_args():
     flag("--size", type=int, help="image side in pixels; default the model's own")
     flag("--sft_images", type=positive, default=2048, help="images that the teachers paint for --objective sft, once")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--iterations", type=positive, default=40, help="rollouts; each gives --updates optimizer steps")
+    flag("--iterations", type=positive, default=60, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
     flag("--lr", type=float, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
     flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
