@@ -325,16 +325,21 @@ def log_line(run, values):
         file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
 
 
+def read_log(run):
+    """The lines of metrics.jsonl as dicts; a last line that was cut by a kill is left out."""
+    path, lines = Path(run) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def cut_log(run, iteration):
     """After --resume: drop the lines of iterations that are run again."""
-    path = Path(run) / "metrics.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed while it wrote
-            kept += [line + "\n"] if json.loads(line)["iteration"] < iteration else []
-    beside = path.with_name("metrics.tmp")
+    kept = [json.dumps(line) + "\n" for line in read_log(run) if line["iteration"] < iteration]
+    beside = Path(run) / "metrics.tmp"
     beside.write_text("".join(kept))
-    os.replace(beside, path)
+    os.replace(beside, Path(run) / "metrics.jsonl")
 
 
 def draw_curves(run, panels):
@@ -344,7 +349,7 @@ def draw_curves(run, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(run)
     panels = {title: [n for n in names if any(n in line for line in log)] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)

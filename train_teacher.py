@@ -1,7 +1,7 @@
 """Stage 1: train one teacher by GRPO on one reward (Flow-GRPO, arXiv 2505.05470), or the GRPO-Mix baseline on several.
 
     python train_teacher.py --reward ocr                                     # one teacher, minutes on a laptop CPU
-    python train_teacher.py --reward deqa=0.4 pickscore=0.6 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
+    python train_teacher.py --reward deqa=0.78 pickscore=0.22 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
     python train_teacher.py --mix geneval=3 ocr=1 pickscore=1                # GRPO-Mix: one model, all rewards
     torchrun --nproc_per_node=8 train_teacher.py --reward ocr                # the same run on eight processes
 
@@ -85,6 +85,7 @@ def parse_args():
     flag("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
     flag("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
+    flag("--keep", choices=("last", "best"), default="last", help="the average that is kept; best = by mean test reward")
     flag("--save_every", type=positive, default=50, help="iterations between checkpoints")
     flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     flag("--overwrite", action="store_true", help="replace the run in --out")
@@ -317,6 +318,10 @@ def main(args):
                     if rank == 0:
                         file = run / "samples" / f"{task}_{iteration + 1:05d}.png"
                         picture_grid(file, {"student": images[:8]}, asked[:8], {"student": values[:8]})
+            mean = sum(log[f"test/{task}"] for task in tests) / len(tests)
+            if rank == 0 and mean > max((line["test"] for line in common.read_log(run) if "test" in line), default=-1):
+                adapters.save_adapter(run / "best", ema, config)
+            log["test"] = mean
         if rank == 0:
             common.log_line(run, log)
 
@@ -330,7 +335,7 @@ def main(args):
     signals.restore()
     if rank == 0:
         done = iteration + 1 if start < args.iterations else start
-        adapter = common.checkpoints(run)[-1] / "adapter"
+        adapter = run / "best" if args.keep == "best" and args.eval_every else common.checkpoints(run)[-1] / "adapter"
         if done < args.iterations:
             print(f"stopped after {done} iterations; go on with the same command and --resume")
         else:
