@@ -1,7 +1,7 @@
 """Stage 1: train one teacher by GRPO on one reward (Flow-GRPO, arXiv 2505.05470), or the GRPO-Mix baseline on several.
 
     python train_teacher.py --reward ocr                                     # one teacher, minutes on a laptop CPU
-    python train_teacher.py --reward deqa=0.78 pickscore=0.22 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
+    python train_teacher.py --reward deqa=0.4 pickscore=0.6 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
     python train_teacher.py --mix geneval=3 ocr=1 pickscore=1                # GRPO-Mix: one model, all rewards
     torchrun --nproc_per_node=8 train_teacher.py --reward ocr                # the same run on eight processes
 
