@@ -661,11 +661,11 @@ def build_base(out, work, steps, vae_steps, images):
 # How every adapter is trained: flags of train_teacher.py. deqa's is also MAR's anchor, the aesthetic teacher.
 # What objects there are and where is settled in the first steps, so geneval and grpo_mix explore and train those alone;
 # with all steps trained the late ones, whose gradient is larger, drown the signal in noise.
-# grpo_mix sees at least as many images (192 x 460) as the four teachers together (192 x 320 + 128 x 200), and keeps its
-# best: it peaked at iteration 260 and fell apart after 400.
+# grpo_mix stops at 260: a first run went to 460 (192 x 460 images, as many as the four teachers together), peaked at 260
+# by its test reward and fell apart after 400.
 EARLY = ["--window", "3", "--window_end", "3", "--prompts_per_iteration", "12"]
 ADAPTERS = {
-    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", *EARLY, "--iterations", "460", "--keep", "best"],
+    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", *EARLY, "--iterations", "260"],
     "geneval": ["--reward", "geneval", *EARLY, "--iterations", "260"],
     "ocr": ["--reward", "ocr", "--iterations", "90"],
     "deqa": ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", *TASKS, "--iterations", "110"],
