@@ -10,7 +10,7 @@ under their tasks' names, a row `oracle` asks each task of its own teacher: what
 
 Columns are the paper's: each metric on the test prompts of its own task, and
 Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, which fits all published rows.
-Deterministic: the same flags give the same table, on any number of processes.
+Deterministic: the same flags give the same table; on another number of processes, the same up to rounding.
 """
 
 import json
@@ -212,8 +212,8 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     lines, results = [], {name: row for name, row in recorded["results"].items() if name != "merged"}  # it is the live start
     ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
     changed = [name for name, value in ours.items() if recorded["flags"].get(name) != value]
-    number = len(next(iter(tests.values()))[0])
-    changed += ["number of prompts"] if any(row["geneval"]["n"] != number for row in results.values()) else []
+    task, number = next((task, len(prompts)) for task, (prompts, _) in tests.items())
+    changed += ["number of prompts"] if any(row[task]["n"] != number for row in results.values() if task in row) else []
     if results and changed:
         lines.append(f"The recorded rows were made with other settings ({', '.join(changed)}): not comparable.\n")
     notes = {name: "recorded" for name in results} | {"oracle": "recorded: each task asked of its own teacher"}

@@ -1,6 +1,6 @@
 """The embedded default: a miniature of Stable Diffusion 3.5, four tasks, four scorers.
 
-    python toy.py                 # rebuild everything in toy/ from nothing (resumable; about 3 hours on 2 cores)
+    python toy.py                 # rebuild everything in toy/ from nothing (resumable; hours, not timed as a whole)
     python toy.py --stage base    # the base pipeline alone (tokenizers, text encoders, VAE, transformer)
 
 What it makes is committed, so nobody has to run it. `toy/` is a directory that stock diffusers loads:
@@ -18,8 +18,8 @@ files in toy/prompts/) and a scorer that is a program, `(images, prompts, metada
                                                                  backgrounds, and as many of the subject as fit
 
 The tasks pull against each other on purpose, as the paper's do: pickscore wants four objects on gold where
-geneval counts. The base learns from data in which `WRONG` of the captions are wrong and `FLAWED` of the
-images are spoilt, so it starts where SD3.5-Medium starts and reinforcement learning has something to mend.
+geneval counts. `FLAWED` of the base's images are spoilt, and late in its training `WRONG` of the captions of every
+second batch are wrong, so that reinforcement learning has something to mend.
 """
 
 import argparse
