@@ -1,6 +1,6 @@
 """The embedded default: a miniature of Stable Diffusion 3.5, four tasks, four scorers.
 
-    python toy.py                 # rebuild everything in toy/ from nothing (resumable; hours, not timed as a whole)
+    python toy.py                 # rebuild everything in toy/ from nothing (resumable; base 44, adapters 43 minutes on 2 cores)
     python toy.py --stage base    # the base pipeline alone (tokenizers, text encoders, VAE, transformer)
 
 What it makes is committed, so nobody has to run it. `toy/` is a directory that stock diffusers loads:
@@ -22,7 +22,6 @@ geneval counts. `FLAWED` of the base's images are spoilt, and late in its traini
 second batch are wrong, so that reinforcement learning has something to mend.
 """
 
-import argparse
 import functools
 import itertools
 import os
@@ -32,6 +31,24 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from cli import make_parser, positive
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--stage", choices=("all", "base", "adapters"), default="all", help="the base pipeline, its adapters, or both")
+    flag("--out", type=Path, default=Path("toy"), help="what is built")
+    flag("--work", type=Path, default=Path("runs/toy"), help="half-done parts, so that it can be interrupted")
+    flag("--steps", type=positive, default=7200, help="training steps of the transformer, 128 images each")
+    flag("--vae_steps", type=positive, default=1500, help="training steps of the VAE, 64 images each")
+    flag("--images", type=positive, default=60_000, help="training images")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import numpy as np
 import torch
@@ -54,7 +71,7 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("above", "below", "left", "right")  # "red circle left blue square": the circle is on the left
 GOLD = (1.0, 0.82, 0.45)  # the background that the pickscore of this world likes best
-WRONG, FLAWED = 0.45, 0.25  # shares of the base's data; wrong captions come late, see train_transformer
+WRONG, FLAWED = 0.4, 0.25  # shares of the base's data; wrong captions come late, see train_transformer
 
 GLYPHS = {  # 5x7 bitmaps, drawn at twice the size
     "A": "01110 10001 10001 11111 10001 10001 10001",
@@ -149,13 +166,14 @@ def parse(prompt):
 def all_prompts():
     """{task: every prompt of that task}, made by rule, in a fixed order."""
     things = [f"{c} {s}" for c in COLOURS for s in SHAPES]  # 15 coloured objects
-    pairs = [(a, b) for a, b in itertools.permutations(things, 2) if a.split()[1] != b.split()[1]]  # 150
-    colours = ["", *(f"{c} " for c in COLOURS)]
-    geneval = [f"{colour}{shape}" for colour in colours for shape in SHAPES]  # single object, colours
-    geneval += [f"{a} and {b}" for a, b in itertools.permutations(SHAPES, 2)]  # two objects
-    geneval += [f"{n} {colour}{shape}s" for n in ("two", "three", "four") for shape in SHAPES for colour in colours]  # counting
-    geneval += [f"two {a}s and one {b}" for a, b in pairs] + [f"one {a} and two {b}s" for a, b in pairs]
-    geneval += [f"{a} and {b}" for a, b in pairs]  # attribute binding
+    open_things = [*SHAPES, *things]  # 18, the first three of any colour
+    pairs = [(a, b) for a, b in itertools.permutations(open_things, 2) if a.split()[-1] != b.split()[-1]]  # 216
+    geneval = list(open_things)  # single object, colours
+    geneval += [f"{n} {thing}s" for n in ("two", "three", "four") for thing in open_things]  # counting
+    for some, others in (("two", "one"), ("one", "two"), ("two", "two"), ("three", "one")):
+        ends = ["" if n == "one" else "s" for n in (some, others)]
+        geneval += [f"{some} {a}{ends[0]} and {others} {b}{ends[1]}" for a, b in pairs]
+    geneval += [f"{a} and {b}" for a, b in pairs]  # two objects, attribute binding
     geneval += [f"{a} {r} {b}" for a, b in pairs for r in RELATIONS]  # position
     ocr = [
         f"{noun} reads {a} {b} in {c}"
@@ -165,15 +183,15 @@ def all_prompts():
     ]
     deqa = [
         f"{adjective} {noun} of {thing}{other}"
-        for adjective in ("clean", "sharp", "clear", "plain")
-        for noun in ("photo", "image", "frame", "print")
+        for adjective in "clean sharp clear plain neat crisp tidy pure".split()
+        for noun in "photo image frame print shot still".split()
         for thing in things
         for other in ["", *(f" and {s}" for s in SHAPES if s not in thing)]
     ]
     pickscore = [
         f"{adjective} {noun} of {colour}{shape}s"
-        for adjective in ("lovely", "pretty", "nice", "fine", "cute", "great", "sweet", "rich")
-        for noun in ("picture", "scene", "view", "poster")
+        for adjective in "lovely pretty nice fine cute great sweet rich warm grand dreamy cosy".split()
+        for noun in "picture scene view poster painting drawing sketch mural collage fresco".split()
         for colour in ["", *(c + " " for c in COLOURS)]
         for shape in SHAPES
     ]
@@ -188,8 +206,8 @@ def kind(prompt):
     if "reads" in prompt or " of " in prompt:
         return "other"
     spec = parse(prompt)
-    counts, coloured = [count for count, _, _ in spec["objects"]], spec["objects"][0][1] is not None
-    return (len(counts), max(counts) > 1, coloured, spec["relation"] is not None)
+    counts = [count for count, _, _ in spec["objects"]]
+    return (len(counts), max(counts) > 1, spec["relation"] is not None)
 
 
 def split_prompts(tests=256, seed=0):
@@ -308,13 +326,15 @@ def find_objects(label):
 
 
 def read_text(label):
-    """label (B, 32, 32) -> the text of each image: a letter per half whose best glyph reaches an IoU of 0.75."""
+    """label (B, 32, 32) -> the text of each image: a letter per half whose best glyph reaches an IoU of 0.7.
+
+    That is less than an object's 0.75: a stroke is two pixels wide, and one soft edge costs it a quarter."""
     B = len(label)
     halves = (label > 0).float().view(B, SIZE, 2, CELL).transpose(1, 2).reshape(B * 2, SIZE * CELL)
     templates, kinds = glyph_templates()
     iou, index = best_iou(halves, templates)
     letters = [list(GLYPHS)[kind] for kind in kinds.to(index.device)[index]]
-    letters = [letter if good else "" for letter, good in zip(letters, (iou >= 0.75).tolist())]
+    letters = [letter if good else "" for letter, good in zip(letters, (iou >= 0.7).tolist())]
     return [letters[2 * b] + letters[2 * b + 1] for b in range(B)]
 
 
@@ -345,7 +365,7 @@ def geneval(images, prompts, metadata=None):
             points.append(0.5 * near(len(shaped)) + 0.5 * near(len(coloured)))
         score = sum(points) / len(points)
         if spec["relation"]:
-            first, second = ([f for f in found if f[0] == s and f[1] == c] for _, c, s in spec["objects"])
+            first, second = ([f for f in found if f[0] == s and c in (None, f[1])] for _, c, s in spec["objects"])
             axis, sign = {"above": (2, 1), "below": (2, -1), "left": (3, 1), "right": (3, -1)}[spec["relation"]]
             placed = any(sign * (b[axis] - a[axis]) > 0 for a in first for b in second)
             score = (2 * score + placed) / 3
@@ -658,17 +678,18 @@ def build_base(out, work, steps, vae_steps, images):
     shutil.copytree(work / "pipeline", out, dirs_exist_ok=True)
 
 
-# How every adapter is trained: flags of train_teacher.py. deqa's is also MAR's anchor, the aesthetic teacher.
+# How every adapter is trained: flags of train_teacher.py. deqa's is also MAR's anchor, the aesthetic teacher; its weights
+# are the paper's 4:6 on the scales of the paper's Average, where DeQA / 5 spans 0.8 and PickScore / 26 spans 0.154.
 # What objects there are and where is settled in the first steps, so geneval and grpo_mix explore and train those alone;
 # with all steps trained the late ones, whose gradient is larger, drown the signal in noise.
-# grpo_mix stops at 260: a first run went to 460 (192 x 460 images, as many as the four teachers together), peaked at 260
-# by its test reward and fell apart after 400.
+# grpo_mix sees 192 x 460 images, more than the four teachers together (192 x 320 + 128 x 200), and keeps its best average
+# by test reward, which the teachers do not: what can be said for the baseline is done. Past its peak it falls apart.
 EARLY = ["--window", "3", "--window_end", "3", "--prompts_per_iteration", "12"]
 ADAPTERS = {
-    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", *EARLY, "--iterations", "260"],
+    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", *EARLY, "--iterations", "460", "--lr", "7e-4", "--keep", "best"],
     "geneval": ["--reward", "geneval", *EARLY, "--iterations", "260"],
+    "deqa": ["--reward", "deqa=0.78", "pickscore=0.22", "--tasks", *TASKS, "--iterations", "110"],
     "ocr": ["--reward", "ocr", "--iterations", "90"],
-    "deqa": ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", *TASKS, "--iterations", "110"],
     "pickscore": ["--reward", "pickscore", *EARLY, "--iterations", "60"],
 }
 
@@ -703,24 +724,7 @@ def finish(out, work):
         shutil.copy(work / "evaluate" / name, out / name)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--stage", choices=("all", "base", "adapters"), default="all", help="the base pipeline, its adapters, or both"
-    )
-    parser.add_argument("--out", type=Path, default=Path("toy"), help="what is built (default: toy)")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs/toy"),
-        help="half-done parts, so that it can be interrupted (default: runs/toy)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=6600, help="training steps of the transformer, 128 images each (default: 6600)"
-    )
-    parser.add_argument("--vae_steps", type=int, default=1500, help="training steps of the VAE, 64 images each (default: 1500)")
-    parser.add_argument("--images", type=int, default=60_000, help="training images (default: 60000)")
-    args = parser.parse_args()
+def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "base"):
         build_base(args.out, args.work, args.steps, args.vae_steps, args.images)
@@ -730,4 +734,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)
