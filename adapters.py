@@ -12,13 +12,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import fail
+from cli import ADAPTER, check_adapter, fail, fetch
 
 # The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
 LORA_TARGETS = [
@@ -28,10 +29,9 @@ LORA_TARGETS = [
 
 def read_adapter(path, flag, alpha=None):
     """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}. Reads files alone."""
-    folder = Path(path)
-    file = next((f for n in ("adapter_model", "pytorch_lora_weights") if (f := folder / f"{n}.safetensors").is_file()), None)
-    if file is None:
-        fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
+    folder = Path(fetch(str(path), flag, ADAPTER))
+    check_adapter(str(folder), flag)
+    file = next(file for name in ADAPTER[1:] if (file := folder / name).is_file())
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
@@ -59,7 +59,8 @@ def read_adapter(path, flag, alpha=None):
         match = next((a for p, a in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), config.get("lora_alpha"))
         layer_alpha = alpha or match
         if layer_alpha is None:
-            fail(f"{flag} {path}: the file does not say its alpha; give --teacher_alpha NAME=ALPHA")
+            cure = "give --teacher_alpha TASK=ALPHA" if flag.startswith("--teacher") else "add its adapter_config.json"
+            fail(f"{flag} {path}: the file does not say its alpha; {cure}")
         layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))
     if not any(B.any() and A.any() for A, B, _ in layers.values()):
         fail(f"{flag} {path}: an all-zero adapter: it changes nothing, so it was not trained or not saved")
@@ -101,6 +102,23 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
         module.lora_B[name].weight.data.copy_(B)
     for parameter in adapter_parameters(transformer, name).values():
         parameter.requires_grad_(False)
+
+
+def add_student(transformer, args, layers):
+    """The student, a LoRA as `layers` say or a fresh one, and "ema", a second one that holds its running average; both
+    in float32 whatever the backbone is: an update of 1e-4 would be lost in bfloat16's three digits.
+
+    Returns {"LAYER.lora_A.weight": parameter, …} of each; the student's alone carry gradient."""
+    torch.manual_seed(args.seed)
+    for name in ("ema", "student"):
+        add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
+    student, ema = (adapter_parameters(transformer, name) for name in ("student", "ema"))
+    for parameter in (*student.values(), *ema.values()):
+        parameter.data = parameter.data.float()
+    for name, parameter in student.items():
+        parameter.requires_grad_(True)
+        ema[name].data.copy_(parameter.data)
+    return student, ema
 
 
 def adapter_parameters(transformer, name):

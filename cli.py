@@ -1,8 +1,10 @@
-"""What the scripts do before torch is imported: flags, files and one-line errors. Standard library only."""
+"""What the scripts do before torch is imported: flags, files and one-line errors. Standard library, and the hub where asked."""
 
 import argparse
+import functools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -75,23 +77,87 @@ def prompt_files(given, tasks, split, flag="--prompts"):
     return files
 
 
-def check_model(path):
-    if not (Path(path) / "model_index.json").is_file():
-        fail(f"--model {path}: not a diffusers pipeline (no model_index.json in it)")
+def at_least(low):
+    """argparse type: a whole number of at least `low`."""
+
+    def number(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
+
+
+def model_flags(parser):
+    """The base model and how it is held: the same flags in every script."""
+    flag = parser.add_argument_group("base model").add_argument
+    flag(
+        "--model",
+        default="toy",
+        metavar="DIR|HUB",
+        help="base pipeline: a directory that diffusers loads, or ORG/NAME[@REVISION]",
+    )
+    flag("--dtype", choices=("fp32", "bf16"), help="of the frozen backbone; default bf16 on a GPU, fp32 on a CPU. The trained "
+         "LoRA, the sampler's states, log-probs and KL are fp32 always")  # fmt: skip
+    flag("--no_t5", action="store_true", help="leave the third text encoder out (SD3.5: 9.5 GB to fetch; long prompts suffer)")
+    flag("--text_length", type=positive, default=128, help="T5 tokens, at most what the tokenizer allows")
+    flag("--cache_embeddings", metavar="DIR", help="keep text embeddings here; prompts found here need no text encoder")
+    flag("--size", type=positive, help="image side in pixels; default the model's own")
+
+
+# What is fetched from a hub repository: the parts of a diffusers pipeline (not the single-file copies beside them), a LoRA.
+PIPELINE = ("model_index.json", *(f"{n}/*" for n in ("transformer", "vae", "scheduler")),
+            *(f"{n}{i}/*" for n in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")))  # fmt: skip
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def hub_id(path):
+    """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here: then it is a path."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path)) and not Path(path.split("/")[0]).exists()
+
+
+@functools.cache
+def fetch(path, flag, files):
+    """A directory as it is; a hub id as the directory of its snapshot, fetched once, of those `files` (patterns) alone.
+
+    The hub's own rules hold: HF_TOKEN or `hf auth login` for gated models, HF_HUB_OFFLINE=1 for the cache alone."""
+    if not hub_id(path):
+        return path
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = path.partition("@")
+    try:
+        return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+    except errors.GatedRepoError:
+        fail(f"{flag} {path}: gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`")
+    except errors.RevisionNotFoundError:
+        fail(f"{flag} {path}: the hub has no revision {revision!r} of {name}")
+    except errors.RepositoryNotFoundError:
+        fail(f"{flag} {path}: neither a directory here nor a model on the hub (or a private one: run `hf auth login`)")
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        why = str(error).splitlines()[0][:100]
+        fail(f"{flag} {path}: no directory here, nothing in the hub's cache, no hub ({why}); try `hf download {name}`")
+
+
+def check_model(path, flag="--model"):
+    """A pipeline of the right kind, if it is here; a hub id is looked up when it is loaded."""
+    if hub_id(path):
+        return
+    try:
+        kind = json.loads((Path(path) / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{flag} {path}: not a diffusers pipeline (no model_index.json in it)")
+    if kind != "StableDiffusion3Pipeline":
+        fail(f"{flag} {path}: a {kind}; this code trains Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline)")
 
 
 def check_adapter(path, flag):
-    """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format."""
-    folder = Path(path)
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")):
+    """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format, or a hub id of one."""
+    if not hub_id(path) and not any((Path(path) / name).is_file() for name in ADAPTER[1:]):
         fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
-
-
-def positive(text):
-    """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def check_out(out, resume=False, overwrite=False):

@@ -1,4 +1,4 @@
-"""The plumbing that two copies of would drift apart: processes, noise, velocities, EMA, checkpoints, the log.
+"""The plumbing that two copies of would drift apart: processes, randomness, EMA, checkpoints, the log.
 
 No method in here: the sampler is sde.py, the objectives are losses.py, the loops are the scripts.
 """
@@ -10,22 +10,15 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as transformers_logging
 
 from adapters import save_adapter
 from cli import fail, save_json
-from sde import rollout
-
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
 
 # ----------------------------------------------------------------------------------------------------------
 # Processes. One or many, on CPU or GPU: the same names afterwards
@@ -57,7 +50,9 @@ def share(number, rank, world):
 
 
 def all_reduce(tensor):
-    """Sum over all processes, in place (all ranks participate)."""
+    """Sum over all processes, in place (all ranks participate). With take_gradients and give_gradients it is what
+    DistributedDataParallel does, once per optimizer step in one flat transfer; by hand, because adapters are switched
+    inside the model and micro-batches differ in number between processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -79,15 +74,6 @@ def give_gradients(parameters, flat):
         p.grad = gradient.view_as(p).clone()
 
 
-def sum_gradients(parameters):
-    """Sum the gradients over all processes in one flat transfer, once per optimizer step (all ranks participate).
-
-    What DistributedDataParallel does; by hand, because adapters are switched inside the model and micro-batches
-    differ in number between processes."""
-    parameters = list(parameters)
-    give_gradients(parameters, all_reduce(take_gradients(parameters)))
-
-
 def stop_processes():
     if dist.is_initialized():
         dist.barrier()  # rank 0 may still be writing
@@ -101,6 +87,12 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_logs(log):
+    """{metric: this process's part} -> {metric: sum over processes} (all ranks participate)."""
+    parts = gather(log)
+    return {k: sum(part.get(k, 0.0) for part in parts) for k in {k: None for part in parts for k in part}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,101 +122,15 @@ def choose(sizes, cycle, wanted, seed, iteration):
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The model: one frozen backbone, prompts embedded once, velocities
-# ----------------------------------------------------------------------------------------------------------
+def prompts_used(args, train, tests, sizes, cycle, mine, rank, world):
+    """The prompts that this process will need: choose() tells them beforehand, so that a run embeds these and no others.
 
-
-def load_pipeline(model, device):
-    """The stock pipeline, frozen and in eval mode: dropout would make the rollout's log-probs differ from the update's."""
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({str(error).splitlines()[0]})")
-    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        if part is not None:
-            part.requires_grad_(False).eval()
-    return pipe
-
-
-@torch.no_grad()
-def embed_prompts(pipe, prompts, length):
-    """A table of text embeddings, one row per distinct prompt, row 0 the empty prompt of guidance.
-
-    length: T5 tokens (128 in the papers, never more than the tokenizer's own limit).
-    Returns {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}."""
-    distinct = ["", *sorted(set(prompts) - {""})]
-    length = min(length, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 is not None else length
-    parts = [
-        pipe.encode_prompt(distinct[i : i + 64], None, None, do_classifier_free_guidance=False, max_sequence_length=length)
-        for i in range(0, len(distinct), 64)
-    ]
-    return {
-        "rows": {prompt: row for row, prompt in enumerate(distinct)},
-        "embeds": torch.cat([p[0] for p in parts]),
-        "pooled": torch.cat([p[2] for p in parts]),
-    }
-
-
-def velocity(transformer, x, t, text, rows, guidance):
-    """The guided velocity at x (B, C, H, W), t in [0, 1] (one, or one per sample), for the prompts in `rows` (B,) of
-    the table `text`: float32.
-
-    Classifier-free guidance: v = v_empty + guidance (v_prompt - v_empty). At guidance 1 one forward pass, not two."""
-    t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))  # (B,)
-    if guidance != 1:
-        x, t, rows = (
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            torch.cat([torch.zeros_like(rows), rows]),
-        )  # (2B, ...): empty first
-    v = transformer(
-        x.to(transformer.dtype),
-        timestep=1000 * t,
-        encoder_hidden_states=text["embeds"][rows].to(transformer.dtype),
-        pooled_projections=text["pooled"][rows].to(transformer.dtype),
-        return_dict=False,
-    )[0].float()
-    if guidance != 1:
-        empty, v = v.chunk(2)
-        v = empty + guidance * (v - empty)
-    return v
-
-
-def time_grid(pipe, steps):
-    """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0."""
-    pipe.scheduler.set_timesteps(steps)
-    return [float(s) for s in pipe.scheduler.sigmas]
-
-
-def initial_noise(pipe, generators, size=None):
-    """One (C, H, W) per generator: (B, C, H, W). size: image pixels; default the transformer's own."""
-    config = pipe.transformer.config
-    side = size // pipe.vae_scale_factor if size else config.sample_size
-    if not generators:  # a process without a part
-        return torch.empty(0, config.in_channels, side, side, device=pipe.device)
-    return torch.stack([torch.randn(config.in_channels, side, side, generator=g) for g in generators]).to(pipe.device)
-
-
-@torch.no_grad()
-def decode(vae, latents):
-    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
-    """ODE samples of the active adapter: images (N, 3, H, W) in [0, 1]. keys[i] seeds the noise of image i, so that
-    two models given the same keys start from the same noise."""
-    grid, images = time_grid(pipe, steps), []
-    for i in range(0, len(prompts), batch):
-        rows = torch.tensor([text["rows"][p] for p in prompts[i : i + batch]], device=pipe.device)
-        noise = initial_noise(pipe, [generator(*key) for key in keys[i : i + batch]], size)
-        latents = rollout(lambda x, t, r=rows: velocity(pipe.transformer, x, t, text, r, guidance), noise, grid, a=0.0).x[-1]
-        images.append(decode(pipe.vae, latents).cpu())
-    side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    return torch.cat(images) if images else torch.empty(0, 3, side, side)
+    train {task: prompts}, tests {task: (prompts, metadata)}, mine: this process's samples."""
+    slots, used = {i // args.group_size for i in mine}, set()
+    for iteration in range(args.iterations):
+        chosen = choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
+        used |= {train[task][n % len(train[task])] for slot, (task, n) in enumerate(chosen) if slot in slots}
+    return [*used, *(prompts[i] for prompts, _ in tests.values() for i in share(len(prompts), rank, world))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -242,14 +148,12 @@ def update_ema(ema, parameters, updates, decay):
 
 def sha256(path):
     """Of a file, or of the safetensors and JSON files in a directory: what --resume compares."""
-    files = (
-        [Path(path)]
-        if Path(path).is_file()
-        else sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json"))
-    )
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -276,6 +180,24 @@ def checkpoints(run):
     return sorted((Path(run) / "checkpoints").glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
 
 
+def begin_run(run, args, harmless, files, student, ema, optimizer, rank):
+    """Make the run folder, or put its newest checkpoint back. Returns the iterations done and what --resume will compare:
+    the flags, except `harmless` ones that do not change the mathematics, and the hashes of `files`."""
+    state = {
+        "flags": {k: v for k, v in vars(args).items() if k not in harmless},
+        "files": {str(f): sha256(f) for f in files if Path(f).exists()},
+    }
+    start = load_checkpoint(run, student, ema, optimizer, state) if args.resume else 0
+    if rank == 0:
+        if args.overwrite:
+            shutil.rmtree(run, ignore_errors=True)
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        save_json(run / "args.json", vars(args))
+        cut_log(run, start)
+    gather(None)  # the folder is there before anyone writes into it (all ranks participate)
+    return start, state
+
+
 def load_checkpoint(run, student, ema, optimizer, state):
     """Put the newest checkpoint back; refuse one made with other flags or files. Returns its iteration."""
     found = checkpoints(run)
@@ -293,8 +215,25 @@ def load_checkpoint(run, student, ema, optimizer, state):
             ema[k].copy_(tensors[f"ema.{k}"])
             names = [n for n in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{n}.{k}" in tensors]
             if names:
-                optimizer.state[p] = {n: tensors[f"optimizer.{n}.{k}"].to(p.device if n != "step" else "cpu") for n in names}
+                optimizer.state[p] = {n: tensors[f"optimizer.{n}.{k}"].to(p.device) for n in names}
     return saved["iteration"]
+
+
+class Stopwatch:
+    """Seconds of an iteration's phases. A GPU works ahead of Python: each lap waits until it is done."""
+
+    def __init__(self, device):
+        self.device, self.laps, self.began = device, {}, time.perf_counter()
+
+    def lap(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.laps[f"seconds/{phase}"] = time.perf_counter() - self.began - sum(self.laps.values())
+
+    def result(self):
+        """The laps, their sum, and on a GPU the peak of memory so far in GB (10^9 bytes)."""
+        memory = {"memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9} if self.device.type == "cuda" else {}
+        return {"seconds": time.perf_counter() - self.began} | self.laps | memory
 
 
 class StopSignal:

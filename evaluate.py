@@ -17,7 +17,19 @@ import json
 import math
 from pathlib import Path
 
-from cli import TASKS, check_adapter, check_model, fail, make_parser, pairs, positive, prompt_files, read_prompts, save_json
+from cli import (
+    TASKS,
+    check_adapter,
+    check_model,
+    fail,
+    make_parser,
+    model_flags,
+    pairs,
+    positive,
+    prompt_files,
+    read_prompts,
+    save_json,
+)
 
 COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
 SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
@@ -25,8 +37,8 @@ SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average di
 
 def parse_args():
     parser = make_parser(__doc__)
+    model_flags(parser)
     flag = parser.add_argument
-    flag("--model", default="toy", help="base pipeline: a directory that diffusers loads")
     flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
@@ -36,8 +48,6 @@ def parse_args():
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
-    flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
-    flag("--size", type=int, help="image side in pixels; default the model's own")
     flag("--seed", type=int, default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass; does not change the result beyond rounding")
     flag("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png")
@@ -81,14 +91,24 @@ from tqdm import tqdm
 
 import adapters
 import common
+from model import embed_prompts, load_pipeline, paint
 
 
-def load_scorers(module, tasks):
-    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict where the module has them."""
+def load_rewards(module, device="cpu"):
+    """{name: scorer} of a Python module's REWARDS; a scorer with weights gets the device, and loads them when first called."""
     try:
         rewards = importlib.import_module(module).REWARDS
     except (ImportError, AttributeError) as error:
         fail(f"--rewards {module}: no such module with REWARDS in it ({error})")
+    for scorer in rewards.values():
+        if hasattr(scorer, "device"):
+            scorer.device = device
+    return rewards
+
+
+def load_scorers(module, tasks, device="cpu"):
+    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict where the module has them."""
+    rewards = load_rewards(module, device)
     for task in tasks:
         if task not in rewards:
             fail(f"task {task!r} has no scorer of its name in {module}: there are {', '.join(rewards)}")
@@ -99,16 +119,12 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
     """Paint and score the test prompts of every task with every model (all ranks participate, each with its part).
 
     models {name: adapter name on the backbone, or None for the base}; guidance {name: scale};
-    tests {task: (prompts, metadata)}.
+    tests {task: (prompts, metadata)}. A scorer that raises ValueError (weights missing, say) is left out from then on,
+    for every model, and its reason printed: an error is never a score.
     Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (2, 3, H, W)}} for the grid (rank 0)."""
-    scores, pictures = {name: {} for name in models}, {task: {} for task in tests}
-    bar = tqdm(
-        total=len(models) * sum(len(p) for p, _ in tests.values()),
-        desc="evaluating",
-        unit="image",
-        disable=rank > 0,
-        dynamic_ncols=True,
-    )
+    scores, pictures, failed = {name: {} for name in models}, {task: {} for task in tests}, {}
+    total = len(models) * sum(len(prompts) for prompts, _ in tests.values())
+    bar = tqdm(total=total, desc="evaluating", unit="image", disable=rank > 0, dynamic_ncols=True)
     for name, on in models.items():
         with adapters.adapter(pipe.transformer, on):
             for task, (prompts, metadata) in tests.items():
@@ -118,16 +134,26 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
                     part = own[i : i + batch]
                     asked = [prompts[j] for j in part]
                     keys = [(seed, "evaluate", task, j) for j in part]
-                    images = common.paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
-                    for metric, scorer in scorers[task].items():
-                        values[metric] += scorer(images, asked, [metadata[j] for j in part]).tolist()
+                    images = paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
+                    for metric in values.keys() - failed.keys():
+                        try:
+                            values[metric] += scorers[task][metric](images, asked, [metadata[j] for j in part]).tolist()
+                        except ValueError as error:
+                            failed[metric] = str(error).splitlines()[0]
                     parts.append(images[: 2 if i == 0 else 0])
                     bar.update(len(part) * world)
-                for metric, got in values.items():
-                    scores[name][metric] = torch.tensor([v for part in common.gather(got) for v in part], dtype=torch.float64)
+                failed = {
+                    metric: why for other in common.gather(failed) for metric, why in other.items()
+                }  # all ranks participate
+                for metric in values:
+                    if metric not in failed:
+                        got = [v for part in common.gather(values[metric]) for v in part]
+                        scores[name][metric] = torch.tensor(got, dtype=torch.float64)
                 pictures[task][name] = torch.cat(parts) if parts else torch.empty(0)
     bar.close()
-    return scores, pictures
+    for metric, why in failed.items() if rank == 0 else ():
+        print(f"not scored: {metric}: {why}", flush=True)
+    return {name: {m: s for m, s in row.items() if m not in failed} for name, row in scores.items()}, pictures
 
 
 def average(scores):
@@ -202,7 +228,7 @@ def picture_grid(path, images, prompts, scores=None):
 def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
-    guidance = dict.fromkeys(models, args.guidance)
+    guidance = dict.fromkeys(models, args.guidance) | {"student": args.student_guidance}
     how = (args.eval_steps, guidance, 0, args.micro_batch, args.size, rank, world)
     scores, pictures = score_models(pipe, text, models, tests, scorers, *how)
     if rank > 0:
@@ -218,7 +244,7 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         lines.append(f"The recorded rows were made with other settings ({', '.join(changed)}): not comparable.\n")
     notes = {name: "recorded" for name in results} | {"oracle": "recorded: each task asked of its own teacher"}
     lines += [table(results | live, notes), ""]
-    if len(tests) == 4:
+    if "average" in live["student"]:
         start = next(iter(models))
         gain, se = compare(scores["student"], scores[start])
         lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired: same prompts, same noise)")
@@ -238,7 +264,10 @@ def save_grid(path, scores, pictures, tests):
     """The first test prompts of every task, a column per model."""
     columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in scores}
     prompts = [p for task, (ps, _) in tests.items() for p in ps[: len(next(iter(pictures[task].values())))]]
-    marks = {name: [s for task in tests for s in scores[name][task][: len(pictures[task][name])]] for name in scores}
+    marks = {}
+    for name, row in scores.items():
+        kept = [(row.get(task), len(pictures[task][name])) for task in tests]
+        marks[name] = [mark for score, n in kept for mark in ([math.nan] * n if score is None else score[:n])]
     picture_grid(path, columns, prompts, marks)
 
 
@@ -254,13 +283,13 @@ def load_models(transformer, models):
 
 def main(args):
     rank, world, device = common.start_processes()
-    scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks)
+    scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks, device)
     tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
-    pipe = common.load_pipeline(args.model, device)
+    pipe = load_pipeline(args.model, device, args.dtype)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
-    prompts = args.prompt or [p for task in tests.values() for p in task[0]]
-    text = common.embed_prompts(pipe, prompts, args.text_length)
+    own = [p for prompts, _ in tests.values() for i, p in enumerate(prompts) if i in common.share(len(prompts), rank, world)]
+    text = embed_prompts(pipe, args.prompt or own, args.text_length, args.no_t5, args.cache_embeddings)
     out = Path(args.out)
 
     if args.prompt:  # one's own prompts, side by side, nothing scored
@@ -268,7 +297,7 @@ def main(args):
         for name, adapter in on.items():
             with adapters.adapter(pipe.transformer, adapter):
                 keys = [(args.seed, "prompt", i) for i in range(len(args.prompt))]
-                columns[name] = common.paint(pipe, text, args.prompt, keys, args.steps, guidance[name], args.batch, args.size)
+                columns[name] = paint(pipe, text, args.prompt, keys, args.steps, guidance[name], args.batch, args.size)
         if rank == 0:
             picture_grid(out / "prompts.png", columns, args.prompt)
             print(f"{len(args.prompt)} prompts x {len(columns)} models -> {out}/prompts.png")

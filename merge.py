@@ -14,6 +14,10 @@ A LoRA changes a layer by dW = scaling * B A. The mean of several teachers is th
                  mean(B) mean(A) = mean over all pairs (i, j) of B_i A_j, so of n teachers' own products each
                  counts 1/n^2 and the rest is cross terms that nobody trained.
 
+With --fuse the result is not an adapter but the full transformer, base + dW, that `from_pretrained` loads:
+
+    python merge.py --adapters runs/opd/adapter --fuse toy --out runs/fused
+
 ties and dare act on the dense dW (through peft's merge_utils) and need the SVD afterwards. Inputs may differ in
 rank and in which layers they adapt: a teacher that leaves a layer alone counts as zero there.
 """
@@ -21,7 +25,7 @@ rank and in which layers they adapt: a teacher that leaves a layer alone counts 
 import sys
 from pathlib import Path
 
-from cli import TASKS, check_adapter, fail, make_parser
+from cli import PIPELINE, TASKS, check_adapter, check_model, fail, fetch, make_parser
 
 
 def parse_args():
@@ -37,13 +41,16 @@ def parse_args():
         "--alpha_per_rank", type=float, default=2.0, help="alpha / rank of the result: 2 as in the paper (64 / 32)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of dare's dropping")
-    parser.add_argument("--out", default="runs/merged", help="folder for the merged adapter")
+    parser.add_argument("--fuse", metavar="MODEL", help="add the result to this pipeline's transformer and write that, in full")
+    parser.add_argument("--out", default="runs/merged", help="folder for the merged adapter or the fused transformer")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
     args = parser.parse_args()
 
     for path in args.adapters:
         check_adapter(path, "--adapters")
-    if len(args.adapters) < 2:
+    if args.fuse:
+        check_model(args.fuse, "--fuse")
+    elif len(args.adapters) < 2:
         fail("--adapters: merging takes at least two")
     args.weights = args.weights or [1.0] * len(args.adapters)
     if len(args.weights) != len(args.adapters):
@@ -137,9 +144,30 @@ def merge(adapters, method, weights, rank=0, density=0.5, seed=0):
     return merged, kept
 
 
+def fuse(model, merged, out):
+    """Write base + B A of every layer as a full transformer, in the base's own dtype; the sum is taken in float32."""
+    from diffusers import SD3Transformer2DModel
+    from safetensors import safe_open
+
+    folder = Path(fetch(model, "--fuse", PIPELINE)) / "transformer"
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    transformer = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype)
+    for layer, (A, B) in merged.items():
+        try:
+            weight = transformer.get_submodule(layer).weight
+            weight.data = (weight.float() + B @ A).to(dtype)
+        except (AttributeError, RuntimeError):
+            fail(f"--fuse {model}: layer {layer} of the adapters is not in its transformer, or has another size there")
+    transformer.save_pretrained(out)
+    print(f"fused into {folder} -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
+
+
 def main(args):
     adapters = [read_adapter(path, "--adapters") for path in args.adapters]
     merged, kept = merge(adapters, args.method, args.weights, args.rank, args.density, args.seed)
+    if args.fuse:
+        return fuse(args.fuse, merged, args.out)
     ranks = {layer: len(A) for layer, (A, _) in merged.items()}
     rank = max(ranks.values())
     tensors, root = {}, args.alpha_per_rank**0.5

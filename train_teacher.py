@@ -1,7 +1,7 @@
 """Stage 1: train one teacher by GRPO on one reward (Flow-GRPO, arXiv 2505.05470), or the GRPO-Mix baseline on several.
 
     python train_teacher.py --reward ocr                                     # one teacher, minutes on a laptop CPU
-    python train_teacher.py --reward deqa=0.4 pickscore=0.6 --tasks geneval ocr deqa pickscore   # MAR's aesthetic teacher
+    python train_teacher.py --reward deqa=0.78 pickscore=0.22 --tasks geneval ocr deqa pickscore   # MAR's anchor
     python train_teacher.py --mix geneval=3 ocr=1 pickscore=1                # GRPO-Mix: one model, all rewards
     torchrun --nproc_per_node=8 train_teacher.py --reward ocr                # the same run on eight processes
 
@@ -18,25 +18,14 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
 import time
 from pathlib import Path
 
-from cli import (
-    TASKS,
-    check_adapter,
-    check_model,
-    check_out,
-    fail,
-    make_parser,
-    pairs,
-    positive,
-    prompt_files,
-    read_prompts,
-    save_json,
-)
+import cli
+from cli import fail, pairs, positive, prompt_files, read_prompts
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
+    cli.model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--model", default="toy", help="base pipeline: a directory that diffusers loads")
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
     flag("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
@@ -55,7 +44,7 @@ def parse_args():
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
-    flag("--steps", type=positive, default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--steps", type=cli.at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--noise", type=float, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag(
@@ -66,8 +55,6 @@ def parse_args():
     )
     flag("--window_end", type=int, default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
-    flag("--text_length", type=int, default=128, help="T5 tokens, at most what the tokenizer allows")
-    flag("--size", type=int, help="image side in pixels; default the model's own")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
@@ -79,6 +66,7 @@ def parse_args():
     flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
+    flag("--checkpointing", action="store_true", help="keep no activations: less memory, a third more time in the update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
     flag("--seed", type=int, default=0)
@@ -103,14 +91,12 @@ def parse_args():
         args.tasks = args.tasks or [name for name in args.reward][:1]
         args.mix = None
     for task in args.tasks:
-        if task not in TASKS and task not in pairs(args.prompts, "--prompts"):
-            fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
+        if task not in cli.TASKS and task not in pairs(args.prompts, "--prompts"):
+            fail(f"unknown task {task!r}: one of {', '.join(cli.TASKS)}, or any name with --prompts {task}=FILE")
     args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train")
     args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test", "--test_prompts")
     if args.group_size < 2:
         fail("--group_size must be at least 2: a group of one has no mean to be better than")
-    if args.steps < 2:
-        fail("--steps must be at least 2")
     if not 0 < args.noise < float("inf"):
         fail("--noise must be above 0: without noise there is no policy to take the gradient of")
     if args.group_size % args.updates:
@@ -118,18 +104,17 @@ def parse_args():
     args.window_end = args.window_end or args.steps - 1
     if not 0 <= args.window <= args.window_end < args.steps:
         fail("--window must be at most --window_end, and that below --steps; --window 0 trains on all steps but the last")
-    check_model(args.model)
+    cli.check_model(args.model)
     if args.init != "base":
-        check_adapter(args.init, "--init")
+        cli.check_adapter(args.init, "--init")
     args.out = args.out or ("runs/grpo_mix" if args.mix else "runs/teacher_" + "_".join(args.reward))
-    check_out(args.out, args.resume, args.overwrite)
+    cli.check_out(args.out, args.resume, args.overwrite)
     return args
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import importlib
 import shutil
 
 import torch
@@ -137,17 +122,15 @@ from tqdm import tqdm
 
 import adapters
 import common
-from evaluate import picture_grid
+from evaluate import load_rewards, picture_grid
 from losses import group_advantage, grpo
+from model import decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, log_prob, rollout, step
 
 
-def make_reward(args):
-    """-> reward(images, task, prompts, metadata): (B,) on 0..1, and the plain scorers' names for evaluation."""
-    try:
-        scorers = importlib.import_module(args.rewards).REWARDS
-    except (ImportError, AttributeError) as error:
-        fail(f"--rewards {args.rewards}: no such module with REWARDS in it ({error})")
+def make_reward(args, device):
+    """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range."""
+    scorers = load_rewards(args.rewards, device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
             fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
@@ -158,7 +141,11 @@ def make_reward(args):
         total = torch.zeros(len(images))
         for name, weight in weights.items():
             low, high = scorers[name].range
-            total += weight * (scorers[name](images, prompts, metadata).float().cpu() - low) / (high - low)
+            try:
+                scores = scorers[name](images, prompts, metadata)
+            except ValueError as error:  # a scorer that fails stops the run: an error is never a score
+                fail(f"reward {name} cannot score: {error}")
+            total += weight * (scores.float().cpu() - low) / (high - low)
         return total / sum(weights.values())
 
     return reward
@@ -167,68 +154,53 @@ def make_reward(args):
 def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
-    reward_of = make_reward(args)
-    pipe = common.load_pipeline(args.model, device)
+    reward_of = make_reward(args, device)
+    pipe = load_pipeline(args.model, device, args.dtype, args.checkpointing)
     transformer = pipe.transformer
-
-    # Prompts: embedded once, then the text encoders are not needed any more.
-    train = {task: read_prompts(file) for task, file in args.prompts.items()}
-    tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
-    text = common.embed_prompts(
-        pipe, [p for prompts, _ in (*train.values(), *tests.values()) for p in prompts], args.text_length
-    )
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
-    torch.manual_seed(args.seed)
-    for name in ("ema", "student"):
-        adapters.add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
-    student, ema = (adapters.adapter_parameters(transformer, name) for name in ("student", "ema"))
-    for name, parameter in student.items():
-        parameter.requires_grad_(True)
-        ema[name].data.copy_(parameter.data)
+    student, ema = adapters.add_student(transformer, args, layers)
     config = transformer.peft_config["student"]
-    optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True)
 
     # Every derived number, once.
-    grid = common.time_grid(pipe, args.steps)
+    grid = time_grid(pipe, args.steps)
     samples = args.prompts_per_iteration * args.group_size
     if samples < world:
         fail(f"{world} processes for {samples} samples an iteration: raise --prompts_per_iteration or start fewer")
     mine = common.share(samples, rank, world)
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
+    train = {task: read_prompts(file) for task, file in args.prompts.items()}
+    tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
-        prompts = args.prompts_per_iteration
-        print(f"{samples} images an iteration = {prompts} prompts x {args.group_size} samples, {world} process(es)")
+        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size}, {world} process(es)")
         print(f"{args.updates} updates of {samples // args.updates} images x {trained_steps} of {args.steps} steps", flush=True)
 
+    # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
+    prompts = {task: part[0] for task, part in train.items()}
+    used = common.prompts_used(args, prompts, tests, sizes, cycle, mine, rank, world)
+    text = embed_prompts(pipe, used, args.text_length, args.no_t5, args.cache_embeddings)
+
     # Flags and files that change the mathematics; --resume refuses others.
-    harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch".split()
-    state = {
-        "flags": {k: v for k, v in vars(args).items() if k not in harmless},
-        "files": {str(f): common.sha256(f) for f in (args.model + "/transformer", *args.prompts.values())},
-    }
-    start = common.load_checkpoint(run, student, ema, optimizer, state) if args.resume else 0
-    if rank == 0:
-        if args.overwrite:
-            shutil.rmtree(run, ignore_errors=True)
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        save_json(run / "args.json", vars(args))
-        common.cut_log(run, start)
+    harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch checkpointing"
+    harmless += " cache_embeddings"
+    files = [f"{pipe.name_or_path}/transformer", *args.prompts.values()]
+    start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
     signals = common.StopSignal()
     updates_done = start * args.updates
     began = time.time()
     bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
     for iteration in bar:
-        tick = time.time()
+        watch = common.Stopwatch(device)
         # 1. Prompts: a slot's task follows the cycle of shares; a task's prompts come in shuffled passes.
         chosen = common.choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
         tasks = [task for task, _ in chosen]
         chosen = [(train[task][0][n], train[task][1][n]) for task, n in chosen]  # (prompt, metadata) of every slot
-        rows = torch.tensor([text["rows"][chosen[i // args.group_size][0]] for i in mine], device=device)  # (b,)
+        rows = torch.tensor([text["rows"][chosen[i // args.group_size][0]] for i in mine])  # (b,)
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
 
         # 2. Rollout (no gradient): b samples, T steps, by the SDE.
@@ -238,19 +210,18 @@ def main(args):
             first = int(torch.randint(places, (), generator=own))
             trained = range(first, first + args.window)
         noisy = trained if args.window else None
-        noise = common.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
         x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
         old_log_prob = noise.new_empty(args.steps, len(mine))  # (T, b)
         for part in common.chunks(torch.arange(len(mine)), args.micro_batch):
             own = [generators[n] for n in part]
-            velocity = lambda x, t, r=rows[part]: common.velocity(transformer, x, t, text, r, args.guidance)
-            trajectory = rollout(velocity, noise[part], grid, args.noise, args.noise_kind, own, noisy)
+            move = lambda x, t, r=rows[part]: velocity(transformer, x, t, text, r, args.guidance)
+            trajectory = rollout(move, noise[part], grid, args.noise, args.noise_kind, own, noisy)
             x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
+        watch.lap("rollout")
 
         # 3. Rewards and advantages: every process scores its own images, all share the numbers.
-        images = torch.cat(
-            [common.decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)]
-        )  # (b, 3, H, W)
+        images = torch.cat([decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):
             members = [n for n, i in enumerate(mine) if tasks[i // args.group_size] == task]
@@ -265,6 +236,7 @@ def main(args):
             of_task = torch.tensor([t == task for t in tasks])[groups]  # (N,) bool
             advantage[of_task] = group_advantage(rewards[of_task], groups[of_task], args.std == "global")
         advantage = advantage[mine].to(device)  # (b,)
+        watch.lap("rewards")
 
         # 4. Update: each optimizer step takes its share of every group; gradients are summed over micro-batches and processes.
         log = {}
@@ -272,13 +244,13 @@ def main(args):
             ours = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update], dtype=torch.long)
             for part in common.chunks(ours, args.micro_batch):
                 for i in trained:
-                    v = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)  # (c, C, H, W)
+                    v = velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)  # (c, C, H, W)
                     mean, _ = step(x[i, part], v, grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
                     new_log_prob = log_prob(x[i + 1, part], mean, std[i])  # (c,)
                     loss, metrics = grpo(new_log_prob, old_log_prob[i, part], advantage[part], args.clip_range)
                     if args.beta:
                         with torch.no_grad(), adapters.adapter(transformer, None):
-                            v_base = common.velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)
+                            v_base = velocity(transformer, x[i, part], grid[i], text, rows[part], args.guidance)
                         w = kl_weight(grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)
                         kl = w * (v - v_base).square().mean()
                         loss = loss + args.beta * kl
@@ -287,19 +259,20 @@ def main(args):
                     (loss * share).backward()
                     for k, value in metrics.items():
                         log[k] = log.get(k, 0.0) + value * share / args.updates
-            common.sum_gradients(student.values())  # all ranks participate
+            gradient = common.all_reduce(common.take_gradients(student.values()))  # (P,); all ranks participate
+            common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             updates_done += 1
             if updates_done % args.ema_every == 0:
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
+        watch.lap("update")
 
         # 5. Log.
-        parts = common.gather(log)  # all ranks participate
-        log = {k: sum(part.get(k, 0.0) for part in parts) for k in {k: None for part in parts for k in part}}
+        log = common.sum_logs(log)  # all ranks participate
         log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
-        log["seconds"] = time.time() - tick
+        log |= watch.result()
         for task in sorted(set(tasks)):
             log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
         log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
@@ -312,7 +285,7 @@ def main(args):
                 for task, (prompts, metadata) in tests.items():
                     own = common.share(len(prompts), rank, world)
                     asked, keys = [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own]
-                    images = common.paint(pipe, text, asked, keys, args.eval_steps, args.guidance, args.micro_batch, args.size)
+                    images = paint(pipe, text, asked, keys, args.eval_steps, args.guidance, args.micro_batch, args.size)
                     values = reward_of(images, task, asked, [metadata[i] for i in own])
                     log[f"test/{task}"] = sum(common.gather(values.sum().item())) / len(prompts)  # all ranks participate
                     if rank == 0:

@@ -9,14 +9,14 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 import adapters
-import common
+import model
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
 
 @pytest.fixture
 def pipe():
-    return common.load_pipeline("toy", torch.device("cpu"))
+    return model.load_pipeline("toy", torch.device("cpu"))
 
 
 def make(pipe, name, rank=4, alpha=12, seed=0):
@@ -30,10 +30,10 @@ def make(pipe, name, rank=4, alpha=12, seed=0):
 
 
 def predict(pipe, name):
-    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    text = model.embed_prompts(pipe, ["red circle", "blue square"], 8)
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), adapters.adapter(pipe.transformer, name):
-        return common.velocity(pipe.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+        return model.velocity(pipe.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
 
 
 def saved(pipe, path, **kwargs):
@@ -54,10 +54,10 @@ def test_stock_diffusers_loads_what_we_save(pipe, tmp_path):
     expected = saved(pipe, tmp_path / "a", rank=4, alpha=12)
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
     stock.load_lora_weights(tmp_path / "a")
-    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    text = model.embed_prompts(pipe, ["red circle", "blue square"], 8)
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        v = common.velocity(stock.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+        v = model.velocity(stock.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0)
     torch.testing.assert_close(v, expected)
 
 
@@ -66,11 +66,11 @@ def test_peft_loads_what_we_save(pipe, tmp_path):
 
     expected = saved(pipe, tmp_path / "a")
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
-    model = PeftModel.from_pretrained(stock.transformer, tmp_path / "a")
-    text = common.embed_prompts(pipe, ["red circle", "blue square"], 8)
+    wrapped = PeftModel.from_pretrained(stock.transformer, tmp_path / "a")
+    text = model.embed_prompts(pipe, ["red circle", "blue square"], 8)
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        v = common.velocity(model.base_model.model, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+        v = model.velocity(wrapped.base_model.model, x, 0.5, text, torch.tensor([1, 2]), 1.0)
     torch.testing.assert_close(v, expected)
 
 
@@ -118,8 +118,8 @@ def test_switching_leaves_requires_grad_and_the_active_adapter(pipe):
     torch.testing.assert_close(outputs[0], outputs[3])
     assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
     with adapters.adapter(pipe.transformer, "student"):
-        text = common.embed_prompts(pipe, ["red circle"], 8)
-        common.velocity(pipe.transformer, torch.randn(1, 8, 8, 8), 0.5, text, torch.tensor([1]), 1.0).sum().backward()
+        text = model.embed_prompts(pipe, ["red circle"], 8)
+        model.velocity(pipe.transformer, torch.randn(1, 8, 8, 8), 0.5, text, torch.tensor([1]), 1.0).sum().backward()
     assert sum(p.grad is not None for p in student.values()) > 0
     assert not any(p.grad is not None for k, p in pipe.transformer.named_parameters() if ".student." not in k)
 

@@ -1,0 +1,142 @@
+"""The frozen model: loading it, text embeddings, guided velocities, pictures.
+
+One Stable Diffusion 3 pipeline as stock diffusers loads it; the trained parts are LoRAs on its transformer (adapters.py).
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from cli import PIPELINE, check_model, fail, fetch
+from common import generator, sha256
+from sde import rollout
+
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def load_pipeline(model, device, dtype=None, checkpointing=False):
+    """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
+    differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
+
+    model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. checkpointing: activations
+    are computed again in the backward pass instead of being kept."""
+    folder = fetch(model, "--model", PIPELINE)
+    check_model(folder)  # a hub id has been looked up only now
+    dtype = torch.bfloat16 if (dtype or {"cuda": "bf16"}.get(device.type)) == "bf16" else torch.float32
+    try:
+        kinds = {"transformer": dtype, "default": torch.float32}
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=kinds, **dict.fromkeys(TEXT))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({str(error).splitlines()[0]})")
+    pipe.transformer.requires_grad_(False).eval().to(device)
+    pipe.vae.requires_grad_(False).eval()
+    if checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return pipe
+
+
+@torch.no_grad()
+def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
+    """A table of text embeddings, one row per distinct prompt, row 0 the empty prompt of guidance; it lies on the CPU.
+
+    The text encoders are loaded for this alone and dropped again; with `cache`, a folder, only if a prompt is new.
+    length: T5 tokens, 128 in the papers, never more than the tokenizer's own limit.
+    Returns {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}."""
+    distinct, device, dtype = ["", *sorted(set(prompts) - {""})], pipe.transformer.device, backbone_dtype(pipe.transformer)
+    file_of, table = {}, {}
+    if cache:  # a file per prompt, named by everything that its embedding depends on
+        model = "".join(sha256(f) for f in sorted(Path(pipe.name_or_path).glob("t*")) if f.name in TEXT)
+        key = lambda p: hashlib.sha256(f"{model}/{dtype}/{no_t5}/{length}/{p}".encode()).hexdigest()
+        file_of = {p: Path(cache) / key(p)[:2] / f"{key(p)}.safetensors" for p in distinct}
+        table = {p: load_file(file) for p, file in file_of.items() if file.exists()}
+    new = [p for p in distinct if p not in table]
+    if new:
+        leave_out = {"transformer": pipe.transformer, "vae": None} | (
+            {"text_encoder_3": None, "tokenizer_3": None} if no_t5 else {}
+        )
+        text = StableDiffusion3Pipeline.from_pretrained(pipe.name_or_path, dtype=dtype, **leave_out).to(device)
+        length = min(length, text.tokenizer_3.model_max_length) if text.tokenizer_3 is not None else length
+        for i in tqdm(range(0, len(new), 64), desc="embedding prompts", unit="batch", disable=len(new) < 2000):
+            part = new[i : i + 64]
+            both = text.encode_prompt(part, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+            for p, embeds, pooled in zip(part, both[0].cpu(), both[2].cpu()):  # (L, E), (E')
+                table[p] = {"embeds": embeds, "pooled": pooled}
+                if file_of:
+                    file_of[p].parent.mkdir(parents=True, exist_ok=True)
+                    save_file({k: t.clone() for k, t in table[p].items()}, f"{file_of[p]}.{os.getpid()}")
+                    os.replace(f"{file_of[p]}.{os.getpid()}", file_of[p])
+    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    return {"rows": rows} | {name: torch.stack([table[p][name] for p in distinct]) for name in ("embeds", "pooled")}
+
+
+def backbone_dtype(transformer):
+    """What the frozen weights are in (`transformer.dtype` may see a LoRA's)."""
+    return transformer.pos_embed.proj.weight.dtype
+
+
+def velocity(transformer, x, t, text, rows, guidance):
+    """The guided velocity at x (B, C, H, W), t in [0, 1] (one, or one per sample), for the prompts in `rows` (B,; on the
+    CPU, as the table `text` is): float32.
+
+    Classifier-free guidance: v = v_empty + guidance (v_prompt - v_empty). At guidance 1 one forward pass, not two."""
+    t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))  # (B,)
+    if guidance != 1:  # (2B, ...): the empty prompt first
+        x, t, rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.zeros_like(rows), rows])
+    dtype, device = backbone_dtype(transformer), x.device
+    prompt = {"encoder_hidden_states": text["embeds"][rows], "pooled_projections": text["pooled"][rows]}
+    prompt = {name: tensor.to(device, dtype, non_blocking=True) for name, tensor in prompt.items()}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # the student's LoRA is fp32, its products are not
+        v = transformer(x.to(dtype), timestep=1000 * t, **prompt, return_dict=False)[0].float()
+    if guidance != 1:
+        empty, v = v.chunk(2)
+        v = empty + guidance * (v - empty)
+    return v
+
+
+def time_grid(pipe, steps):
+    """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0."""
+    pipe.scheduler.set_timesteps(steps)
+    return [float(s) for s in pipe.scheduler.sigmas]
+
+
+def initial_noise(pipe, generators, size=None):
+    """One (C, H, W) per generator: (B, C, H, W). size: image pixels; default the transformer's own."""
+    config = pipe.transformer.config
+    side = size // pipe.vae_scale_factor if size else config.sample_size
+    if not generators:  # a process without a part
+        return torch.empty(0, config.in_channels, side, side, device=pipe.transformer.device)
+    return torch.stack([torch.randn(config.in_channels, side, side, generator=g) for g in generators]).to(
+        pipe.transformer.device
+    )
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.to(latents.device).decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
+    """ODE samples of the active adapter: images (N, 3, H, W) in [0, 1]. keys[i] seeds the noise of image i, so that
+    two models given the same keys start from the same noise."""
+    grid, images = time_grid(pipe, steps), []
+    for i in range(0, len(prompts), batch):
+        rows = torch.tensor([text["rows"][p] for p in prompts[i : i + batch]])
+        noise = initial_noise(pipe, [generator(*key) for key in keys[i : i + batch]], size)
+        v = lambda x, t, r=rows: velocity(pipe.transformer, x, t, text, r, guidance)
+        images.append(decode(pipe.vae, rollout(v, noise, grid, a=0.0).x[-1]).cpu())
+    side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return torch.cat(images) if images else torch.empty(0, 3, side, side)

@@ -1,0 +1,289 @@
+"""Seconds and memory of one Flow-OPD iteration: this code beside the way of the public code, the same job for both.
+
+    python tests/benchmark.py                         # the miniature, on the device there is
+    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --micro_batch 8 --label_batch 16 --checkpointing   # a GPU
+
+Three lines, alternating in one process; each is the median over --repeats iterations, the first iteration left out:
+
+    ours           train_opd.py itself: its main(), read from its metrics.jsonl
+    full copies    the same, but every teacher and the anchor is a full copy of the transformer instead of an adapter
+    as published   the public code's way: full fp32 copies, the student under fp16 autocast on a GPU (TF32 allowed), three
+                   forwards per step one after the other, text encoded for every batch, every image decoded and scored
+
+`--arch sd35m` is Stable Diffusion 3.5 Medium's transformer (its public configuration) with random weights, the real VAE's
+architecture and tiny text encoders of the right widths; its images are decoded, and not scored. Not part of the test suite.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel  # noqa: E402
+
+import adapters  # noqa: E402
+import losses  # noqa: E402
+import model  # noqa: E402
+import sde  # noqa: E402
+import toy  # noqa: E402
+import train_opd  # noqa: E402
+
+TASKS = ("geneval", "ocr", "deqa", "pickscore")
+
+
+def sd35m(folder):
+    """A pipeline directory with SD3.5-Medium's transformer and VAE (random weights, bf16) and four random teachers."""
+    torch.manual_seed(0)
+    small = StableDiffusion3Pipeline.from_pretrained(ROOT / "toy")
+    text = {"vocab_size": len(small.tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+    small.tokenizer.model_max_length = 77
+    small.tokenizer_3.model_max_length = 256
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, caption_projection_dim=1536, joint_attention_dim=4096, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(small.tokenizer_3), d_model=4096, d_kv=64, d_ff=128, num_layers=1, num_heads=2)
+    StableDiffusion3Pipeline(
+        transformer=transformer.to("cpu", torch.bfloat16), vae=vae, scheduler=small.scheduler,
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=768)), tokenizer=small.tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=1280)), tokenizer_2=small.tokenizer,
+        text_encoder_3=T5EncoderModel(t5), tokenizer_3=small.tokenizer_3,
+    ).save_pretrained(folder)  # fmt: skip
+    for task in (*TASKS, "merged"):
+        adapters.add_adapter(transformer, task, rank=32, alpha=64)
+        parameters = adapters.adapter_parameters(transformer, task)
+        for parameter in parameters.values():
+            parameter.data = torch.randn_like(parameter) * 0.01
+        adapters.save_adapter(Path(folder) / "adapters" / task, parameters, transformer.peft_config[task])
+    return folder
+
+
+def ours(flags, out, iterations):
+    """train_opd.main() for a few iterations: its log lines."""
+    sys.argv = ["train_opd.py", *flags, "--iterations", str(iterations), "--out", str(out), "--overwrite"]
+    with contextlib.redirect_stdout(sys.stderr):
+        train_opd.main(train_opd.parse_args())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def full_copies():
+    """Inside, train_opd.py keeps every frozen teacher as a fused copy of the whole transformer, in the backbone's dtype."""
+    copies, active = {}, []
+    add, switch, velocity = adapters.add_adapter, adapters.adapter, train_opd.velocity
+
+    def add_copy(transformer, name, layers=None, *args, **flags):
+        if name in ("student", "ema", "init"):
+            return add(transformer, name, layers, *args, **flags)
+        copies[name] = copy.deepcopy(transformer)
+        for layer, (A, B, scaling) in layers.items():
+            linear = copies[name].get_submodule(layer)
+            weight = getattr(linear, "base_layer", linear).weight
+            weight.data += (scaling * B @ A).to(weight)
+
+    @contextlib.contextmanager
+    def switch_copy(transformer, name):
+        active.append(copies.get(name))
+        try:
+            with contextlib.nullcontext() if active[-1] else switch(transformer, name):
+                yield
+        finally:
+            active.pop()
+
+    def velocity_copy(transformer, *args):
+        return velocity(active[-1] if active and active[-1] else transformer, *args)
+
+    adapters.add_adapter, adapters.adapter, train_opd.velocity = add_copy, switch_copy, velocity_copy
+    try:
+        yield
+    finally:
+        adapters.add_adapter, adapters.adapter, train_opd.velocity = add, switch, velocity
+
+
+class AsPublished:
+    """Flow-OPD's public training loop for the same job, written anew from what it does (not from its code)."""
+
+    def __init__(self, args, folder, device):
+        self.args, self.device = args, device
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        self.student = self.pipe.transformer.requires_grad_(False).eval()
+        if args.checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.teachers = {task: copy.deepcopy(self.student) for task in (*TASKS, "anchor")}
+        for task, teacher in self.teachers.items():  # full fp32 copies
+            for layer, (A, B, scaling) in adapters.read_adapter(
+                f"{folder}/adapters/{task}".replace("anchor", "deqa"), ""
+            ).items():
+                teacher.get_submodule(layer).weight.data += (scaling * B @ A).to(device)
+        adapters.add_adapter(self.student, "student", adapters.read_adapter(f"{folder}/adapters/merged", ""))
+        parameters = adapters.adapter_parameters(self.student, "student").values()
+        self.parameters = [parameter.requires_grad_(True) for parameter in parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.grid = model.time_grid(self.pipe, args.steps)
+        self.half = torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
+
+    def guided(self, transformer, x, t, text):
+        x, times = (torch.cat([x, x]), 2) if self.args.guidance != 1 else (x, 1)
+        embeds, pooled = (part if times == 2 else part[len(part) // 2 :] for part in text)
+        t = torch.full((len(x),), 1000 * t, device=x.device)
+        v = transformer(x, timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False)[0].float()
+        if times == 2:
+            empty, v = v.chunk(2)
+            v = empty + self.args.guidance * (v - empty)
+        return v
+
+    def iteration(self, prompts):
+        """One iteration over all batches, a batch holding samples of one task: seconds."""
+        args, grid, began = self.args, self.grid, time.perf_counter()
+        size = max(1, args.micro_batch)
+        for task in TASKS:
+            own = [p for p in prompts[task] for _ in range(args.group_size)]
+            for i in range(0, len(own), size):
+                part = own[i : i + size]
+                with torch.no_grad(), self.half:
+                    length = min(128, self.pipe.tokenizer_3.model_max_length)
+                    e, e0, p, p0 = self.pipe.encode_prompt(part, None, None, negative_prompt="", max_sequence_length=length)
+                    text = torch.cat([e0, e]), torch.cat([p0, p])
+                    keys = [torch.Generator().manual_seed(n) for n in range(len(part))]
+                    noise = model.initial_noise(self.pipe, keys, args.size)
+                    path = sde.rollout(
+                        lambda x, t, text=text: self.guided(self.student, x, t, text), noise, grid, 0.7, "flow", keys
+                    )
+                    images = model.decode(self.pipe.vae, path.x[-1]).cpu()
+                    if args.arch == "toy":
+                        toy.REWARDS[task](images, part)
+                for i in range(args.steps - 1):
+                    x, times = path.x[i], (grid[i], grid[i + 1], 0.7, grid[1])
+                    with self.half:
+                        v = self.guided(self.student, x, grid[i], text)
+                    with torch.no_grad():
+                        v_teacher = self.guided(self.teachers[task], x, grid[i], text)
+                        v_anchor = self.guided(self.teachers["anchor"], x, grid[i], text)
+                    mean, mean_teacher = (sde.step(x, u, *times)[0] for u in (v, v_teacher))
+                    loss, _ = losses.opd_ppo_published(
+                        mean, path.mean[i], mean_teacher, path.x[i + 1], path.std[i], 1e-4, detach=False
+                    )
+                    extra, _ = losses.mar(v, v_anchor, 0.02 * sde.kl_weight(*times))
+                    (loss + extra).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def matmul_rate(device, n=8192):
+    """Measured bf16 matmul FLOP/s of this GPU."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+    return 20 * 2 * n**3 / (time.perf_counter() - began)
+
+
+def update_flops(args, folder, device):
+    """Model FLOPs of the update's forward and backward pass for one state, nothing counted twice for recomputation."""
+    pipe = model.load_pipeline(str(folder), device, args.dtype)
+    text = model.embed_prompts(pipe, ["red circle"])
+    adapters.add_adapter(pipe.transformer, "student", rank=32, alpha=64)
+    for parameter in adapters.adapter_parameters(pipe.transformer, "student").values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    noise = model.initial_noise(pipe, [torch.Generator()], args.size)
+    with FlopCounterMode(display=False) as counter, adapters.adapter(pipe.transformer, "student"):
+        model.velocity(pipe.transformer, noise, 0.5, text, torch.tensor([1]), args.guidance).mean().backward()
+    return counter.get_total_flops()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=("toy", "sd35m"), default="toy")
+    parser.add_argument("--repeats", type=int, default=5, help="iterations of each line, besides the first (default: 5)")
+    parser.add_argument("--lines", nargs="+", default=["ours", "full copies", "as published"], help="which of the three")
+    parser.add_argument("--prompts_per_iteration", type=int, default=8)
+    parser.add_argument("--group_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--size", type=int, help="image side in pixels; default the model's own")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"))
+    parser.add_argument("--micro_batch", type=int, default=128)
+    parser.add_argument("--label_batch", type=int, default=256)
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = {line: [] for line in args.lines}
+    with tempfile.TemporaryDirectory() as work:
+        folder = "toy" if args.arch == "toy" else sd35m(f"{work}/sd35m")
+        flags = f"--model {folder} --eval_prompts 0 --sample_every 0".split()
+        for name in ("prompts_per_iteration", "group_size", "steps", "size", "guidance", "dtype", "micro_batch", "label_batch"):
+            if getattr(args, name) is not None:
+                flags += [f"--{name}", str(getattr(args, name))]
+        flags += ["--checkpointing"] * args.checkpointing
+        train = {task: (ROOT / f"toy/prompts/{task}_train.txt").read_text().splitlines() for task in TASKS}
+        prompts = {task: train[task][: args.prompts_per_iteration // len(TASKS)] for task in TASKS}
+        for _ in range(2):  # alternating: what the machine does meanwhile hits every line
+            for line in args.lines:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                number = 1 + (args.repeats + 1) // 2
+                if line == "as published":
+                    public = AsPublished(args, folder, device)
+                    log = [{"seconds": public.iteration(prompts)} for _ in range(number)]
+                    del public
+                else:
+                    with full_copies() if line == "full copies" else contextlib.nullcontext():
+                        log = ours(flags, Path(work) / "run", number)
+                memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+                rows[line] += [entry | {"memory_gb": memory} for entry in log[1:]]
+        images = args.prompts_per_iteration // len(TASKS) * len(TASKS) * args.group_size
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"\n{args.arch}, {images} images an iteration, {args.steps} steps, guidance {args.guidance:g}; {name}\n")
+        print("| | s / iteration | rollout | labels | update | images / s | peak GB |\n|---|---|---|---|---|---|---|")
+        middle = lambda line, key: statistics.median(entry[key] for entry in rows[line])
+        for line in args.lines:
+            laps = [
+                f"{middle(line, k):.2f}" if k in rows[line][0] else ""
+                for k in [f"seconds/{p}" for p in ("rollout", "labels", "update")]
+            ]
+            seconds = middle(line, "seconds")
+            print(f"| {line} | {seconds:.2f} | {' | '.join(laps)} | {images / seconds:.2f} | {middle(line, 'memory_gb'):.1f} |")
+        for line in args.lines[1:]:
+            print(
+                f"\n{line} / {args.lines[0]}: {middle(line, 'seconds') / middle(args.lines[0], 'seconds'):.2f} in seconds",
+                end="",
+            )
+        if device.type == "cuda" and "ours" in rows:
+            flops = update_flops(args, folder, device) * images * (args.steps - 1)
+            share = flops / middle("ours", "seconds/update") / matmul_rate(device)
+            print(f"\nupdate: {share:.0%} of the bf16 matmul rate measured here", end="")
+        print()
+
+
+if __name__ == "__main__":
+    main()
