@@ -272,7 +272,8 @@ def main():
                 for k in [f"seconds/{p}" for p in ("rollout", "labels", "update")]
             ]
             seconds = middle(line, "seconds")
-            print(f"| {line} | {seconds:.2f} | {' | '.join(laps)} | {images / seconds:.2f} | {middle(line, 'memory_gb'):.1f} |")
+            memory = f"{middle(line, 'memory_gb'):.1f}" if device.type == "cuda" else "not measured"
+            print(f"| {line} | {seconds:.2f} | {' | '.join(laps)} | {images / seconds:.2f} | {memory} |")
         for line in args.lines[1:]:
             print(
                 f"\n{line} / {args.lines[0]}: {middle(line, 'seconds') / middle(args.lines[0], 'seconds'):.2f} in seconds",
