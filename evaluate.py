@@ -139,7 +139,7 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
                         try:
                             values[metric] += scorers[task][metric](images, asked, [metadata[j] for j in part]).tolist()
                         except ValueError as error:
-                            failed[metric] = str(error).splitlines()[0]
+                            failed[metric] = str(error).splitlines()[0].removeprefix(f"{task}: ")
                     parts.append(images[: 2 if i == 0 else 0])
                     bar.update(len(part) * world)
                 failed = {

@@ -144,7 +144,7 @@ def make_reward(args, device):
             try:
                 scores = scorers[name](images, prompts, metadata)
             except ValueError as error:  # a scorer that fails stops the run: an error is never a score
-                fail(f"reward {name} cannot score: {error}")
+                fail(f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}")
             total += weight * (scores.float().cpu() - low) / (high - low)
         return total / sum(weights.values())
 
