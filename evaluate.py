@@ -135,16 +135,16 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, ba
                     asked = [prompts[j] for j in part]
                     keys = [(seed, "evaluate", task, j) for j in part]
                     images = paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
-                    for metric in values.keys() - failed.keys():
+                    for metric in values:
+                        if metric in failed:
+                            continue
                         try:
                             values[metric] += scorers[task][metric](images, asked, [metadata[j] for j in part]).tolist()
                         except ValueError as error:
                             failed[metric] = str(error).splitlines()[0].removeprefix(f"{task}: ")
                     parts.append(images[: 2 if i == 0 else 0])
                     bar.update(len(part) * world)
-                failed = {
-                    metric: why for other in common.gather(failed) for metric, why in other.items()
-                }  # all ranks participate
+                failed = dict(item for other in common.gather(failed) for item in other.items())  # all ranks participate
                 for metric in values:
                     if metric not in failed:
                         got = [v for part in common.gather(values[metric]) for v in part]
@@ -285,10 +285,10 @@ def main(args):
     rank, world, device = common.start_processes()
     scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks, device)
     tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
-    pipe = load_pipeline(args.model, device, args.dtype)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
-    own = [p for prompts, _ in tests.values() for i, p in enumerate(prompts) if i in common.share(len(prompts), rank, world)]
+    own = [prompts[i] for prompts, _ in tests.values() for i in common.share(len(prompts), rank, world)]
     text = embed_prompts(pipe, args.prompt or own, args.text_length, args.no_t5, args.cache_embeddings)
     out = Path(args.out)
 

@@ -25,7 +25,7 @@ rank and in which layers they adapt: a teacher that leaves a layer alone counts 
 import sys
 from pathlib import Path
 
-from cli import PIPELINE, TASKS, check_adapter, check_model, fail, fetch, make_parser
+from cli import TASKS, check_adapter, check_model, fail, fetch, make_parser
 
 
 def parse_args():
@@ -149,7 +149,9 @@ def fuse(model, merged, out):
     from diffusers import SD3Transformer2DModel
     from safetensors import safe_open
 
-    folder = Path(fetch(model, "--fuse", PIPELINE)) / "transformer"
+    folder = fetch(model, "--fuse", ("model_index.json", "transformer/*"))
+    check_model(folder, "--fuse")  # a hub id has been looked up only now
+    folder = Path(folder) / "transformer"
     with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
     transformer = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype)

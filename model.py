@@ -25,13 +25,13 @@ transformers_logging.disable_progress_bar()
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def load_pipeline(model, device, dtype=None, checkpointing=False):
+def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False):
     """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
     differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
 
-    model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. checkpointing: activations
-    are computed again in the backward pass instead of being kept."""
-    folder = fetch(model, "--model", PIPELINE)
+    model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. no_t5: the third
+    text encoder is not even fetched. checkpointing: activations are computed again in the backward pass, not kept."""
+    folder = fetch(model, "--model", tuple(part for part in PIPELINE if not (no_t5 and "_3/" in part)))
     check_model(folder)  # a hub id has been looked up only now
     dtype = torch.bfloat16 if (dtype or {"cuda": "bf16"}.get(device.type)) == "bf16" else torch.float32
     try:
@@ -57,8 +57,8 @@ def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
     file_of, table = {}, {}
     if cache:  # a file per prompt, named by everything that its embedding depends on
         model = "".join(sha256(f) for f in sorted(Path(pipe.name_or_path).glob("t*")) if f.name in TEXT)
-        key = lambda p: hashlib.sha256(f"{model}/{dtype}/{no_t5}/{length}/{p}".encode()).hexdigest()
-        file_of = {p: Path(cache) / key(p)[:2] / f"{key(p)}.safetensors" for p in distinct}
+        keys = {p: hashlib.sha256(f"{model}/{dtype}/{no_t5}/{length}/{p}".encode()).hexdigest() for p in distinct}
+        file_of = {p: Path(cache) / key[:2] / f"{key}.safetensors" for p, key in keys.items()}
         table = {p: load_file(file) for p, file in file_of.items() if file.exists()}
     new = [p for p in distinct if p not in table]
     if new:

@@ -328,7 +328,7 @@ def find_objects(label):
 def read_text(label):
     """label (B, 32, 32) -> the text of each image: a letter per half whose best glyph reaches an IoU of 0.7.
 
-    That is less than an object's 0.75: a stroke is two pixels wide, and one soft edge costs it a quarter."""
+    That is less than an object's 0.75: strokes are two pixels wide, so soft edges cost them more."""
     B = len(label)
     halves = (label > 0).float().view(B, SIZE, 2, CELL).transpose(1, 2).reshape(B * 2, SIZE * CELL)
     templates, kinds = glyph_templates()

@@ -71,7 +71,7 @@ def parse_args():
     flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
-    flag("--checkpointing", action="store_true", help="keep no activations: less memory, a third more time in the update")
+    flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag("--label_batch", type=positive, default=256, help="states per forward pass of rollout and labels; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
@@ -227,7 +227,7 @@ def main(args):
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
     scorers = load_scorers(args.rewards, tasks, device) if args.eval_prompts else {}  # now, not after the training
-    pipe = load_pipeline(args.model, device, args.dtype, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
     transformer = pipe.transformer
 
     # One frozen backbone; teachers, anchor, student and the student's average ("ema") are LoRAs on it.
@@ -317,12 +317,12 @@ def main(args):
             mean_old = torch.empty_like(x[1:])  # (T, b, C, H, W)
             off_policy = {f"teacher_{task}": members[task] for task in tasks}
             for on, who in (off_policy if args.rollout == "teacher" else {"student": torch.arange(len(mine))}).items():
-                for part in common.chunks(who, args.label_batch):
-                    move = lambda x, t: velocity(transformer, x, t, text, rows[part], guidance[on])
-                    with adapters.adapter(transformer, on):
+                with adapters.adapter(transformer, on):
+                    for part in common.chunks(who, args.label_batch):
+                        move = lambda x, t: velocity(transformer, x, t, text, rows[part], guidance[on])
                         own = [generators[n] for n in part]
                         trajectory = rollout(move, noise[part], grid, args.noise, args.noise_kind, own)
-                    x[:, part], mean_old[:, part], std = trajectory.x, trajectory.mean, trajectory.std
+                        x[:, part], mean_old[:, part], std = trajectory.x, trajectory.mean, trajectory.std
         watch.lap("rollout")
 
         # 3. Labels (no gradient): each task's teacher, and the anchor, at the S visited states that are trained on.

@@ -66,7 +66,7 @@ def parse_args():
     flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
-    flag("--checkpointing", action="store_true", help="keep no activations: less memory, a third more time in the update")
+    flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
     flag("--seed", type=int, default=0)
@@ -155,7 +155,7 @@ def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
     reward_of = make_reward(args, device)
-    pipe = load_pipeline(args.model, device, args.dtype, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
     transformer = pipe.transformer
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.

@@ -158,8 +158,8 @@ class AsPublished:
         size = max(1, args.micro_batch)
         for task in TASKS:
             own = [p for p in prompts[task] for _ in range(args.group_size)]
-            for i in range(0, len(own), size):
-                part = own[i : i + size]
+            for start in range(0, len(own), size):
+                part = own[start : start + size]
                 with torch.no_grad(), self.half:
                     length = min(128, self.pipe.tokenizer_3.model_max_length)
                     e, e0, p, p0 = self.pipe.encode_prompt(part, None, None, negative_prompt="", max_sequence_length=length)

@@ -3,6 +3,7 @@
 No hub is asked: its cache is laid out by hand, and its errors are raised by a stand-in. python -m pytest tests/test_model.py
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -102,6 +103,24 @@ def test_the_patterns_fetch_the_pipeline_and_not_the_single_files_beside_it():
     assert parts == {f.name for f in Path("toy").iterdir()} - {"adapters", "prompts", "results.json", "grid.png"}
     for name in ("sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors"):
         assert not any(fnmatch(name, p) for p in cli.PIPELINE)
+
+
+def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
+    """Without T5 its 9.5 GB stay on the hub; fusing wants the transformer alone."""
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=None):
+        asked.append(set(allow_patterns))
+        return "toy"
+
+    cli.fetch.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model.load_pipeline("some/model", CPU)
+    model.load_pipeline("some/model", CPU, no_t5=True)
+    merge.fuse("some/model", {}, tmp_path / "fused")
+    assert asked[0] - asked[1] == {"text_encoder_3/*", "tokenizer_3/*"}
+    assert asked[2] == {"model_index.json", "transformer/*"}
+    cli.fetch.cache_clear()
 
 
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path):
@@ -251,12 +270,10 @@ def test_recipes_parse(monkeypatch, tmp_path, recipe):
     text = Path("recipes", recipe).read_text()
     command = next(line for line in text.splitlines() if f"@recipes/{recipe}" in line).lstrip("# ").split()
     script = next(word for word in command if word.endswith(".py"))
-    monkeypatch.setattr(cli, "check_adapter", lambda *_: None)
-    for name in ("check_adapter", "prompt_files"):
-        module = __import__(script.removesuffix(".py"))
-        stand_in = {"check_adapter": lambda *_: None, "prompt_files": lambda given, *_: given}[name]
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, stand_in)
+    module = importlib.import_module(script.removesuffix(".py"))
+    for place in (cli, module):
+        monkeypatch.setattr(place, "check_adapter", lambda *_: None, raising=False)
+        monkeypatch.setattr(place, "prompt_files", lambda given, *_: given, raising=False)
     monkeypatch.setattr(sys, "argv", [script, f"@recipes/{recipe}", "--out", str(tmp_path / "out")])
     args = module.parse_args()
     assert vars(args)
