@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def model_flags(parser):
     flag("--size", type=positive, help="image side in pixels; default the model's own")
 
 
+def run_flags(flag):
+    """How a run is repeated, saved, stopped and taken up again: the same flags in both training scripts."""
+    flag("--seed", type=int, default=0, help="of prompts, noise and fresh weights")
+    flag("--save_every", type=positive, default=20, help="iterations between checkpoints; Ctrl-C and errors save as well")
+    flag("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
+    flag("--max_bad_steps", type=positive, default=10, help="stop after so many updates in a row with a NaN or infinite "
+         "gradient; each is skipped")  # fmt: skip
+    flag("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="go on with the run in --out from this folder in "
+         "its checkpoints/; without a name: from the newest one that is not damaged")  # fmt: skip
+    flag("--overwrite", action="store_true", help="replace the run in --out")
+
+
 # What is fetched from a hub repository: the parts of a diffusers pipeline (not the single-file copies beside them), a LoRA.
 PIPELINE = ("model_index.json", *(f"{n}/*" for n in ("transformer", "vae", "scheduler")),
             *(f"{n}{i}/*" for n in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")))  # fmt: skip
@@ -160,18 +173,29 @@ def check_adapter(path, flag):
         fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
 
 
-def check_out(out, resume=False, overwrite=False):
+def check_out(args):
     """A run never lands on anything else: the folder must be new or empty, unless it is a run and --resume or
-    --overwrite says what to do with it."""
-    used = (Path(out) / "args.json").exists()
-    if resume and overwrite:
+    --overwrite says what to do with it. Where torchrun starts a failed run anew (--max-restarts), it is resumed."""
+    out = Path(args.out)
+    if int(os.environ.get("RANK", 0)):  # the others follow rank 0
+        return
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "lock").exists():
+        if (out / "lock").read_text() == launcher():  # this launch made the run, or was allowed to go on with it
+            args.resume, args.overwrite = "newest" if (out / "args.json").exists() else None, False
+    used = (out / "args.json").exists()
+    if args.resume and args.overwrite:
         fail("--resume and --overwrite: choose one")
-    if resume and not used:
+    if args.resume and not used:
         fail(f"--resume: there is no run in {out}")
-    if not used and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    if not used and out.exists() and (not out.is_dir() or any(p.name != "lock" for p in out.iterdir())):
         fail(f"--out {out} is not an empty folder, and no run either: choose another")
-    if used and not (resume or overwrite):
+    if used and not (args.resume or args.overwrite):
         fail(f"--out {out} already holds a run: choose another folder, or --resume it, or --overwrite it")
+
+
+def launcher():
+    """Who started this process: the same for a process that torchrun has started anew."""
+    return f"{socket.gethostname()} {os.getppid()}"
 
 
 def save_json(path, value):

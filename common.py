@@ -1,4 +1,4 @@
-"""The plumbing that two copies of would drift apart: processes, randomness, EMA, checkpoints, the log.
+"""The plumbing that two copies of would drift apart: processes, randomness, EMA, the log (checkpoints: checkpoint.py).
 
 No method in here: the sampler is sde.py, the objectives are losses.py, the loops are the scripts.
 """
@@ -6,19 +6,13 @@ No method in here: the sampler is sde.py, the objectives are losses.py, the loop
 import contextlib
 import hashlib
 import json
+import math
 import os
-import shutil
-import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-
-from adapters import save_adapter
-from cli import fail, save_json
 
 # ----------------------------------------------------------------------------------------------------------
 # Processes. One or many, on CPU or GPU: the same names afterwards
@@ -134,7 +128,7 @@ def prompts_used(args, train, tests, sizes, cycle, mine, rank, world):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Average of the weights, checkpoints, signals, the log
+# Average of the weights, stopwatch, the log
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,76 +141,14 @@ def update_ema(ema, parameters, updates, decay):
 
 
 def sha256(path):
-    """Of a file, or of the safetensors and JSON files in a directory: what --resume compares."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".json"))
+    """Of a file, or of what is read from a directory; names do not matter, contents do."""
+    path, kinds = Path(path), (".safetensors", ".json", ".txt", ".model")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
-
-
-def save_checkpoint(run, iteration, student, ema, optimizer, config, state, keep=2):
-    """checkpoints/step_N: adapter/ (the average, for use) and the full training state. Complete, or not there at all."""
-    final = Path(run) / "checkpoints" / f"step_{iteration}"
-    beside = final.with_name(f"tmp_{iteration}")
-    shutil.rmtree(beside, ignore_errors=True)
-    save_adapter(beside / "adapter", ema, config)
-    tensors = {}
-    for k, p in student.items():
-        tensors |= {f"student.{k}": p.detach(), f"ema.{k}": ema[k].detach()}
-        tensors |= {f"optimizer.{n}.{k}": v for n, v in optimizer.state.get(p, {}).items()}
-    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, beside / "state.safetensors")
-    save_json(beside / "state.json", {"iteration": iteration, **state})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-
-
-def checkpoints(run):
-    """The run's checkpoints, oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
-
-
-def begin_run(run, args, harmless, files, student, ema, optimizer, rank):
-    """Make the run folder, or put its newest checkpoint back. Returns the iterations done and what --resume will compare:
-    the flags, except `harmless` ones that do not change the mathematics, and the hashes of `files`."""
-    state = {
-        "flags": {k: v for k, v in vars(args).items() if k not in harmless},
-        "files": {str(f): sha256(f) for f in files if Path(f).exists()},
-    }
-    start = load_checkpoint(run, student, ema, optimizer, state) if args.resume else 0
-    if rank == 0:
-        if args.overwrite:
-            shutil.rmtree(run, ignore_errors=True)
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        save_json(run / "args.json", vars(args))
-        cut_log(run, start)
-    gather(None)  # the folder is there before anyone writes into it (all ranks participate)
-    return start, state
-
-
-def load_checkpoint(run, student, ema, optimizer, state):
-    """Put the newest checkpoint back; refuse one made with other flags or files. Returns its iteration."""
-    found = checkpoints(run)
-    if not found:
-        fail(f"--resume: {run} holds no checkpoint yet; start again with --overwrite")
-    saved = json.loads((found[-1] / "state.json").read_text())
-    for key, value in state.items():
-        if saved[key] != value:
-            names = [k for k in value if saved[key].get(k) != value[k]] or list(saved[key])
-            fail(f"--resume: {', '.join(names)} changed since {found[-1].name} of {run} was saved; resume with the same")
-    tensors = load_file(found[-1] / "state.safetensors")
-    with torch.no_grad():
-        for k, p in student.items():
-            p.copy_(tensors[f"student.{k}"])
-            ema[k].copy_(tensors[f"ema.{k}"])
-            names = [n for n in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{n}.{k}" in tensors]
-            if names:
-                optimizer.state[p] = {n: tensors[f"optimizer.{n}.{k}"].to(p.device) for n in names}
-    return saved["iteration"]
 
 
 class Stopwatch:
@@ -236,32 +168,11 @@ class Stopwatch:
         return {"seconds": time.perf_counter() - self.began} | self.laps | memory
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM finish the iteration, save and exit; a second one exits at once. `stop()` is agreed by all ranks."""
-
-    def __init__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number, frame):
-        self.received += 1
-        if self.received > 1:
-            os._exit(128 + number)
-        print("\nstopping after this iteration; again to stop at once", file=sys.stderr, flush=True)
-
-    def restore(self):
-        """After the loop: Ctrl-C is Ctrl-C again."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def stop(self):
-        return any(gather(self.received))
-
-
 def log_line(run, values):
-    """Append one iteration to metrics.jsonl."""
+    """Append one iteration to metrics.jsonl: six digits; NaN and infinity, which JSON does not know, as null."""
+    short = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in values.items()}
     with open(Path(run) / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        file.write(json.dumps(short) + "\n")
 
 
 def read_log(run):

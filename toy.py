@@ -685,8 +685,9 @@ def build_base(out, work, steps, vae_steps, images):
 # grpo_mix sees 192 x 460 images, more than the four teachers together (192 x 320 + 128 x 200), and keeps its best average
 # by test reward, which the teachers do not: what can be said for the baseline is done. Past its peak it falls apart.
 EARLY = ["--window", "3", "--window_end", "3", "--prompts_per_iteration", "12"]
+MIX = ["geneval=3", "ocr=1", "pickscore=1"]
 ADAPTERS = {
-    "grpo_mix": ["--mix", "geneval=3", "ocr=1", "pickscore=1", *EARLY, "--iterations", "460", "--lr", "7e-4", "--keep", "best"],
+    "grpo_mix": ["--mix", *MIX, *EARLY, "--iterations", "460", "--lr", "7e-4", "--final", "best"],
     "geneval": ["--reward", "geneval", *EARLY, "--iterations", "260"],
     "deqa": ["--reward", "deqa=0.78", "pickscore=0.22", "--tasks", *TASKS, "--iterations", "110"],
     "ocr": ["--reward", "ocr", "--iterations", "90"],

@@ -75,15 +75,12 @@ def parse_args():
     flag("--label_batch", type=positive, default=256, help="states per forward pass of rollout and labels; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
-    flag("--seed", type=int, default=0)
     flag("--sample_every", type=int, default=10, help="iterations between sample pictures; 0 = never")
-    flag("--save_every", type=positive, default=20, help="iterations between checkpoints")
     flag("--eval_prompts", type=int, default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
-    flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    flag("--overwrite", action="store_true", help="replace the run in --out")
+    cli.run_flags(flag)
     args = parser.parse_args()
 
     cli.check_model(args.model)
@@ -129,7 +126,7 @@ def parse_args():
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
     check_train_steps(args)
-    cli.check_out(args.out, args.resume, args.overwrite)
+    cli.check_out(args)
     return args
 
 
@@ -153,8 +150,6 @@ def check_train_steps(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import shutil
-
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -162,8 +157,9 @@ from tqdm import tqdm
 import adapters
 import common
 import losses
+from checkpoint import begin_run, checkpoints, publish_adapter
 from evaluate import load_scorers, picture_grid, report
-from model import embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, rollout, step
 
 
@@ -268,15 +264,16 @@ def main(args):
     extra = [p for prompts in train.values() for p in prompts] if sft else shown
     text = embed_prompts(pipe, used + extra, args.text_length, args.no_t5, args.cache_embeddings)
 
-    # Flags and files that change the mathematics; --resume refuses others.
-    harmless = "out resume overwrite iterations sample_every save_every micro_batch label_batch eval_prompts eval_steps"
-    harmless += " test_prompts rewards cache_embeddings checkpointing"
-    loras = [cli.fetch(path, "", cli.ADAPTER) for path in (*args.teacher.values(), args.init, args.anchor)]
-    files = [f"{pipe.name_or_path}/transformer", *loras, *args.prompts.values()]
-    start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
+    # --resume refuses other flags than these, and other contents of these files.
+    harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch eval_prompts eval_steps"
+    harmless += " rewards cache_embeddings checkpointing"
+    loras = {f"teacher {task}": path for task, path in args.teacher.items()} | {"init": args.init, "anchor": args.anchor}
+    files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
+    files += [(role, cli.fetch(path, "", cli.ADAPTER)) for role, path in loras.items() if path != "base"]
+    files += [(f"prompts {task}", file) for task, file in args.prompts.items()]
+    start, saver = begin_run(args, harmless, files, rank, student, ema, optimizer, transformer.peft_config["student"])
     kept = paint_sft_images(pipe, text, args, train, run, rank, world) if sft else None
-    signals = common.StopSignal()
-    updates_done, began = start * args.updates, time.time()
+    updates_done, bad_steps, began = start * args.updates, 0, time.time()
     bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
     def velocities(x, steps, rows, scale):
@@ -375,7 +372,11 @@ def main(args):
             gradients = common.all_reduce(torch.stack(task_gradients))  # (tasks, P); all ranks participate
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
-            optimizer.step()
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1
+            if bad_steps:  # NaN or infinity in a velocity, a loss or a gradient; all processes see the same sum
+                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
+            else:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             updates_done += 1
             if updates_done % args.ema_every == 0:
@@ -402,6 +403,8 @@ def main(args):
                 log[f"grad_norm/{a}"] = lengths[m].item()
                 log |= {f"cosine/{a}-{b}": cosine[m, m + 1 + n].item() for n, b in enumerate(tasks[m + 1 :]) if b in portion}
         log = {"iteration": iteration} | log | {"grad_norm": norm.item()} | watch.result()
+        if "skipped_updates" in log:
+            log["skipped_prompts"] = [train[task][n % len(train[task])] for task, n in chosen]
         if rank == 0:
             common.log_line(run, log)
         bar.set_postfix({k.split("/")[1]: f"{v:.1e}" for k, v in log.items() if k.startswith("kl/")} or {"loss": log["loss"]})
@@ -414,27 +417,21 @@ def main(args):
                 images = paint(pipe, text, shown, keys, args.eval_steps, args.student_guidance, args.micro_batch, args.size)
             picture_grid(run / "samples" / f"{iteration + 1:05d}.png", {"student": images}, shown)
 
-        # 7. Checkpoint.
-        stop = signals.stop()
-        if rank == 0 and ((iteration + 1) % args.save_every == 0 or last or stop):
-            common.save_checkpoint(run, iteration + 1, student, ema, optimizer, transformer.peft_config["student"], state)
-        if stop:
-            break
+        # 7. Checkpoint: a copy in memory after every iteration, for signals and errors; on disk now and then (rank 0).
+        saver.keep(iteration + 1)
+        if (iteration + 1) % args.save_every == 0 or last or bad_steps >= args.max_bad_steps:
+            saver.save()
+        if bad_steps >= args.max_bad_steps:
+            fail(f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts")
 
-    signals.restore()
-    done = iteration + 1 if start < args.iterations else start
-    if done < args.iterations:
-        if rank == 0:
-            print(f"stopped after {done} iterations; go on with the same command and --resume")
-        return common.stop_processes()
+    saver.close()
     if rank == 0:
-        shutil.rmtree(run / "adapter", ignore_errors=True)
-        shutil.copytree(common.checkpoints(run)[-1] / "adapter", run / "adapter")
+        publish_adapter(checkpoints(run)[-1] / "adapter", run / "adapter")
         cosines = [f"cosine/{a}-{b}" for m, a in enumerate(tasks) for b in tasks[m + 1 :]]
         panels = {"KL to the routed teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
         common.draw_curves(run, panels | {"fraction clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
-        print(f"{done} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
+        print(f"{args.iterations} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:
         name = "merged start" if Path(args.init).name == "merged" else "start"
         if layers:

@@ -69,14 +69,11 @@ def parse_args():
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
-    flag("--seed", type=int, default=0)
     flag("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
     flag("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
-    flag("--keep", choices=("last", "best"), default="last", help="the average that is kept; best = by mean test reward")
-    flag("--save_every", type=positive, default=50, help="iterations between checkpoints")
-    flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    flag("--overwrite", action="store_true", help="replace the run in --out")
+    flag("--final", choices=("last", "best"), default="last", help="the average that becomes adapter/; best = by test reward")
+    cli.run_flags(flag)
     args = parser.parse_args()
 
     if bool(args.reward) == bool(args.mix):
@@ -108,23 +105,22 @@ def parse_args():
     if args.init != "base":
         cli.check_adapter(args.init, "--init")
     args.out = args.out or ("runs/grpo_mix" if args.mix else "runs/teacher_" + "_".join(args.reward))
-    cli.check_out(args.out, args.resume, args.overwrite)
+    cli.check_out(args)
     return args
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import shutil
-
 import torch
 from tqdm import tqdm
 
 import adapters
 import common
+from checkpoint import begin_run, checkpoints, publish, publish_adapter
 from evaluate import load_rewards, picture_grid
 from losses import group_advantage, grpo
-from model import decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, log_prob, rollout, step
 
 
@@ -184,14 +180,13 @@ def main(args):
     used = common.prompts_used(args, prompts, tests, sizes, cycle, mine, rank, world)
     text = embed_prompts(pipe, used, args.text_length, args.no_t5, args.cache_embeddings)
 
-    # Flags and files that change the mathematics; --resume refuses others.
-    harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch checkpointing"
-    harmless += " cache_embeddings"
-    files = [f"{pipe.name_or_path}/transformer", *args.prompts.values()]
-    start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
-    signals = common.StopSignal()
-    updates_done = start * args.updates
-    began = time.time()
+    # --resume refuses other flags than these, and other contents of these files.
+    harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
+    files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
+    files += [("init", cli.fetch(args.init, "", cli.ADAPTER))] if args.init != "base" else []
+    files += [(f"prompts {task}", file) for task, file in args.prompts.items()]
+    start, saver = begin_run(args, harmless, files, rank, student, ema, optimizer, config)
+    updates_done, bad_steps, began = start * args.updates, 0, time.time()
     bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
     for iteration in bar:
@@ -262,7 +257,11 @@ def main(args):
             gradient = common.all_reduce(common.take_gradients(student.values()))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
-            optimizer.step()
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1
+            if bad_steps:  # NaN or infinity in a velocity, a loss or a gradient; all processes see the same sum
+                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
+            else:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             updates_done += 1
             if updates_done % args.ema_every == 0:
@@ -273,6 +272,8 @@ def main(args):
         log = common.sum_logs(log)  # all ranks participate
         log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
         log |= watch.result()
+        if "skipped_updates" in log:
+            log["skipped_prompts"] = [prompt for prompt, _ in chosen]
         for task in sorted(set(tasks)):
             log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
         log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
@@ -292,34 +293,30 @@ def main(args):
                         file = run / "samples" / f"{task}_{iteration + 1:05d}.png"
                         picture_grid(file, {"student": images[:8]}, asked[:8], {"student": values[:8]})
             mean = sum(log[f"test/{task}"] for task in tests) / len(tests)
-            if rank == 0 and mean > max((line["test"] for line in common.read_log(run) if "test" in line), default=-1):
-                adapters.save_adapter(run / "best", ema, config)
+            if rank == 0 and mean > max((line.get("test") or -1 for line in common.read_log(run)), default=-1):
+                adapters.save_adapter(run / "tmp_best", ema, config)
+                publish(run / "tmp_best", run / "best")
             log["test"] = mean
         if rank == 0:
             common.log_line(run, log)
 
-        # 7. Checkpoint.
-        stop = signals.stop()
-        if rank == 0 and ((iteration + 1) % args.save_every == 0 or last or stop):
-            common.save_checkpoint(run, iteration + 1, student, ema, optimizer, config, state)
-        if stop:
-            break
+        # 7. Checkpoint: a copy in memory after every iteration, for signals and errors; on disk now and then (rank 0).
+        saver.keep(iteration + 1)
+        if (iteration + 1) % args.save_every == 0 or last or bad_steps >= args.max_bad_steps:
+            saver.save()
+        if bad_steps >= args.max_bad_steps:
+            fail(f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts")
 
-    signals.restore()
+    saver.close()
     if rank == 0:
-        done = iteration + 1 if start < args.iterations else start
-        adapter = run / "best" if args.keep == "best" and args.eval_every else common.checkpoints(run)[-1] / "adapter"
-        if done < args.iterations:
-            print(f"stopped after {done} iterations; go on with the same command and --resume")
-        else:
-            shutil.rmtree(run / "adapter", ignore_errors=True)
-            shutil.copytree(adapter, run / "adapter")
-            panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
-            common.draw_curves(run, panels)
-            print(
-                f"{done} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
-                f"next: python evaluate.py --models base {run}/adapter"
-            )
+        best = args.final == "best" and args.eval_every
+        publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
+        panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
+        common.draw_curves(run, panels)
+        print(
+            f"{args.iterations} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
+            f"next: python evaluate.py --models base {run}/adapter"
+        )
     common.stop_processes()
 
 

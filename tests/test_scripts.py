@@ -141,7 +141,7 @@ def test_opd_final_evaluation_and_pictures(monkeypatch, tmp_path, capsys):
         ["--reward", "ocr"],
         ["--reward", "deqa=0.4", "pickscore=0.6", "--tasks", "geneval", "ocr", "deqa", "pickscore"],
         ["--mix", "geneval=3", "ocr=1", "pickscore=1"],
-        ["--reward", "ocr", "--window", "1", "--keep", "best"],
+        ["--reward", "ocr", "--window", "1", "--final", "best"],
         ["--reward", "deqa", "--beta", "0.04", "--std", "group"],
         ["--reward", "ocr", "--init", "toy/adapters/merged"],
     ],
