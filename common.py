@@ -29,7 +29,13 @@ def start_processes():
     if world > 1:
         if not cuda:  # processes on one machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, *_ = next(dist.rendezvous("env://"))
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world:
+            # After torchrun's --max-restarts the store still holds the addresses of processes that are gone
+            # (pytorch #135712); on several machines the restarts are counted apart, so the cure is an environment variable.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device if cuda else None)
     return rank, world, device
 
 

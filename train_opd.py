@@ -158,6 +158,7 @@ import adapters
 import common
 import losses
 from checkpoint import begin_run, checkpoints, publish_adapter
+from checks import self_checks
 from evaluate import load_scorers, picture_grid, report
 from model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, rollout, step
@@ -263,6 +264,9 @@ def main(args):
     used = common.prompts_used(args, train, tests, sizes, cycle, mine, rank, world)
     extra = [p for prompts in train.values() for p in prompts] if sft else shown
     text = embed_prompts(pipe, used + extra, args.text_length, args.no_t5, args.cache_embeddings)
+
+    if rank == 0:
+        self_checks(args, pipe, text, grid, shown, args.eligible_steps, guidance, student, args.objective != "ppo")
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch eval_prompts eval_steps"

@@ -118,6 +118,7 @@ from tqdm import tqdm
 import adapters
 import common
 from checkpoint import begin_run, checkpoints, publish, publish_adapter
+from checks import self_checks
 from evaluate import load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
@@ -179,6 +180,9 @@ def main(args):
     prompts = {task: part[0] for task, part in train.items()}
     used = common.prompts_used(args, prompts, tests, sizes, cycle, mine, rank, world)
     text = embed_prompts(pipe, used, args.text_length, args.no_t5, args.cache_embeddings)
+
+    if rank == 0:
+        self_checks(args, pipe, text, grid, used, range(args.steps - 1), {"student": args.guidance}, student, per_image=True)
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
