@@ -209,12 +209,19 @@ class Saver:
             except (OSError, SafetensorError) as error:  # the disk is full: what was saved before is still there
                 shutil.rmtree(beside, ignore_errors=True)
                 newest = next((c.name for c in reversed(checkpoints(self.run))), "none")
+                print(file=sys.stderr)  # ends the progress bar's line
                 fail(f"--out {self.run}: cannot save {final.name} ({error}); the newest is {newest}; make room, then --resume")
             for old in checkpoints(self.run)[: -self.newest]:
                 gone = old.with_name(f"tmp_{old.name}")  # half deleted is no checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
                 os.replace(old, gone)
                 shutil.rmtree(gone)
+
+    def give_up(self, message):
+        """Save what was last good and stop."""
+        self.save()
+        print(file=sys.stderr)
+        fail(message)
 
     def count(self, number, frame):
         self.interrupts += number == signal.SIGINT

@@ -423,10 +423,12 @@ def main(args):
 
         # 7. Checkpoint: a copy in memory after every iteration, for signals and errors; on disk now and then (rank 0).
         saver.keep(iteration + 1)
-        if (iteration + 1) % args.save_every == 0 or last or bad_steps >= args.max_bad_steps:
+        if (iteration + 1) % args.save_every == 0 or last:
             saver.save()
         if bad_steps >= args.max_bad_steps:
-            fail(f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts")
+            saver.give_up(
+                f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts"
+            )
 
     saver.close()
     if rank == 0:
