@@ -41,6 +41,19 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
+def process_ends():
+    """What the end of a process would do for a run that was stopped by an error: its lock and its signal handlers go."""
+    if isinstance(saver := getattr(sys.excepthook, "__self__", None), checkpoint.Saver):
+        saver.close()
+        saver.lock.close()
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    yield
+    process_ends()
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -176,6 +189,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch, run, capsys):
     assert stopped.value.code == 2 and "cannot save step_4" in line and "File too large" in line and "step_3" in line
     assert [c.name for c in checkpoint.checkpoints(run) if checkpoint.whole(c)] == ["step_1", "step_2", "step_3"]
     assert not list((run / "checkpoints").glob("tmp_*"))
+    process_ends()
     train(monkeypatch, run, "--iterations", 4, "--resume")  # room has been made
 
 
