@@ -66,12 +66,14 @@ def read_prompts(path, flag="--prompts"):
 
 
 def prompt_files(given, tasks, split, flag="--prompts"):
-    """{task: file}: the --prompts given, the miniature's own for the other tasks."""
+    """{task: file}: the --prompts given, the miniature's own for the other tasks. A folder is one of Flow-GRPO's dataset/."""
     for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
     files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
+    names = [f"{split}_metadata.jsonl", f"{split}.txt"] + ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
     for task, file in files.items():
+        files[task] = file = next((str(Path(file, name)) for name in names if Path(file, name).is_file()), file)
         if not Path(file).is_file():
             fail(f"no {split} prompts for task {task!r}: {file} is not a file; give {flag} {task}=FILE")
     return files

@@ -231,7 +231,11 @@ def score_files(files, tests, scorers, batch=128, rank=0, world=1):
                 values, reason = [], None
                 for i in range(0, len(own), batch):
                     part = own[i : i + batch]
-                    images = read_pictures([files[name][task][j] for j in part])
+                    try:
+                        images = read_pictures([files[name][task][j] for j in part])
+                    except ValueError as error:  # no scorer's fault, and no score for this image by any
+                        bar.close()
+                        fail(str(error))
                     alike = len({image.shape for image in images}) == 1
                     images = torch.stack(images) if alike else [as_picture(image) for image in images]
                     try:

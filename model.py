@@ -170,12 +170,12 @@ def is_kept(file, mark):
 
 
 def read_pictures(files):
-    """[(3, H, W) in [0, 1]] of whole bytes, of any sizes. A file that is no image ends the program: it has no score."""
+    """[(3, H, W) in [0, 1]] of whole bytes, of any sizes. ValueError where a file is no image."""
     images = []
     for file in files:
         try:
             with Image.open(file) as image:
                 images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255)
         except Exception as error:  # damaged files fail in many ways
-            fail(f"{file} cannot be decoded ({str(error).splitlines()[0]}); it would have no score: make it again")
+            raise ValueError(f"{file} cannot be decoded ({str(error).splitlines()[0]}); make this image again") from error
     return images

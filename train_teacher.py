@@ -28,6 +28,8 @@ def parse_args():
     flag = parser.add_argument_group("what to train").add_argument
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
+    flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="where a scorer fails: stop, or drop this batch, "
+         "say so and go on; dropped iterations are marked in metrics.jsonl, ten in a row stop the run")  # fmt: skip
     flag("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
     flag(
         "--mix",
@@ -115,21 +117,24 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
+import math
 import shutil
+import sys
 
 import torch
 from tqdm import tqdm
 
 import adapters
 import common
-from evaluate import load_rewards, picture_grid
+from evaluate import ask, check_prompts, load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, log_prob, rollout, step
 
 
 def make_reward(args, device):
-    """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range."""
+    """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range.
+    An error is never a score: it stops the run, or with --on_reward_error skip makes all of them nan."""
     scorers = load_rewards(args.rewards, device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
@@ -142,10 +147,14 @@ def make_reward(args, device):
         for name, weight in weights.items():
             low, high = scorers[name].range
             try:
-                scores = scorers[name](images, prompts, metadata)
-            except ValueError as error:  # a scorer that fails stops the run: an error is never a score
-                fail(f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}")
-            total += weight * (scores.float().cpu() - low) / (high - low)
+                scores = ask(scorers[name], images, prompts, metadata)
+            except ValueError as error:
+                why = f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}"
+                if args.on_reward_error == "stop":
+                    fail(why)
+                tqdm.write(f"batch dropped: {why}", file=sys.stderr)
+                return torch.full((len(images),), math.nan)
+            total += weight * (scores.float() - low) / (high - low)
         return total / sum(weights.values())
 
     return reward
@@ -173,6 +182,9 @@ def main(args):
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
+    for task, (prompts, metadata) in (*train.items(), *tests.items()):
+        for name in args.reward or [task]:
+            check_prompts(load_rewards(args.rewards, device)[name], prompts, metadata, f"prompts of {task}")
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
@@ -186,11 +198,12 @@ def main(args):
 
     # Flags and files that change the mathematics; --resume refuses others.
     harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch checkpointing"
-    harmless += " cache_embeddings"
+    harmless += " cache_embeddings on_reward_error"
     files = [f"{pipe.name_or_path}/transformer", *args.prompts.values()]
     start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
     signals = common.StopSignal()
-    updates_done = start * args.updates
+    updates_done = (start - sum("dropped" in line for line in common.read_log(run))) * args.updates
+    in_a_row = 0  # dropped batches
     began = time.time()
     bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
@@ -231,6 +244,8 @@ def main(args):
                 scores |= {mine[n]: value for n, value in zip(members, values.tolist())}
         scores = {i: s for part in common.gather(scores) for i, s in part.items()}  # all ranks participate
         rewards = torch.tensor([scores[i] for i in range(samples)], dtype=torch.float64)  # (N,)
+        dropped = bool(rewards.isnan().any())  # a scorer failed on some process; all see it, for rewards are shared
+        in_a_row = in_a_row + 1 if dropped else 0
         groups, advantage = torch.arange(samples) // args.group_size, torch.zeros(samples)
         for task in set(tasks):  # each task by its own std: a reward that varies little weighs as much as one that varies a lot
             of_task = torch.tensor([t == task for t in tasks])[groups]  # (N,) bool
@@ -239,8 +254,8 @@ def main(args):
         watch.lap("rewards")
 
         # 4. Update: each optimizer step takes its share of every group; gradients are summed over micro-batches and processes.
-        log = {}
-        for update in range(args.updates):
+        log, norm = {}, torch.tensor(math.nan)
+        for update in range(0 if dropped else args.updates):
             ours = torch.tensor([n for n, i in enumerate(mine) if i % args.updates == update], dtype=torch.long)
             for part in common.chunks(ours, args.micro_batch):
                 for i in trained:
@@ -276,7 +291,8 @@ def main(args):
         for task in sorted(set(tasks)):
             log[f"reward/{task}"] = rewards.view(-1, args.group_size)[[t == task for t in tasks]].mean().item()
         log["flat_groups"] = (rewards.view(-1, args.group_size).std(1) < 1e-6).double().mean().item()  # they carry no signal
-        bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
+        log |= {"dropped": 1} if dropped else {}
+        bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log.get('ratio_gap', math.nan):.1e}")
 
         # 6. Samples and evaluation, with the average of the weights and the same noise every time.
         last = iteration + 1 == args.iterations
@@ -296,10 +312,10 @@ def main(args):
                 adapters.save_adapter(run / "best", ema, config)
             log["test"] = mean
         if rank == 0:
-            common.log_line(run, log)
+            common.log_line(run, {k: v for k, v in log.items() if v == v})  # nan: what nothing was measured for
 
         # 7. Checkpoint.
-        stop = signals.stop()
+        stop = signals.stop() or in_a_row == 10
         if rank == 0 and ((iteration + 1) % args.save_every == 0 or last or stop):
             common.save_checkpoint(run, iteration + 1, student, ema, optimizer, config, state)
         if stop:
@@ -310,7 +326,8 @@ def main(args):
         done = iteration + 1 if start < args.iterations else start
         adapter = run / "best" if args.keep == "best" and args.eval_every else common.checkpoints(run)[-1] / "adapter"
         if done < args.iterations:
-            print(f"stopped after {done} iterations; go on with the same command and --resume")
+            why = " (ten batches in a row could not be scored)" if in_a_row == 10 else ""
+            print(f"stopped after {done} iterations{why}; go on with the same command and --resume")
         else:
             shutil.rmtree(run / "adapter", ignore_errors=True)
             shutil.copytree(adapter, run / "adapter")
@@ -321,6 +338,8 @@ def main(args):
                 f"next: python evaluate.py --models base {run}/adapter"
             )
     common.stop_processes()
+    if in_a_row == 10:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

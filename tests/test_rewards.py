@@ -159,6 +159,16 @@ def test_attributes(make_reward):
     assert reward.higher_is_better is True and low < high and reward.name in type(reward).__module__
 
 
+def test_a_dropped_model_is_loaded_again(make_reward, pictures):
+    """`reward.model = None` lets go of everything large; the next call loads it and scores the same."""
+    reward = make_reward()
+    prompts = asked(reward, pictures)
+    before = reward(pictures, prompts)
+    reward.model = None
+    left = [v for v in vars(reward).values() if isinstance(v, torch.nn.Module)]
+    assert not left and torch.equal(reward(pictures, prompts), before)
+
+
 def truncated():
     file = io.BytesIO()
     as_image(torch.rand(3, 64, 64)).save(file, "JPEG")
@@ -903,6 +913,17 @@ def test_a_reader_without_its_alphabet_is_refused(detector_folder, reader_folder
     assert reward.model is None
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_that_gives_nan_gives_no_score(which, detector_folder, reader_folder, pictures):
+    """It would find no text, or other letters, and score 0."""
+    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
+    prompts = asked(reward, pictures)
+    with torch.no_grad():
+        [parameter.fill_(math.nan) for parameter in reward.model[which].parameters()]
+    with pytest.raises(ValueError, match="ocr: a network's output is not finite"):
+        reward(pictures, prompts)
+
+
 def test_the_papers_engine(monkeypatch, pictures):
     """PaddleOCR 2.x as it answers: per page a list of [corners, (text, confidence)], or None."""
     seen = []
@@ -1018,7 +1039,7 @@ def test_the_published_aesthetic_head():
 
 @pytest.mark.slow
 def test_deqa_prefers_a_clean_picture():
-    reward = fetched(deqa.DeQA(dtype=torch.float16 if torch.cuda.is_available() else torch.float32))
+    reward = fetched(deqa.DeQA())
     clean = drawing("red")
     spoilt = np.array(clean) + np.random.default_rng(0).normal(0, 90, (512, 512, 3))
     scores = reward([clean, Image.fromarray(spoilt.clip(0, 255).astype(np.uint8))])
