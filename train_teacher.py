@@ -233,7 +233,8 @@ def main(args):
             x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
         watch.lap("rollout")
 
-        # 3. Rewards and advantages: every process scores its own images, all share the numbers.
+        # 3. Rewards and advantages: every process scores its own images, all share the numbers. Not beside the sampling: the
+        # scorers' networks want the same device, and outside them a score takes 5 to 105 ms (tests/benchmark_rewards.py).
         images = torch.cat([decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):

@@ -61,13 +61,18 @@ def pictures():
     return [as_image(noise(*size, seed)) for seed, size in enumerate(SIZES)]
 
 
+def letter_tokenizer():
+    """CLIP's tokenizer without its words: a token a letter, 514 in all."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A CLIP of 2 + 2 layers whose tokenizer knows bytes and no words, saved as on the hub. Vectors of 768, as L/14's."""
     folder = tmp_path_factory.mktemp("clip")
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
     layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": 514, "max_position_embeddings": 77, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
     config = CLIPConfig(
