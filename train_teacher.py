@@ -234,7 +234,7 @@ def main(args):
         watch.lap("rollout")
 
         # 3. Rewards and advantages: every process scores its own images, all share the numbers. Not beside the sampling: the
-        # scorers' networks want the same device, and outside them a score takes 5 to 105 ms (tests/benchmark_rewards.py).
+        # scorers' networks want the same device, and outside them an image takes 6 to 105 ms (tests/benchmark_rewards.py).
         images = torch.cat([decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):
