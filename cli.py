@@ -67,12 +67,14 @@ def read_prompts(path, flag="--prompts"):
 
 
 def prompt_files(given, tasks, split, flag="--prompts"):
-    """{task: file}: the --prompts given, the miniature's own for the other tasks."""
+    """{task: file}: the --prompts given, the miniature's own for the other tasks. A folder is one of Flow-GRPO's dataset/."""
     for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
     files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
+    names = [f"{split}_metadata.jsonl", f"{split}.txt"] + ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
     for task, file in files.items():
+        files[task] = file = next((str(Path(file, name)) for name in names if Path(file, name).is_file()), file)
         if not Path(file).is_file():
             fail(f"no {split} prompts for task {task!r}: {file} is not a file; give {flag} {task}=FILE")
     return files
@@ -205,3 +207,40 @@ def save_json(path, value):
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=1) + "\n")
     beside.replace(path)
+
+
+def find_images(path, task, tasks, file=None, number=0):
+    """A folder given to `evaluate.py --scores_only` -> (files, prompts, metadata), an entry an image; see its docstring.
+
+    file: the task's prompt file, where the folder lists no prompts; number: only its first lines, 0 = all. Exit 2 unless
+    every prompt has an image, all have as many, and no image is left over."""
+    folder = Path(path) / task
+    if not folder.is_dir() and len(tasks) > 1:
+        fail(f"--scores_only {path}: no folder {folder}; say with --tasks what it holds (of a single task, DIR itself)")
+    folder = folder if folder.is_dir() else Path(path)
+    own = folder / "metadata.jsonl"
+    if own.is_file():
+        prompts, metadata = (part[: number or None] for part in read_prompts(own, "--scores_only"))
+        names = [line.get("file_name") for line in metadata]
+        for n, name in enumerate(names):
+            if not (isinstance(name, str) and (folder / name).is_file()):
+                fail(f'{own}: line {n + 1} needs the "file_name" of an image that is there, not {name!r}')
+        return [folder / name for name in names], prompts, metadata
+    file = prompt_files({task: file} if file else {}, [task], "test")[task]
+    prompts, metadata = (part[: number or None] for part in read_prompts(file))
+    found, counts = [], {}
+    for image in (image for pattern in ("*.*", "*/samples/*.*") for image in folder.glob(pattern)):
+        if image.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            line = image.relative_to(folder).parts[0].split(".")[0]
+            if not (line.isascii() and line.isdecimal()):
+                fail(f"{image}: its name is no line number, as 00000.png is; or list prompts and images in {own}")
+            if not number or int(line) < number:
+                found.append((int(line), image))
+                counts[int(line)] = counts.get(int(line), 0) + 1
+    for line in {**dict.fromkeys(range(len(prompts))), **counts}:
+        wanted = max(counts.get(0, 0), 1) if line < len(prompts) else 0
+        if counts.get(line, 0) != wanted:
+            have = f"{counts.get(line, 0)} image(s) {line:05d}"
+            fail(f"--scores_only {folder}: {have} where the {len(prompts)} prompts of {file} want {wanted}")
+    lines, files = zip(*sorted(found))
+    return list(files), [prompts[n] for n in lines], [metadata[n] for n in lines]

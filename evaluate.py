@@ -1,16 +1,26 @@
-"""Evaluate any number of models side by side: the paper's table, one picture grid, or your own prompt.
+"""Evaluate any number of models side by side: the paper's table, picture grids, or your own prompt.
 
-    python evaluate.py --models base merged=toy/adapters/merged student=runs/opd/adapter    # table + grid, minutes
+    python evaluate.py --models base merged=toy/adapters/merged student=runs/opd/adapter    # table + grids, minutes
     python evaluate.py --models base toy/adapters/ocr --prompt "sign reads K T in red"      # pictures of one's own prompt
     torchrun --nproc_per_node=2 evaluate.py --models base                                   # the same table from two processes
+    python evaluate.py --scores_only mine=DIR --tasks ocr --prompts ocr=data/ocr_test.txt --rewards rewards   # any images
 
 A model is `base` or the directory of an adapter, written PATH or NAME=PATH. All models see the same prompts and
 start from the same noise, so differences between them are paired. If the four tasks' teachers are among the models
 under their tasks' names, a row `oracle` asks each task of its own teacher: what perfect routing would score.
 
 Columns are the paper's: each metric on the test prompts of its own task, and
-Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, which fits all published rows.
-Deterministic: the same flags give the same table; on another number of processes, the same up to rounding.
+Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, which fits all published rows. ± is one standard error over
+prompts. Deterministic: the same flags give the same table; on another number of processes, the same up to rounding.
+
+First all images are painted, into OUT/images/MODEL/TASK/00000.png and so on; then they are read back and scored, a
+scorer at a time. Each file carries what made it (weights, prompt, noise, settings): a later call paints only what is
+not there in just that way, be it after a crash, for one more model, or for a scorer that lacked its weights.
+
+--scores_only takes images made by anything: folders DIR/TASK, or DIR itself for a single task, that hold
+    00000.png, 00001.jpg, …        image n belongs to line n, counted from 0, of the task's prompt file
+    00000/samples/0000.png, …      several images a line, as GenEval's own scripts lay them out
+    metadata.jsonl and its images  {"file_name": …, "prompt": …, what the scorer wants} a line; no prompt file then
 """
 
 import json
@@ -18,10 +28,13 @@ import math
 from pathlib import Path
 
 from cli import (
+    ADAPTER,
     TASKS,
     check_adapter,
     check_model,
     fail,
+    fetch,
+    find_images,
     make_parser,
     model_flags,
     pairs,
@@ -31,9 +44,6 @@ from cli import (
     save_json,
 )
 
-COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
-SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
-
 
 def parse_args():
     parser = make_parser(__doc__)
@@ -41,39 +51,53 @@ def parse_args():
     flag = parser.add_argument
     flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
+    flag("--scores_only", "--scores-only", nargs="+", metavar="[NAME=]DIR", help="score these images, paint nothing; see above")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
     flag("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
     flag("--seed", type=int, default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass; does not change the result beyond rounding")
-    flag("--out", default="runs/evaluate", help="folder for results.json, table.md and grid.png")
-    flag("--overwrite", action="store_true", help="replace the evaluation in --out")
+    flag("--out", default="runs/evaluate", help="folder for results.json, table.md, images/ and the grids")
+    flag("--overwrite", action="store_true", help="replace the evaluation in --out; images that still fit are used again")
     args = parser.parse_args()
 
-    check_model(args.model)
-    models = {}
-    for item in args.models:
+    if args.prompt and args.scores_only:
+        fail("--prompt paints and --scores_only does not: choose one")
+    if args.published and args.rewards == "toy":
+        fail("--published: the miniature's scorers are not the paper's; give --rewards rewards")
+    flag, models = "--scores_only" if args.scores_only else "--models", {}
+    for item in args.scores_only or args.models:
         name, equals, path = item.partition("=")
         name, path = (name, path) if equals else (Path(item.rstrip("/")).name, item)
         if name in models:
-            fail(f"--models: two models are called {name!r}; write NAME=PATH")
-        if path != "base":
-            check_adapter(path, "--models")
+            fail(f"{flag}: two models are called {name!r}; write NAME=PATH")
+        if Path(name).name != name or name == "..":
+            fail(f"{flag} {item}: the name becomes a folder's, so it holds no slash; write NAME={path}")
+        if args.scores_only and not Path(path).is_dir():
+            fail(f"{flag} {path}: not a folder of images")
+        if not args.scores_only and path != "base":
+            check_adapter(path, flag)
         models[name] = path
     args.models = models
+    if not args.scores_only:
+        check_model(args.model)
     args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in models:
             fail(f"--model_guidance: no model is called {name!r}; there are {', '.join(models)}")
     given = pairs(args.prompts, "--prompts")
     for task in args.tasks:
-        if task not in TASKS and task not in given:
-            fail(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-    args.prompts = {} if args.prompt else prompt_files(given, args.tasks, "test")
+        if Path(task).name != task or (task not in TASKS and task not in given and not args.scores_only):
+            fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
+    for task in set(given) - set(args.tasks):
+        fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
+    paints = not (args.prompt or args.scores_only)
+    args.prompts = prompt_files(given, args.tasks, "test") if paints else given
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
         fail(f"--out {args.out} holds a run or an evaluation: choose another folder, or --overwrite the evaluation")
@@ -84,14 +108,18 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import importlib
+import tempfile
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import adapters
 import common
-from model import embed_prompts, load_pipeline, paint
+from model import TEXT, as_picture, backbone_dtype, embed_prompts, is_kept, load_pipeline, paint, read_pictures, save_picture
+from tables import GENEVAL, average, compare, published, summarise, table
+
+# ---- Scorers
 
 
 def load_rewards(module, device="cpu"):
@@ -115,96 +143,135 @@ def load_scorers(module, tasks, device="cpu"):
     return {task: {n: f for n, f in rewards.items() if n == task or n.startswith(task + "_")} for task in tasks}
 
 
-def score_models(pipe, text, models, tests, scorers, steps, guidance, seed=0, batch=128, size=None, rank=0, world=1):
-    """Paint and score the test prompts of every task with every model (all ranks participate, each with its part).
+def check_prompts(scorer, prompts, metadata, file):
+    """A prompt that a scorer could never score is found before hours of painting, not after them."""
+    try:
+        if hasattr(scorer, "check"):
+            scorer.check(prompts, metadata)
+    except ValueError as error:
+        fail(f"{file}: {error}")
 
-    models {name: adapter name on the backbone, or None for the base}; guidance {name: scale};
-    tests {task: (prompts, metadata)}. A scorer that raises ValueError (weights missing, say) is left out from then on,
-    for every model, and its reason printed: an error is never a score.
-    Returns scores {name: {metric: (N,) tensor}} and pictures {task: {name: (2, 3, H, W)}} for the grid (rank 0)."""
-    scores, pictures, failed = {name: {} for name in models}, {task: {} for task in tests}, {}
-    total = len(models) * sum(len(prompts) for prompts, _ in tests.values())
-    bar = tqdm(total=total, desc="evaluating", unit="image", disable=rank > 0, dynamic_ncols=True)
-    for name, on in models.items():
-        with adapters.adapter(pipe.transformer, on):
-            for task, (prompts, metadata) in tests.items():
-                own = common.share(len(prompts), rank, world)
-                parts, values = [], {metric: [] for metric in scorers[task]}
+
+def ask(scorer, images, prompts, metadata):
+    """The scores (B,) of a scorer, float64 on the CPU. ValueError, one line, whatever goes wrong in it: an exception of any
+    kind, a number that is none, too few of them. So an error can be reported or stop a run, and is never a score."""
+    try:
+        scores = scorer(images, prompts, metadata).double().cpu()
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(kind + (str(error).splitlines() or ["no message"])[0]) from error
+    if scores.shape != (len(prompts),) or not scores.isfinite().all():
+        raise ValueError(f"it gave {scores.tolist()[:4]}… for {len(prompts)} images, not a finite number each")
+    return scores
+
+
+# ---- Images: painted into files, or found in them
+
+
+def image_files(folder, tests, about, rank=0, world=1):
+    """Where the images of every model are or will be, and which of this process's part are still to be painted.
+
+    tests {task: (prompts, metadata)}; about {model: dict}: all that the images of a model depend on.
+    -> files {model: {task: [path, …]}}, todo {(model, task): {number: mark}}."""
+    files, todo = {name: {} for name in about}, {}
+    for name in about:
+        for task, (prompts, _) in tests.items():
+            files[name][task] = [folder / name / task / f"{j:05d}.png" for j in range(len(prompts))]
+            todo[name, task] = {}
+            for j in common.share(len(prompts), rank, world):
+                mark = json.dumps(about[name] | {"task": task, "number": j, "prompt": prompts[j]})
+                if not is_kept(files[name][task][j], mark):
+                    todo[name, task][j] = mark
+    return files, todo
+
+
+def paint_files(pipe, text, models, tests, files, todo, steps, guidance, seed=0, batch=128, size=None, rank=0):
+    """Paint what is to be painted. models {name: adapter on the backbone, None for the base}; guidance {name: scale}."""
+    total = sum(map(len, todo.values()))
+    bar = tqdm(total=total, desc="painting", unit="image", disable=rank > 0 or not total, dynamic_ncols=True)
+    for (name, task), marks in todo.items():
+        for i in range(0, len(marks), batch):
+            part = list(marks)[i : i + batch]
+            keys = [(seed, "evaluate", task, j) for j in part]  # the same noise for every model
+            with adapters.adapter(pipe.transformer, models[name]):
+                images = paint(pipe, text, [tests[task][0][j] for j in part], keys, steps, guidance[name], batch, size)
+            for j, image in zip(part, images):
+                save_picture(files[name][task][j], image, marks[j])
+            bar.update(len(part))
+    bar.close()
+
+
+def find_tests(args):
+    """--scores_only: -> tests {task: (prompts, metadata)}, an entry an image, and files {name: {task: [path, …]}}."""
+    tests, files = {}, {name: {} for name in args.models}
+    for task in args.tasks:
+        for name, path in args.models.items():
+            files[name][task], *test = find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
+            if tests.setdefault(task, test) != test:
+                fail(f"--scores_only {path}: not the {task} prompts, or not as many images of each, as in the first folder")
+    return tests, files
+
+
+# ---- Scores
+
+
+def score_files(files, tests, scorers, batch=128, rank=0, world=1):
+    """Score the images of every model (all ranks participate, each with its part, none twice).
+
+    files {model: {task: [file, …]}}; tests {task: (prompts, metadata)}; scorers {task: {metric: scorer}}.
+    A scorer goes through all models and is dropped: one at a time is on the device. One that fails is left out of every
+    row. Returns scores {model: {metric: (N,) float64}} and the failures {metric: reason}."""
+    scores, failed = {name: {} for name in files}, {}
+    total = sum(len(prompts) * len(scorers[task]) for task, (prompts, _) in tests.items()) * len(files)
+    bar = tqdm(total=total, desc="scoring", unit="image", disable=rank > 0, dynamic_ncols=True)
+    for task, (prompts, metadata) in tests.items():
+        own = common.share(len(prompts), rank, world)
+        for metric, scorer in scorers[task].items():
+            for name in files:
+                values, reason = [], None
                 for i in range(0, len(own), batch):
                     part = own[i : i + batch]
-                    asked = [prompts[j] for j in part]
-                    keys = [(seed, "evaluate", task, j) for j in part]
-                    images = paint(pipe, text, asked, keys, steps, guidance[name], batch, size)
-                    for metric in values:
-                        if metric in failed:
-                            continue
-                        try:
-                            values[metric] += scorers[task][metric](images, asked, [metadata[j] for j in part]).tolist()
-                        except ValueError as error:
-                            failed[metric] = str(error).splitlines()[0].removeprefix(f"{task}: ")
-                    parts.append(images[: 2 if i == 0 else 0])
+                    try:
+                        images = read_pictures([files[name][task][j] for j in part])
+                    except ValueError as error:  # no scorer's fault, and no score for this image by any
+                        bar.close()
+                        fail(str(error))
+                    alike = len({image.shape for image in images}) == 1
+                    images = torch.stack(images) if alike else [as_picture(image) for image in images]
+                    try:
+                        values += ask(scorer, images, [prompts[j] for j in part], [metadata[j] for j in part]).tolist()
+                    except ValueError as error:
+                        reason = str(error).removeprefix(f"{task}: ")
+                        break
                     bar.update(len(part) * world)
-                failed = dict(item for other in common.gather(failed) for item in other.items())  # all ranks participate
-                for metric in values:
-                    if metric not in failed:
-                        got = [v for part in common.gather(values[metric]) for v in part]
-                        scores[name][metric] = torch.tensor(got, dtype=torch.float64)
-                pictures[task][name] = torch.cat(parts) if parts else torch.empty(0)
+                parts = common.gather((values, reason))  # all ranks participate
+                reason = next((reason for _, reason in parts if reason), None)
+                if reason:
+                    failed[metric] = reason
+                    break
+                scores[name][metric] = torch.tensor([v for values, _ in parts for v in values], dtype=torch.float64)
+            if hasattr(scorer, "model"):
+                scorer.model = None
     bar.close()
-    for metric, why in failed.items() if rank == 0 else ():
-        print(f"not scored: {metric}: {why}", flush=True)
-    return {name: {m: s for m, s in row.items() if m not in failed} for name, row in scores.items()}, pictures
+    return {name: {m: s for m, s in row.items() if m not in failed} for name, row in scores.items()}, failed
 
 
-def average(scores):
-    """The paper's Average and its standard error from {metric: (N,) scores}; nan unless all four tasks are there."""
-    if any(task not in scores for task in TASKS):
-        return math.nan, math.nan
-    mean = sum(scores[t].mean().item() / SCALES[t] for t in TASKS) / 4
-    variance = sum((scores[t].std().item() / SCALES[t]) ** 2 / len(scores[t]) for t in TASKS) / 16
-    return mean, variance**0.5
+def score_models(pipe, text, models, tests, scorers, steps, guidance, folder, seed=0, batch=128, size=None, rank=0, world=1):
+    """Paint into an empty folder and score: for the end of a training run, whose weights no file stands for.
+    -> scores, failures, files, as above."""
+    files, todo = image_files(Path(folder), tests, {name: {} for name in models}, rank, world)
+    paint_files(pipe, text, models, tests, files, todo, steps, guidance, seed, batch, size, rank)
+    return *score_files(files, tests, scorers, batch, rank, world), files
 
 
-def compare(scores, other):
-    """The difference of two models' Averages and its paired standard error: the same prompts and noise for both."""
-    return average({task: scores[task] - other[task] for task in TASKS})
-
-
-def summarise(scores):
-    """{name: {metric: {"mean", "se", "n"}, "average": {...}}}, with the oracle's row if all teachers are there."""
-    if all(task in scores and task in scores[task] for task in TASKS):
-        scores = scores | {"oracle": {task: scores[task][task] for task in TASKS}}
-    summary = {}
-    for name, metrics in scores.items():
-        summary[name] = {
-            m: {"mean": s.mean().item(), "se": s.std().item() / len(s) ** 0.5, "n": len(s)} for m, s in metrics.items()
-        }
-        mean, se = average(metrics)
-        if not math.isnan(mean):
-            summary[name]["average"] = {"mean": mean, "se": se}
-    return summary
-
-
-def table(summary, notes=None):
-    """A Markdown table in the paper's columns; `notes` {name: text} go behind the name."""
-    digits = {"geneval": 3, "ocr": 3, "deqa": 2, "pickscore": 2, "average": 4}
-    tasks = [task for task in COLUMNS if any(task in row for row in summary.values())]
-    head = ["model", *(COLUMNS[t] for t in tasks), *(["Average"] if len(tasks) == 4 else [])]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in summary.items():
-        cells = [name + (f" ({notes[name]})" if notes and name in notes else "")]
-        for metric in [*tasks, *(["average"] if len(tasks) == 4 else [])]:
-            value = row.get(metric)
-            cells.append(f"{value['mean']:.{digits[metric]}f} ± {value['se']:.{digits[metric]}f}" if value else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+# ---- Pictures
 
 
 def picture_grid(path, images, prompts, scores=None):
     """A column per model, a row per prompt, the prompt above each row and the score under each image.
 
-    images {column: (N, 3, H, W) in [0, 1]}, scores {column: N numbers}."""
-    side = max(112, next(iter(images.values())).shape[-1])
+    images {column: N of (3, H, W) in [0, 1]}, scores {column: N numbers}."""
+    side = max(112, *(picture.shape[-1] for picture in next(iter(images.values()))))
     font, pad, line = ImageFont.load_default(12), 8, 16
     height = line + side + (line if scores else 0) + pad
     width = max(pad + (side + pad) * len(images), 2 * pad + int(max(font.getlength(p[:120]) for p in prompts)))
@@ -217,8 +284,7 @@ def picture_grid(path, images, prompts, scores=None):
             y = line + pad + height * row
             if column == 0:
                 pen.text((x, y), prompts[row][:120], "black", font)
-            picture = (pictures[row] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            page.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x, y + line))
+            page.paste(ImageOps.contain(as_picture(pictures[row]), (side, side), Image.NEAREST), (x, y + line))
             if scores:
                 pen.text((x, y + line + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +295,13 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
     guidance = dict.fromkeys(models, args.guidance) | {"student": args.student_guidance}
-    how = (args.eval_steps, guidance, 0, args.micro_batch, args.size, rank, world)
-    scores, pictures = score_models(pipe, text, models, tests, scorers, *how)
-    if rank > 0:
-        return
-    live, file = summarise(scores), Path(args.model) / "results.json"
+    with tempfile.TemporaryDirectory() as folder:
+        how = (args.eval_steps, guidance, folder, 0, args.micro_batch, args.size, rank, world)
+        scores, failed, files = score_models(pipe, text, models, tests, scorers, *how)
+        if rank > 0:
+            return
+        save_grid(run / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
+    live, file = summarise(scores, tests), Path(args.model) / "results.json"
     recorded = json.loads(file.read_text()) if file.exists() else {"flags": {}, "results": {}}
     lines, results = [], {name: row for name, row in recorded["results"].items() if name != "merged"}  # it is the live start
     ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
@@ -243,12 +311,12 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     if results and changed:
         lines.append(f"The recorded rows were made with other settings ({', '.join(changed)}): not comparable.\n")
     notes = {name: "recorded" for name in results} | {"oracle": "recorded: each task asked of its own teacher"}
-    lines += [table(results | live, notes), ""]
+    lines += [table(results | live, notes), "", *(f"not scored: {metric}: {why}" for metric, why in failed.items())]
     if "average" in live["student"]:
         start = next(iter(models))
-        gain, se = compare(scores["student"], scores[start])
+        gain, se = compare(scores["student"], scores[start], tests)
         lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired: same prompts, same noise)")
-        mean, se = average(scores["student"])
+        mean, se = average(scores["student"], tests)
         if "grpo_mix" in results and not changed:
             other = results["grpo_mix"]["average"]
             lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
@@ -256,19 +324,27 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
-    save_grid(run / "grid.png", scores, pictures, tests)
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
 
 
-def save_grid(path, scores, pictures, tests):
-    """The first test prompts of every task, a column per model."""
-    columns = {name: torch.cat([pictures[task][name] for task in tests]) for name in scores}
-    prompts = [p for task, (ps, _) in tests.items() for p in ps[: len(next(iter(pictures[task].values())))]]
-    marks = {}
-    for name, row in scores.items():
-        kept = [(row.get(task), len(pictures[task][name])) for task in tests]
-        marks[name] = [mark for score, n in kept for mark in ([math.nan] * n if score is None else score[:n])]
-    picture_grid(path, columns, prompts, marks)
+def save_grid(path, scores, files, tests, rows):
+    """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score."""
+    places = [(task, j) for task in tests for j in rows.get(task, ())]
+    marks = {n: [row[task][j] if task in row else math.nan for task, j in places] for n, row in scores.items()}
+    images = {name: read_pictures([files[name][task][j] for task, j in places]) for name in scores}
+    if places:
+        picture_grid(path, images, [tests[task][0][j] for task, j in places], marks)
+
+
+def most_different(scores, tests, number=3):
+    """{task: the prompts on which the models' scores lie furthest apart, at most so many, most different first}."""
+    rows = {}
+    for task in tests:
+        values = [row[task] for row in scores.values() if task in row]
+        if len(values) > 1:
+            spread = torch.stack(values).amax(0) - torch.stack(values).amin(0)  # (N,)
+            rows[task] = [j for j in spread.argsort(descending=True, stable=True)[:number].tolist() if spread[j] > 0]
+    return rows
 
 
 def load_models(transformer, models):
@@ -281,38 +357,76 @@ def load_models(transformer, models):
     return on
 
 
-def main(args):
-    rank, world, device = common.start_processes()
-    scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks, device)
-    tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
+def paint_tests(args, tests, device, rank, world):
+    """Fill OUT/images with what is not there yet -> files {name: {task: [file, …]}} (all ranks participate)."""
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
-    own = [prompts[i] for prompts, _ in tests.values() for i in common.share(len(prompts), rank, world)]
-    text = embed_prompts(pipe, args.prompt or own, args.text_length, args.no_t5, args.cache_embeddings)
-    out = Path(args.out)
+    folders = [Path(pipe.name_or_path) / part for part in ("transformer", "vae", "scheduler", *TEXT)]
+    used = [folder for folder in folders if folder.is_dir() and not (args.no_t5 and folder.name.endswith("_3"))]
+    base = common.gather([common.sha256(folder) for folder in used] if rank == 0 else None)[0]  # 15 GB of SD3.5: once
+    how = {"base": base, "dtype": str(backbone_dtype(pipe.transformer)), "no_t5": args.no_t5, "text_length": args.text_length}
+    how |= {"seed": args.seed, "steps": args.steps, "size": args.size}
+    about = {}
+    for name, path in args.models.items():
+        adapter = path if path == "base" else common.sha256(fetch(path, "--models", ADAPTER))
+        about[name] = how | {"adapter": adapter, "guidance": guidance[name]}
+    files, todo = image_files(Path(args.out) / "images", tests, about, rank, world)
+    own = [tests[task][0][j] for (_, task), marks in todo.items() for j in marks]
+    text = embed_prompts(pipe, own, args.text_length, args.no_t5, args.cache_embeddings) if own else None
+    settings = (args.steps, guidance, args.seed, args.batch, args.size, rank)
+    paint_files(pipe, text, on, tests, files, todo, *settings)
+    return files
 
-    if args.prompt:  # one's own prompts, side by side, nothing scored
-        columns = {}
-        for name, adapter in on.items():
-            with adapters.adapter(pipe.transformer, adapter):
-                keys = [(args.seed, "prompt", i) for i in range(len(args.prompt))]
-                columns[name] = paint(pipe, text, args.prompt, keys, args.steps, guidance[name], args.batch, args.size)
+
+def paint_prompts(args, device):
+    """One's own prompts, side by side, nothing scored."""
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
+    text = embed_prompts(pipe, args.prompt, args.text_length, args.no_t5, args.cache_embeddings)
+    keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
+    for name, on in load_models(pipe.transformer, args.models).items():
+        guidance = args.model_guidance.get(name, args.guidance)
+        with adapters.adapter(pipe.transformer, on):
+            columns[name] = paint(pipe, text, args.prompt, keys, args.steps, guidance, args.batch, args.size)
+    return columns
+
+
+def main(args):
+    rank, world, device = common.start_processes()
+    out = Path(args.out)
+    if args.prompt:
+        columns = paint_prompts(args, device)
         if rank == 0:
             picture_grid(out / "prompts.png", columns, args.prompt)
             print(f"{len(args.prompt)} prompts x {len(columns)} models -> {out}/prompts.png")
-        common.stop_processes()
-        return
+        return common.stop_processes()
 
-    scores, pictures = score_models(
-        pipe, text, on, tests, scorers, args.steps, guidance, args.seed, args.batch, args.size, rank, world
-    )
+    scorers = load_scorers(args.rewards, args.tasks, device)
+    if args.scores_only:
+        tests, files = find_tests(args)
+    else:
+        tests = {task: [p[: args.num_prompts or None] for p in read_prompts(file)] for task, file in args.prompts.items()}
+    for task, metrics in scorers.items():
+        check_prompts(metrics[task], *tests[task], f"test prompts of {task}")
+    if not args.scores_only:
+        files = paint_tests(args, tests, device, rank, world)  # the model is gone before the first scorer comes
+    scores, failed = score_files(files, tests, scorers, args.batch, rank, world)
     if rank == 0:
-        summary = summarise(scores)
-        save_json(out / "results.json", {"flags": vars(args), "results": summary})
-        (out / "table.md").write_text(table(summary) + "\n")
-        save_grid(out / "grid.png", scores, pictures, tests)
-        print(f"\n{table(summary)}\n\n-> {out}/results.json, table.md, grid.png")
+        summary = summarise(scores, tests)
+        rows = {f"{name} (published)": row for name, row in published().items()} if args.published else {}
+        text = table(rows | summary)
+        if any("geneval_tasks" in row for row in summary.values()):
+            text += f"\n\nGenEval by its four names:\n\n{table(summary, columns=GENEVAL)}"
+        text += "".join(f"\n\nnot scored: {metric}: {why}" for metric, why in failed.items())
+        if not any(scores.values()):
+            print(text.split("\n\n", 1)[1], flush=True)
+            fail(f"--rewards {args.rewards}: nothing could be scored, for the reasons above; the images are kept")
+        save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
+        (out / "table.md").write_text(text + "\n")
+        save_grid(out / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
+        save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))
+        names = ["results.json", "table.md", "images/", "grid.png", "differences.png"]
+        print(f"\n{text}\n\n-> {out}/" + ", ".join(name for name in names if (out / name).exists()))
     common.stop_processes()
 
 

@@ -7,9 +7,12 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -140,3 +143,39 @@ def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
         images.append(decode(pipe.vae, rollout(v, noise, grid, a=0.0).x[-1]).cpu())
     side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
+
+
+def as_picture(image):
+    """(3, H, W) in [0, 1] -> PIL, rounded to bytes."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(file, image, mark):
+    """(3, H, W) in [0, 1] -> PNG, with a text in it that says what it was made from. Written beside and renamed: it is
+    complete, or not there."""
+    info, beside = PngInfo(), Path(file).with_suffix(f".{os.getpid()}")
+    info.add_text("made from", mark)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    as_picture(image).save(beside, "PNG", pnginfo=info)
+    beside.replace(file)
+
+
+def is_kept(file, mark):
+    """Whether the file is the image of this mark, which stands in the file itself: the two cannot come apart."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get("made from") == mark
+    except (OSError, SyntaxError):
+        return False
+
+
+def read_pictures(files):
+    """[(3, H, W) in [0, 1]] of whole bytes, of any sizes. ValueError where a file is no image."""
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255)
+        except Exception as error:  # damaged files fail in many ways
+            raise ValueError(f"{file} cannot be decoded ({str(error).splitlines()[0]}); make this image again") from error
+    return images

@@ -426,9 +426,7 @@ def main(args):
         if (iteration + 1) % args.save_every == 0 or last:
             saver.save()
         if bad_steps >= args.max_bad_steps:
-            saver.give_up(
-                f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts"
-            )
+            saver.give_up(f"{bad_steps} updates in a row had a NaN or infinite gradient; metrics.jsonl names their prompts")
 
     saver.close()
     if rank == 0:

@@ -28,6 +28,8 @@ def parse_args():
     flag = parser.add_argument_group("what to train").add_argument
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
+    flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="where a scorer fails: stop, or say so and "
+         "skip the update, as after a NaN gradient (--max_bad_steps)")  # fmt: skip
     flag("--tasks", nargs="+", help="whose prompts to train on; default: the one named like the reward")
     flag(
         "--mix",
@@ -112,6 +114,9 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
+import math
+import sys
+
 import torch
 from tqdm import tqdm
 
@@ -119,14 +124,15 @@ import adapters
 import common
 from checkpoint import begin_run, checkpoints, publish, publish_adapter
 from checks import self_checks
-from evaluate import load_rewards, picture_grid
+from evaluate import ask, check_prompts, load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, log_prob, rollout, step
 
 
 def make_reward(args, device):
-    """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range."""
+    """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range.
+    An error is never a score: it stops the run, or with --on_reward_error skip gives nan, which skips the update."""
     scorers = load_rewards(args.rewards, device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
@@ -139,10 +145,14 @@ def make_reward(args, device):
         for name, weight in weights.items():
             low, high = scorers[name].range
             try:
-                scores = scorers[name](images, prompts, metadata)
-            except ValueError as error:  # a scorer that fails stops the run: an error is never a score
-                fail(f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}")
-            total += weight * (scores.float().cpu() - low) / (high - low)
+                scores = ask(scorers[name], images, prompts, metadata)
+            except ValueError as error:
+                why = f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}"
+                if args.on_reward_error == "stop":
+                    fail(why)
+                tqdm.write(f"batch dropped: {why}", file=sys.stderr)
+                return torch.full((len(images),), math.nan)
+            total += weight * (scores.float() - low) / (high - low)
         return total / sum(weights.values())
 
     return reward
@@ -170,6 +180,9 @@ def main(args):
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
+    for task, (prompts, metadata) in (*train.items(), *tests.items()):
+        for name in args.reward or [task]:
+            check_prompts(load_rewards(args.rewards, device)[name], prompts, metadata, f"prompts of {task}")
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     trained_steps = args.window or args.steps - 1
     if rank == 0:
@@ -186,6 +199,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
+    harmless += " on_reward_error"
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [("init", cli.fetch(args.init, "", cli.ADAPTER))] if args.init != "base" else []
     files += [(f"prompts {task}", file) for task, file in args.prompts.items()]
@@ -219,7 +233,8 @@ def main(args):
             x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
         watch.lap("rollout")
 
-        # 3. Rewards and advantages: every process scores its own images, all share the numbers.
+        # 3. Rewards and advantages: every process scores its own images, all share the numbers. Not beside the sampling: the
+        # scorers' networks want the same device, and outside them an image takes 6 to 105 ms (tests/benchmark_rewards.py).
         images = torch.cat([decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):
@@ -262,7 +277,7 @@ def main(args):
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in a velocity, a loss or a gradient; all processes see the same sum
+            if bad_steps:  # NaN or infinity in a velocity, a reward, a loss or a gradient; all processes see the same sum
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             else:
                 optimizer.step()
@@ -309,9 +324,7 @@ def main(args):
         if (iteration + 1) % args.save_every == 0 or last:
             saver.save()
         if bad_steps >= args.max_bad_steps:
-            saver.give_up(
-                f"{bad_steps} updates in a row had a NaN or infinite gradient; {run}/metrics.jsonl names their prompts"
-            )
+            saver.give_up(f"{bad_steps} updates in a row had a NaN or infinite gradient; metrics.jsonl names their prompts")
 
     saver.close()
     if rank == 0:

@@ -1,7 +1,7 @@
 """DeQA-Score: image quality whatever the prompt, from how a language model would finish a sentence. 1 to 5.
 
     from rewards.deqa import DeQA
-    scores = DeQA(device="cuda", dtype=torch.float16)(images)  # (B,) SD3.5-Medium 4.07 in the paper
+    scores = DeQA(device="cuda")(images)  # (B,) SD3.5-Medium 4.07 in the paper
 
 The model (mPLUG-Owl2, 7B) reads "USER: How would you rate the quality of this image? <image> ASSISTANT: The quality of
 the image is" and the score is the expectation of 5, 4, 3, 2, 1 under the probabilities of excellent, good, fair, poor,
@@ -50,13 +50,13 @@ class DeQA:
 
     device: where the model lives once it is needed (first call); `reward.model = None` drops it again.
     weights: hub id or directory; never downloaded here, ValueError with the command where it is missing.
-    dtype: torch.float32, or torch.float16 as the authors run it on a GPU.
+    dtype: default torch.float16 on a GPU, as the authors run it, torch.float32 on a CPU.
     batch: images per forward pass; scores do not depend on it beyond rounding."""
 
     name, higher_is_better = "deqa", True
     range = (1.0, 5.0)
 
-    def __init__(self, device="cpu", weights="zhiyuanyou/DeQA-Score-Mix3", dtype=torch.float32, batch=8):
+    def __init__(self, device="cpu", weights="zhiyuanyou/DeQA-Score-Mix3", dtype=None, batch=8):
         self.device, self.weights, self.dtype, self.batch, self.model = device, weights, dtype, batch, None
 
     def load(self):
@@ -64,7 +64,8 @@ class DeQA:
             folder = Path(cached_file(self.weights, "config.json", local_files_only=True)).parent
             config = json.loads((folder / "config.json").read_text())
             check_vocabulary(folder / "tokenizer.model")
-            model = build(config, convert(read_checkpoint(folder), config), self.dtype)
+            dtype = self.dtype or (torch.float16 if torch.device(self.device).type == "cuda" else torch.float32)
+            model = build(config, convert(read_checkpoint(folder), config), dtype)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]  # torch lists missing and unexpected weights over several lines
             raise ValueError(f"deqa: cannot load {self.weights} ({reason}); fetch it with: {FETCH}") from error
@@ -80,7 +81,7 @@ class DeQA:
         scores = [torch.empty(0)]
         for i in range(0, len(pictures), self.batch):
             pixels = self.processor(pictures[i : i + self.batch], return_tensors="pt").pixel_values  # (b, 3, 448, 448)
-            logits = level_logits(self.model, pixels.to(self.device, self.dtype))  # (b, 5)
+            logits = level_logits(self.model, pixels.to(self.device, self.model.dtype))  # (b, 5)
             scores.append(expected_level(logits).cpu())
         return torch.cat(scores)
 

@@ -53,6 +53,9 @@ FETCH = (
 )
 
 
+FETCH_CLIP = f"hf download {CLIP} --include '*.json' --include merges.txt --include model.safetensors"
+
+
 def refuse(what, cause=None):
     """Every error about the detector ends in the command that gets the right one."""
     raise ValueError(f"geneval: {what}; fetch and convert GenEval's: {FETCH}") from cause
@@ -446,35 +449,40 @@ class GenEval:
     """(images, prompts, metadata) -> scores (B,): softened reward, at most 1, or 0 / 1 with mode="official".
 
     images: floats (B, 3, H, W) in [0, 1] or B PIL images of any sizes; prompts are not read; metadata: B lines of GenEval.
-    weights: the folder that --convert made; clip: hub id or folder. Both are loaded at the first image, onto `device`.
+    weights: the folder that --convert made; clip: hub id or folder, never downloaded here. Both are loaded at the first
+    image, onto `device`; `scorer.model = None` drops them again. batch: images per forward pass, without effect on scores.
     Raises ValueError, one line, for weights that are missing or others, and for images or metadata that cannot be scored."""
 
     name, higher_is_better = "geneval", True
     range = (0.0, 1.0)  # what a weighted sum of rewards scales by; a softened reward can lie below: 4 found, 1 wanted is -2
 
-    def __init__(self, weights=WEIGHTS, clip=CLIP, device="cpu", mode="reward_server", position_slip=True, batch_size=8):
+    def __init__(self, weights=WEIGHTS, clip=CLIP, device="cpu", mode="reward_server", position_slip=True, batch=8):
         if mode not in ("official", "reward_server"):
             raise ValueError(f"geneval: mode {mode!r} is neither 'official' nor 'reward_server'")
         self.paths, self.device, self.mode = (weights, clip), device, mode
-        self.position_slip, self.batch_size = position_slip, batch_size
+        self.position_slip, self.batch = position_slip, batch
         self.model = None
 
     def load(self):
         weights, clip = self.paths
-        model, self.head = load_detector(weights, self.device)
+        model, head = load_detector(weights, self.device)
         try:
-            config = CLIPConfig.from_pretrained(clip)
+            config = CLIPConfig.from_pretrained(clip, local_files_only=True)
             if self.mode == "reward_server":  # open_clip 2.29 and later build openai's weights so, with no more than a warning
                 config.text_config.hidden_act = config.vision_config.hidden_act = "gelu"
-            self.tokenizer = CLIPTokenizer.from_pretrained(clip)
-            self.clip, info = CLIPModel.from_pretrained(clip, config=config, dtype=torch.float32, output_loading_info=True)
-            if info["missing_keys"]:
-                raise OSError(f"it lacks {min(info['missing_keys'])}")
+            self.tokenizer = CLIPTokenizer.from_pretrained(clip, local_files_only=True)
+            clip_model, info = CLIPModel.from_pretrained(
+                clip, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+            if missing := sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]]):
+                raise OSError(f"it lacks {missing[0]}")
+            if len(self.tokenizer) != config.text_config.vocab_size:  # an incomplete download loads as an empty tokenizer
+                raise OSError("tokenizer and model differ in vocabulary")
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"geneval: cannot load CLIP from {clip} ({reason}); fetch it: hf download {CLIP}") from error
-        self.clip.to(self.device).eval().requires_grad_(False)
-        self.classifiers, self.model = {}, model
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"geneval: cannot load CLIP from {clip} ({reason}); fetch it: {FETCH_CLIP}") from error
+        clip_model.to(self.device).eval().requires_grad_(False)
+        self.classifiers, self.model = {}, (model, head, clip_model)
 
     @torch.no_grad()
     def detect(self, arrays, thresholds):
@@ -486,15 +494,15 @@ class GenEval:
         found = [None] * len(arrays)
         for size in dict.fromkeys(a.shape[:2] for a in arrays):
             members = [i for i, a in enumerate(arrays) if a.shape[:2] == size]
-            for k in range(0, len(members), self.batch_size):
-                batch = members[k : k + self.batch_size]
-                pixels = torch.from_numpy(np.stack([arrays[i] for i in batch])).permute(0, 3, 1, 2).to(self.device)
+            for k in range(0, len(members), self.batch):
+                part = members[k : k + self.batch]
+                pixels = torch.from_numpy(np.stack([arrays[i] for i in part])).permute(0, 3, 1, 2).to(self.device)
                 with exact_float32(self.device):
                     x, resized = preprocess(pixels, swap=self.mode == "reward_server")
-                    classes, masks = detector_logits(self.model, self.head, x)
+                    classes, masks = detector_logits(*self.model[:2], x)
                     if not (classes.isfinite().all() and masks.isfinite().all()):  # would count as "nothing found"
                         raise ValueError("geneval: the detector's output is not finite; check the device and convert again")
-                    for i, c, m in zip(batch, classes, masks):
+                    for i, c, m in zip(part, classes, masks):
                         found[i] = postprocess(c, m, tuple(x.shape[-2:]), resized, size, thresholds[i])
         return found
 
@@ -505,7 +513,7 @@ class GenEval:
             forms = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object")
             texts = [form.format(colour) for colour in COLOURS for form in forms]
             tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            rows = F.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=-1)  # (30, D)
+            rows = F.normalize(self.model[2].get_text_features(**tokens).pooler_output, dim=-1)  # (30, D)
             self.classifiers[name] = F.normalize(rows.view(10, 3, -1).mean(1), dim=-1)
         return self.classifiers[name]
 
@@ -520,14 +528,20 @@ class GenEval:
             part = targets[k : k + 64]
             crops = torch.stack([crop_object(a, o) for a, _, o in part]).to(self.device)  # (N, 3, 224, 224)
             with exact_float32(self.device):
-                features = self.clip.get_image_features(pixel_values=crops).pooler_output  # (N, D); argmax needs no norm
+                features = self.model[2].get_image_features(pixel_values=crops).pooler_output  # (N, D); argmax needs no norm
+                if not features.isfinite().all():  # argmax would name a colour all the same
+                    raise ValueError("geneval: CLIP's output is not finite; check the device and fetch it again")
                 for (_, name, o), feature in zip(part, features):
                     o["colour"] = COLOURS[(self.colour_classifier(name) @ feature).argmax()]
 
-    def judge(self, images, metadata):
-        """-> a dict an image: tag, correct (official), strict, soft. Images as the mode sees them, all three rules on them."""
+    def check(self, prompts, metadata):
+        """ValueError, one line, where a prompt's metadata cannot be judged: to be asked before anything is painted."""
         for i, line in enumerate(metadata):
             check_metadata(line, i)
+
+    def judge(self, images, metadata):
+        """-> a dict an image: tag, correct (official), strict, soft. Images as the mode sees them, all three rules on them."""
+        self.check(None, metadata)
         arrays = to_arrays(images)
         if len(arrays) != len(metadata):
             raise ValueError(f"geneval: {len(arrays)} images and {len(metadata)} lines of metadata; give one each")

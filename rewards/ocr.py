@@ -68,6 +68,11 @@ class OCR:
         self.scale = [torch.tensor(config.get(key, [0.5] * 3))[:, None, None] for key in ("image_mean", "image_std")]
         self.model = detector, reader
 
+    def check(self, prompts, metadata=None):
+        """ValueError, one line, where a prompt quotes no text: to be asked before anything is painted."""
+        for prompt in prompts:
+            quoted(prompt)
+
     def __call__(self, images, prompts, metadata=None):
         pictures, targets = as_pictures(images), [quoted(prompt) for prompt in prompts]
         if len(pictures) != len(targets):
@@ -103,6 +108,8 @@ class OCR:
                 # TF32 off: a box just above or below a threshold is a line more or less
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     got = model(torch.stack([inputs[i] for i in part]).to(self.device)).last_hidden_state
+                if not got.isfinite().all():  # would read as "no text", a score of 0
+                    raise ValueError("ocr: a network's output is not finite; check the device and fetch the weights again")
                 outputs |= zip(part, got.float().cpu())
         return [outputs[i] for i in range(len(inputs))]
 
@@ -328,7 +335,8 @@ def alphabet(listed, outputs):
 
 def load(kind, weights):
     try:
-        model, info = kind.from_pretrained(weights, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        folder = Path(cached_file(weights, "config.json", local_files_only=True)).parent  # by name, Auto classes ask the hub
+        model, info = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"ocr: cannot load {weights} ({reason}); fetch it with: hf download {weights}") from error

@@ -61,13 +61,18 @@ def pictures():
     return [as_image(noise(*size, seed)) for seed, size in enumerate(SIZES)]
 
 
+def letter_tokenizer():
+    """CLIP's tokenizer without its words: a token a letter, 514 in all."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A CLIP of 2 + 2 layers whose tokenizer knows bytes and no words, saved as on the hub. Vectors of 768, as L/14's."""
     folder = tmp_path_factory.mktemp("clip")
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
     layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": 514, "max_position_embeddings": 77, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
     config = CLIPConfig(
@@ -157,6 +162,16 @@ def test_attributes(make_reward):
     reward = make_reward()
     low, high = reward.range
     assert reward.higher_is_better is True and low < high and reward.name in type(reward).__module__
+
+
+def test_a_dropped_model_is_loaded_again(make_reward, pictures):
+    """`reward.model = None` lets go of everything large; the next call loads it and scores the same."""
+    reward = make_reward()
+    prompts = asked(reward, pictures)
+    before = reward(pictures, prompts)
+    reward.model = None
+    left = [v for v in vars(reward).values() if isinstance(v, torch.nn.Module)]
+    assert not left and torch.equal(reward(pictures, prompts), before)
 
 
 def truncated():
@@ -903,6 +918,17 @@ def test_a_reader_without_its_alphabet_is_refused(detector_folder, reader_folder
     assert reward.model is None
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_that_gives_nan_gives_no_score(which, detector_folder, reader_folder, pictures):
+    """It would find no text, or other letters, and score 0."""
+    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
+    prompts = asked(reward, pictures)
+    with torch.no_grad():
+        [parameter.fill_(math.nan) for parameter in reward.model[which].parameters()]
+    with pytest.raises(ValueError, match="ocr: a network's output is not finite"):
+        reward(pictures, prompts)
+
+
 def test_the_papers_engine(monkeypatch, pictures):
     """PaddleOCR 2.x as it answers: per page a list of [corners, (text, confidence)], or None."""
     seen = []
@@ -1018,7 +1044,7 @@ def test_the_published_aesthetic_head():
 
 @pytest.mark.slow
 def test_deqa_prefers_a_clean_picture():
-    reward = fetched(deqa.DeQA(dtype=torch.float16 if torch.cuda.is_available() else torch.float32))
+    reward = fetched(deqa.DeQA())
     clean = drawing("red")
     spoilt = np.array(clean) + np.random.default_rng(0).normal(0, 90, (512, 512, 3))
     scores = reward([clean, Image.fromarray(spoilt.clip(0, 255).astype(np.uint8))])

@@ -99,6 +99,7 @@ def test_rules(name, metadata, found, correct, strict, soft):
     assert geneval.official(found, metadata) is bool(correct)
     reward, exact = geneval.softened(found, metadata)
     assert reward == pytest.approx(soft, abs=1e-12) and exact is bool(strict)
+    assert (reward == 1) is exact  # so evaluate.py needs no second pass for the strict score
 
 
 def test_position_slip_is_a_switch():
@@ -667,11 +668,11 @@ def test_logits_equal_the_full_class(weights, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["official", "reward_server"])
 def test_scores_do_not_depend_on_batch_or_order(weights, mode):
-    images, scorer = noise(6), GenEval(**weights, mode=mode, batch_size=6)
+    images, scorer = noise(6), GenEval(**weights, mode=mode, batch=6)
     metadata = requests_for(scorer, images)
     together = scorer(images, ["p"] * 6, metadata)
     assert together.shape == (6,) and together.dtype == torch.float32 and together.std() > 0
-    alone = GenEval(**weights, mode=mode, batch_size=1)
+    alone = GenEval(**weights, mode=mode, batch=1)
     assert_close(alone(images, ["p"] * 6, metadata), together)
     order = [3, 0, 5, 1, 4, 2]
     assert_close(scorer(images[order], ["p"] * 6, [metadata[i] for i in order]), together[order])
@@ -752,11 +753,11 @@ def test_clip_activation_follows_the_mode(weights):
     official, server = (GenEval(**weights, mode=mode) for mode in ("official", "reward_server"))
     for scorer, name in ((official, "quick_gelu"), (server, "gelu")):
         scorer.load()
-        assert scorer.clip.config.vision_config.hidden_act == scorer.clip.config.text_config.hidden_act == name
-    assert_close(official.clip.visual_projection.weight, server.clip.visual_projection.weight)
+        assert scorer.model[2].config.vision_config.hidden_act == scorer.model[2].config.text_config.hidden_act == name
+    assert_close(official.model[2].visual_projection.weight, server.model[2].visual_projection.weight)
     with torch.no_grad():
-        a, b = (s.clip.get_image_features(pixel_values=torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
-                for s in (official, server))  # fmt: skip
+        pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        a, b = (s.model[2].get_image_features(pixel_values=pixels) for s in (official, server))
     assert (a.pooler_output - b.pooler_output).abs().max() > 1e-3  # the flag reaches the layers
 
 
@@ -772,7 +773,7 @@ def test_colour_classifier(weights):
         for text in texts:  # one by one: padding must not matter
             tokens = scorer.tokenizer([text], return_tensors="pt")
             assert tokens.input_ids.shape[1] > 20  # the spelling tokenizer reads it
-            rows.append(F.normalize(scorer.clip.get_text_features(**tokens).pooler_output[0], dim=0))
+            rows.append(F.normalize(scorer.model[2].get_text_features(**tokens).pooler_output[0], dim=0))
     assert_close(got[7], F.normalize(torch.stack(rows).mean(0), dim=0), atol=1e-5, rtol=1e-5)
     assert scorer.colour_classifier("tv remote") is got  # once per class name
 
@@ -891,9 +892,32 @@ def test_lengths_must_agree():
 def test_a_detector_that_gives_nan_gives_no_score(weights):
     scorer = GenEval(**weights)
     scorer.load()
-    torch.nn.init.constant_(scorer.head.weight, math.nan)
+    torch.nn.init.constant_(scorer.model[1].weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
         scorer(noise(1), ["p"], [CAT])
+
+
+def test_a_clip_that_gives_nan_names_no_colour(weights):
+    scorer = GenEval(**weights)
+    metadata = requests_for(scorer, noise(4))
+    torch.nn.init.constant_(scorer.model[2].visual_projection.weight, math.nan)
+    with pytest.raises(ValueError, match="CLIP's output is not finite"):
+        scorer(noise(4), ["p"] * 4, metadata)
+
+
+def test_a_dropped_model_is_loaded_again(weights):
+    scorer = GenEval(**weights)
+    metadata = requests_for(scorer, noise(4))
+    before, scorer.model = scorer(noise(4), ["p"] * 4, metadata), None
+    assert not any(isinstance(v, torch.nn.Module) for v in vars(scorer).values())
+    assert torch.equal(scorer(noise(4), ["p"] * 4, metadata), before)
+
+
+def test_a_tokenizer_without_its_words_is_refused(weights, tmp_path):
+    CLIPModel.from_pretrained(weights["clip"]).save_pretrained(tmp_path)
+    CLIPTokenizer().save_pretrained(tmp_path)  # what transformers makes of missing files: three tokens and no complaint
+    with pytest.raises(ValueError, match="differ in vocabulary.*hf download"):
+        GenEval(weights=weights["weights"], clip=tmp_path).load()
 
 
 def test_missing_weights_name_the_command(weights, tmp_path):

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cli import TASKS
@@ -180,22 +182,281 @@ def test_evaluate_is_deterministic_and_draws_the_grid(monkeypatch, tmp_path):
     assert results["base"]["geneval"]["n"] == 6 and 0 < results["base"]["average"]["mean"] < 1
 
 
-def test_a_scorer_that_fails_is_not_scored_and_stops_a_teacher(monkeypatch, tmp_path, capsys):
-    """Never a 0: evaluate.py leaves the metric out and says why, train_teacher.py stops with the scorer's name."""
+def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
+    """evaluate.py on three prompts a task -> (its table, the number of images that it painted)."""
+    import evaluate as script
+
+    painted, paint = [], script.paint
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "paint", lambda *given: painted.extend(given[2]) or paint(*given))
+        source = [] if "--scores_only" in flags else ["--models", *models]
+        call(patch, "evaluate", *source, "--num_prompts", 3, "--steps", 2, "--out", out, *flags)
+    return (out / "table.md").read_text(), len(painted)
+
+
+def test_images_are_painted_once(monkeypatch, tmp_path):
+    """A later call paints what is missing, damaged, or was made in another way, and nothing else; the table is the same."""
+    out = tmp_path / "out"
+    first, painted = evaluate(monkeypatch, out)
+    assert painted == 2 * 4 * 3 and (out / "differences.png").stat().st_size > 0
+    assert evaluate(monkeypatch, out, "--overwrite", "--batch", 2) == (first, 0)
+    (out / "images/base/ocr/00001.png").unlink()
+    (out / "images/ocr/deqa/00002.png").write_bytes(b"not a picture")
+    assert evaluate(monkeypatch, out, "--overwrite") == (first, 2)
+    other, painted = evaluate(monkeypatch, out, "--overwrite", models=("base", "ocr=toy/adapters/deqa"))  # another adapter
+    assert painted == 4 * 3 and other != first
+    assert evaluate(monkeypatch, out, "--overwrite") == (first, 4 * 3)
+    for flags in (["--seed", 1], ["--steps", 3], ["--guidance", 2], ["--text_length", 8], ["--size", 32], ["--no_t5"]):
+        assert evaluate(monkeypatch, out, "--overwrite", *flags, "--tasks", "ocr", models=["base"])[1] == 3, flags
+    third = tmp_path / "prompts.txt"
+    third.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
+    assert evaluate(monkeypatch, out, "--overwrite", "--tasks", "ocr", "--prompts", f"ocr={third}", models=["base"])[1] == 3
+
+
+def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
+    import evaluate as script
+
+    save, count = script.save_picture, []
+
+    def stop_at_seven(*args):
+        count.append(save(*args))
+        if len(count) == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "save_picture", stop_at_seven)
+        evaluate(patch, tmp_path / "a")
+    assert not (tmp_path / "a/results.json").exists()
+    assert evaluate(monkeypatch, tmp_path / "a") == (evaluate(monkeypatch, tmp_path / "b")[0], 2 * 4 * 3 - 7)
+
+
+def test_scores_only_gives_the_table_of_the_same_images(monkeypatch, tmp_path):
+    """The three ways to hand over a folder, against the run that painted its images."""
+    table, _ = evaluate(monkeypatch, tmp_path / "out", models=["base"])
+    images = tmp_path / "out/images/base"
+    only = lambda folder: ["--scores_only", f"base={folder}"]
+    scored = lambda folder, *flags: evaluate(monkeypatch, tmp_path / folder.name / "s", *only(folder), *flags)
+    assert scored(images) == (table, 0)
+    one, _ = evaluate(monkeypatch, tmp_path / "one", "--tasks", "ocr", models=["base"])
+    assert scored(images / "ocr", "--tasks", "ocr") == (one, 0)  # a single task's folder itself
+    prompts = Path("toy/prompts/ocr_test.txt").read_text().splitlines()
+    own, nested = tmp_path / "own", tmp_path / "nested"
+    own.mkdir()
+    for j in range(3):
+        (nested / f"{j:05d}/samples").mkdir(parents=True)
+        (nested / f"{j:05d}/grid.png").write_bytes(b"no sample")  # as GenEval's scripts leave it
+        for k in range(2):
+            shutil.copy(images / f"ocr/{j:05d}.png", nested / f"{j:05d}/samples/{k:04d}.png")
+        shutil.copy(images / f"ocr/{j:05d}.png", own / f"some name {j}.png")
+    lines = [json.dumps({"file_name": f"some name {j}.png", "prompt": prompts[j]}) for j in (2, 0, 1)]
+    (own / "metadata.jsonl").write_text("\n".join(lines))
+    assert scored(own, "--tasks", "ocr") == (one, 0)
+    assert scored(nested, "--tasks", "ocr") == (one, 0)  # twice the images, and no more certainty than before
+    assert json.loads((nested.parent / "nested/s/results.json").read_text())["results"]["base"]["ocr"]["n"] == 6
+
+
+def pictures(folder, *names):
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["00000.png", "00002.png"], "0 image(s) 00001"),
+        (["00001.png", "00002.png"], "0 image(s) 00000"),
+        ([], "0 image(s) 00000"),
+        (["0.png", "1.png", "2.png", "2.jpg"], "2 image(s) 00002"),
+        (["0.png", "1.png", "2.png", "3.png"], "1 image(s) 00003"),
+        (["0.png", "1.png", "cat.png"], "cat.png: its name is no line number"),
+        (["0/samples/0.png", "0/samples/1.png", "1/samples/0.png", "2/samples/0.png"], "1 image(s) 00001"),
+        (["0.png", "1.png", "2.png", "BROKEN"], "cannot be decoded"),
+        (["0.png", "LIST"], "line 2 needs"),
+        (["0.png", "1.png", "2.png", "TASKS"], "--tasks"),
+        (["0.png", "1.png", "2.png", "OTHER"], "not the ocr prompts"),
+    ],
+)
+def test_a_folder_that_does_not_fit_its_prompts_gets_no_score(monkeypatch, tmp_path, capsys, names, says):
+    prompts, folder = tmp_path / "prompts.txt", pictures(tmp_path / "images", *(n for n in names if not n.isupper()))
+    prompts.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
+    folders, tasks = [folder], ["--tasks", "ocr", "--prompts", f"ocr={prompts}"]
+    if "BROKEN" in names:
+        (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    if "LIST" in names:
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "a"}\n{"file_name": "1.png", "prompt": "a"}')
+    if "TASKS" in names:
+        tasks = []
+    if "OTHER" in names:
+        pictures(tmp_path / "more", *(f"{j}/samples/{k}.png" for j in range(3) for k in range(2)))
+        folders.append(tmp_path / "more")
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "evaluate", "--scores_only", *folders, *tasks, "--out", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "scoring:" not in line and line]
+    assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0] and not (tmp_path / "out").exists()
+
+
+def raises(error):
+    def scorer(images, prompts, metadata=None):
+        raise error
+
+    return scorer
+
+
+FAILURES = {
+    "no weights here": raises(ValueError("ocr: no weights here\nand a second line")),
+    "RuntimeError: out of memory": raises(RuntimeError("out of memory")),
+    "KeyError": raises(KeyError("tag")),
+    "nan": lambda images, prompts, metadata=None: torch.full((len(prompts),), torch.nan),
+    "inf": lambda images, prompts, metadata=None: torch.full((len(prompts),), torch.inf),
+    "for 3 images": lambda images, prompts, metadata=None: torch.zeros(len(prompts) + 1),
+    "NoneType": lambda images, prompts, metadata=None: None,
+    "AssertionError: no message": raises(AssertionError()),
+}
+
+
+@pytest.mark.parametrize("says", FAILURES)
+def test_whatever_goes_wrong_in_a_scorer_is_not_scored(monkeypatch, tmp_path, capsys, says):
+    """Never a 0, for any model: the metric is left out of every row, and the reason stands in each file."""
     import toy
 
-    def broken(images, prompts, metadata=None):
-        raise ValueError("no weights here; fetch them with a command")
+    good = toy.REWARDS["ocr"]
 
-    broken.range = (0, 1)
+    def broken(images, prompts, metadata=None):  # right on the base's images, so that there is something to withdraw
+        broken.calls += 1
+        return good(images, prompts) if broken.calls == 1 else FAILURES[says](images, prompts)
+
+    broken.calls = 0
     monkeypatch.setitem(toy.REWARDS, "ocr", broken)
-    call(monkeypatch, "evaluate", "--num_prompts", 3, "--steps", 2, "--out", tmp_path / "table")
-    assert "not scored: ocr: no weights here" in capsys.readouterr().out
-    row = json.loads((tmp_path / "table/results.json").read_text())["results"]["base"]
-    assert "ocr" not in row and "geneval" in row and "average" not in row
+    table, _ = evaluate(monkeypatch, tmp_path / "out", "--tasks", "ocr", "geneval")
+    assert "not scored: ocr: " in table and says in table and "second line" not in table and "OCR" not in table
+    assert "not scored: ocr: " in capsys.readouterr().out and broken.calls == 2
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert says in results["not_scored"]["ocr"]
+    assert all("ocr" not in row and "geneval" in row and "average" not in row for row in results["results"].values())
+
+
+def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, tmp_path, capsys):
+    """The real scorers, none of whose weights are here: a line each with the command that fetches them, exit 2, no table."""
+    (tmp_path / "g.jsonl").write_text(
+        json.dumps({"prompt": "a photo of a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]})
+    )
+    (tmp_path / "o.txt").write_text('a sign that says "Hi"\n')
+    tasks = [f"{task}={tmp_path}/{'g.jsonl' if task == 'geneval' else 'o.txt'}" for task in TASKS]
+    toy = Path("toy").resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "train_teacher", *TINY, "--reward", "ocr", "--out", tmp_path / "run")
-    assert stopped.value.code == 2 and "reward ocr cannot score: no weights here" in capsys.readouterr().err
+        flags = ["--model", toy, "--rewards", "rewards", "--prompts", *tasks, "--steps", 1, "--published", "--out", "out"]
+        call(monkeypatch, "evaluate", *flags)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and "nothing could be scored" in err.splitlines()[-1]
+    missing = [line for line in out.splitlines() if line.startswith("not scored: ")]
+    assert len(missing) == 5 and all("hf download" in line or "curl -LO" in line for line in missing)
+    assert len(list(Path("out/images").rglob("*.png"))) == 4 and not Path("out/results.json").exists()
+
+
+def test_a_scorer_that_fails_stops_a_teacher_or_drops_the_batch(monkeypatch, tmp_path, capsys):
+    import toy
+
+    broken = lambda *_: FAILURES["no weights here"](*_)
+    broken.range = (0, 1)
+    good, calls = toy.REWARDS["deqa"], []
+    flags = [*TINY, "--reward", "deqa", "--eval_every", "0", "--out"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setitem(toy.REWARDS, "deqa", broken)
+        call(patch, "train_teacher", *flags, tmp_path / "stop")
+    assert stopped.value.code == 2 and "reward deqa cannot score: ocr: no weights here" in capsys.readouterr().err
+
+    def sometimes(images, prompts, metadata=None):
+        calls.append(len(prompts))
+        return (broken if len(calls) == 2 else good)(images, prompts, metadata)
+
+    sometimes.range = good.range
+    skip = ["--on_reward_error", "skip", "--iterations"]
+    with monkeypatch.context() as patch:
+        patch.setitem(toy.REWARDS, "deqa", sometimes)
+        call(patch, "train_teacher", *flags, tmp_path / "skip", *skip, 3)
+    assert "batch dropped: reward deqa" in capsys.readouterr().err
+    log = metrics(tmp_path / "skip")
+    assert [line.get("skipped_updates", 0) for line in log] == [0, 2, 0]
+    assert log[1]["reward"] is None and len(log[1]["skipped_prompts"]) == 4 and log[2]["grad_norm"] > 0
+    call(monkeypatch, "train_teacher", *flags, tmp_path / "one", "--iterations", 1)  # the dropped batch changed nothing
+    states = [tmp_path / "one/checkpoints/step_1", tmp_path / "skip/checkpoints/step_3"]
+    before, after = (load_file(state / "state.safetensors") for state in states)
+    steps = [next(v for k, v in state.items() if k.startswith("optimizer.step.")).item() for state in (before, after)]
+    assert steps == [2, 4]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setitem(toy.REWARDS, "deqa", broken)
+        call(patch, "train_teacher", *flags, tmp_path / "never", *skip, 20)
+    assert stopped.value.code == 2 and "10 updates in a row" in capsys.readouterr().err
+    assert len(metrics(tmp_path / "never")) == 5 and (tmp_path / "never/checkpoints/step_5").is_dir()
+
+
+def test_a_batch_that_one_process_cannot_score_is_dropped_by_both(monkeypatch, tmp_path):
+    module = "import os, toy\ndef deqa(images, prompts, metadata=None):\n    deqa.n += 1\n"
+    module += "    if deqa.n == 2 and os.environ['RANK'] == '1': raise RuntimeError('only here')\n"
+    module += "    return toy.deqa(images, prompts)\ndeqa.n, deqa.range = 0, (1, 5)\nREWARDS = {'deqa': deqa}\n"
+    (tmp_path / "mine.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = [*TINY, "--iterations", 3, "--reward", "deqa", "--rewards", "mine", "--eval_every", 0, "--on_reward_error", "skip"]
+    done = shell("train_teacher.py", *flags, "--out", tmp_path / "run", processes=2)
+    assert done.returncode == 0 and "only here" in done.stderr, done.stderr
+    assert [line.get("skipped_updates", 0) for line in metrics(tmp_path / "run")] == [0, 2, 0]
+
+
+def test_tables_standard_errors_and_the_names_of_geneval():
+    import tables
+    from rewards.geneval import TAGS, summary
+
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distinct = [str(n) for n in range(20)]
+    assert tables.standard_error(scores, distinct) == pytest.approx(scores.std().item() / 20**0.5)
+    assert tables.standard_error(scores.repeat(4), distinct * 4) == pytest.approx(scores.std().item() / 20**0.5)
+    groups = scores.view(5, 4).mean(1)  # five prompts of four images: as sure as five numbers
+    assert tables.standard_error(scores, [n for n in "abcde" for _ in range(4)]) == pytest.approx(groups.std().item() / 5**0.5)
+
+    rng = torch.Generator().manual_seed(1)
+    tags = [tag for n, tag in enumerate(TAGS) for _ in range(4 + n)]
+    soft = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)[torch.randint(3, (len(tags),), generator=rng)]
+    official = torch.randint(2, (len(tags),), generator=rng).double()
+    values = zip(tags, official.tolist(), soft.tolist())
+    rows = [{"tag": tag, "correct": bool(c), "soft": s, "strict": s == 1} for tag, c, s in values]
+    tests = {"geneval": ([str(n) for n in range(len(tags))], [{"tag": tag} for tag in tags])}
+    row = tables.summarise({"base": {"geneval": soft, "geneval_official": official}}, tests)["base"]
+    wanted = summary(rows)
+    for metric, name in zip(tables.GENEVAL, ["official", "official_images", "strict", "softened"]):
+        assert row[metric]["mean"] == pytest.approx(wanted[name]), name
+    squares = [official[[t == tag for t in tags]].var().item() / tags.count(tag) for tag in TAGS]
+    assert row["geneval_tasks"]["se"] == pytest.approx(sum(squares) ** 0.5 / 6)
+    assert "| strict | softened |" in tables.table({"base": row}, columns=tables.GENEVAL)
+
+
+def test_published_rows_have_the_published_average():
+    import tables
+
+    rows = tables.published()
+    for row in rows.values():
+        parts = [row[task]["mean"] / scale for task, scale in tables.SCALES.items()]
+        assert row["average"]["mean"] == pytest.approx(sum(parts) / 4, abs=1e-4)
+    assert "| SD3.5-M | 0.63 | 0.59 | 4.07 | 21.64 | 0.7165 |" in tables.table(rows)
+
+
+@pytest.mark.parametrize("split, name", [("train", "train.txt"), ("train", "train_metadata.jsonl"), ("test", "test.txt"),
+                                         ("test", "test_metadata.jsonl"), ("test", "evaluation_metadata.jsonl")])  # fmt: skip
+def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, name):
+    from cli import prompt_files, read_prompts
+
+    line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats ½ 猫"}
+    (tmp_path / name).write_text(json.dumps(line) + "\n" if name.endswith("l") else line["prompt"] + "\n", encoding="utf-8")
+    file = prompt_files({"geneval": str(tmp_path)}, ["geneval"], split)["geneval"]
+    prompts, metadata = read_prompts(file)
+    assert file == str(tmp_path / name) and prompts == [line["prompt"]] and metadata == [line if name.endswith("l") else {}]
+    with pytest.raises(SystemExit):
+        prompt_files({"geneval": str(tmp_path)}, ["geneval"], "other")
 
 
 def test_evaluate_paints_ones_own_prompt(monkeypatch, tmp_path):
@@ -272,6 +533,8 @@ def test_two_processes_give_the_table_of_one(tmp_path):
         done = shell("evaluate.py", "--num_prompts", 5, "--steps", 2, "--out", tmp_path / str(processes), processes=processes)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
+    images = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.png")) for n in ("1", "2")]
+    assert images[0] == images[1] and len(images[0]) == 4 * 5 + 1  # none twice, none left out, and the grid
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "merge", "train_opd", "evaluate", "toy"])
@@ -330,6 +593,9 @@ BAD = {
         (["--reward", "ocr", "--window", "8"], "--window"),
         (["--reward", "ocr", "--init", "nowhere"], "nowhere"),
         (["--reward", "ocr", "--out", "USED"], "--overwrite"),
+        (["--reward", "ocr=0.8", "deqa=0.2", "--rewards", "rewards"], "quotes no text"),
+        (["--reward", "geneval=0.8", "deqa=0.2", "--rewards", "rewards"], '"tag"'),
+        (["--reward", "ocr", "--on_reward_error", "zero"], "--on_reward_error"),
     ],
     "toy": [(["--steps", "0"], "--steps"), (["--stage", "zebra"], "zebra")],
     "evaluate": [
@@ -340,6 +606,12 @@ BAD = {
         (["--model_guidance", "zebra=1"], "zebra"),
         (["--steps", "0"], "--steps"),
         (["--out", "USED"], "--out"),
+        (["--prompt", "a", "--scores_only", "toy"], "choose one"),
+        (["--scores_only", "nowhere"], "nowhere"),
+        (["--models", "a/b=base"], "a/b"),
+        (["--published"], "--rewards rewards"),
+        (["--rewards", "rewards", "--tasks", "ocr"], "quotes no text"),
+        (["--rewards", "rewards", "--tasks", "geneval"], '"tag"'),
     ],
 }
 

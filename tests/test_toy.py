@@ -157,7 +157,7 @@ def test_toy_is_small():
     assert sum(sizes) < 20e6 and max(sizes) < 10e6
 
 
-def recomputed(name, number):
+def recomputed(name, number, folder):
     recorded = json.loads(Path("toy/results.json").read_text())
     flags = recorded["flags"]
     pipe = model.load_pipeline("toy", torch.device("cpu"))
@@ -165,7 +165,7 @@ def recomputed(name, number):
         adapters.add_adapter(pipe.transformer, name, adapters.read_adapter(f"toy/adapters/{name}", "--models"))
     tests = {task: [part[:number] for part in read_prompts(f"toy/prompts/{task}_test.txt")] for task in toy.TASKS}
     text = model.embed_prompts(pipe, [p for prompts, _ in tests.values() for p in prompts], flags["text_length"])
-    scores, _ = score_models(
+    scores, failed, _ = score_models(
         pipe,
         text,
         {name: None if name == "base" else name},
@@ -173,13 +173,15 @@ def recomputed(name, number):
         load_scorers("toy", tests),
         flags["steps"],
         {name: flags["guidance"]},
+        folder,
         flags["seed"],
     )
+    assert not failed
     return scores[name], recorded["results"][name]
 
 
-def test_recorded_scores_of_the_base_are_met_on_a_part_of_the_test_prompts():
-    scores, recorded = recomputed("base", 48)
+def test_recorded_scores_of_the_base_are_met_on_a_part_of_the_test_prompts(tmp_path):
+    scores, recorded = recomputed("base", 48, tmp_path)
     for metric, values in scores.items():
         error = (recorded[metric]["se"] ** 2 + values.var().item() / len(values)) ** 0.5
         assert abs(values.mean().item() - recorded[metric]["mean"]) < 4 * error
@@ -187,9 +189,9 @@ def test_recorded_scores_of_the_base_are_met_on_a_part_of_the_test_prompts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", *toy.TASKS, "merged", "grpo_mix"])
-def test_recorded_scores_of_every_shipped_model(name):
+def test_recorded_scores_of_every_shipped_model(name, tmp_path):
     """The whole test split, the same noise: what is left is rounding, which can tip single pictures."""
-    scores, recorded = recomputed(name, None)
+    scores, recorded = recomputed(name, None, tmp_path)
     for metric, values in scores.items():
         assert abs(values.mean().item() - recorded[metric]["mean"]) <= recorded[metric]["se"]
 
