@@ -328,7 +328,9 @@ def alphabet(listed, outputs):
 
 def load(kind, weights):
     try:
-        model, info = kind.from_pretrained(weights, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"ocr: cannot load {weights} ({reason}); fetch it with: hf download {weights}") from error
