@@ -234,6 +234,14 @@ def check_model(path, flag="--model"):
         fail(f"{flag} {path}: not a diffusers pipeline (no usable model_index.json in it)")
     if kind != "StableDiffusion3Pipeline":
         fail(f"{flag} {path}: a {kind}; this code trains Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline)")
+    for index in Path(path).glob("*/*.index.json"):  # of weights in several files
+        try:
+            shards = read_json(index.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [name for name in shards if Path(name).name != name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{flag} {path}: {index.parent.name}/{index.name} is damaged; fetch it again")
+        if outside:
+            fail(f"{flag} {path}: {index.parent.name}/{index.name} names a file outside its folder: {outside[0]}")
     for part in ("transformer", "vae"):
         if os.path.isdir(f"{path}/{part}") and not any(Path(path, part).glob("*.safetensors")):
             fail(f"{flag} {path}: no safetensors in {part}; a pickle (.bin) can run code and is not opened")

@@ -178,11 +178,10 @@ def check_metadata(metadata, i):
         if request.get("color", "red") not in COLOURS:
             raise ValueError(f"{where}: color {request['color']!r} is none of {', '.join(COLOURS)}")
         if "position" in request:
-            relation, *target = request["position"] if isinstance(request["position"], (list, tuple)) else [None]
-            if relation not in RELATIONS or len(target) != 1 or type(target[0]) is not int or target[0] not in range(k):
-                raise ValueError(
-                    f"{where}: position {request['position']} is not [{' | '.join(RELATIONS)}, index of an earlier entry]"
-                )
+            place = request["position"]
+            known = isinstance(place, (list, tuple)) and len(place) == 2 and place[0] in RELATIONS
+            if not known or type(place[1]) is not int or place[1] not in range(k):
+                raise ValueError(f"{where}: position {place} is not [{' | '.join(RELATIONS)}, index of an earlier entry]")
 
 
 # ---- The detector: mmdet's Mask2Former in transformers' class
