@@ -174,11 +174,8 @@ def fuse(model, merged, out):
     print(f"fused into {folder} -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 
-def main(args):
-    adapters = [read_adapter(path, "--adapters") for path in args.adapters]
-    merged, kept = merge(adapters, args.method, args.weights, args.rank, args.density, args.seed)
-    if args.fuse:
-        return fuse(args.fuse, merged, args.out)
+def save(args, merged, kept):
+    """Write the merged adapter, and say what the cut to --rank has kept."""
     ranks = {layer: len(A) for layer, (A, _) in merged.items()}
     rank = max(ranks.values())
     tensors, root = {}, args.alpha_per_rank**0.5
@@ -189,14 +186,20 @@ def main(args):
     if set(ranks.values()) != {rank}:
         config.rank_pattern, config.alpha_pattern = ranks, alphas
     save_adapter(args.out, tensors, config)
-    print(f"{args.method} of {len(adapters)} adapters, {len(merged)} layers, rank {rank}", end="")
+    print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}", end="")
     if kept:
         print(f"; retained energy {sum(kept) / len(kept):.1%} on average, {min(kept):.1%} in the worst layer", end="")
     print(f" -> {args.out}\nnext: python train_opd.py --init {args.out}")
 
 
-if __name__ == "__main__":
+def main(args):
+    adapters = [read_adapter(path, "--adapters") for path in args.adapters]
+    merged, kept = merge(adapters, args.method, args.weights, args.rank, args.density, args.seed)
     try:
-        sys.exit(main(ARGS))
-    except (OSError, SafetensorError) as error:  # no space, no permission
-        fail(f"--out {ARGS.out}: cannot be written ({reason(error)})")
+        return fuse(args.fuse, merged, args.out) if args.fuse else save(args, merged, kept)
+    except (OSError, SafetensorError) as error:  # no space, for example
+        fail(f"--out {args.out}: cannot be written ({reason(error)}); what was there is as it was")
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS))

@@ -1,6 +1,6 @@
 """Loading: directories and hub ids, precisions, text embeddings and their cache, sharded and fused transformers.
 
-No hub is asked: its cache is laid out by hand, and its errors are raised by a stand-in. python -m pytest tests/test_model.py
+No hub is asked: its cache is laid out by hand. python -m pytest tests/test_model.py
 """
 
 import importlib
@@ -15,7 +15,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 import adapters
@@ -44,31 +43,6 @@ def ask_hub(monkeypatch, answer):
 
     cli.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-
-def refused(kind):
-    """The hub's error without the HTTP response that it wants to be made with."""
-    error = kind.__new__(kind)
-    error.args = ("no\nsecond line",)
-    return error
-
-
-@pytest.mark.parametrize(
-    "error,named",
-    [
-        (refused(errors.GatedRepoError), "licence"),
-        (refused(errors.RevisionNotFoundError), "'v9'"),
-        (refused(errors.RepositoryNotFoundError), "neither a directory"),
-        (errors.LocalEntryNotFoundError("offline"), "hf download some/model"),
-        (errors.OfflineModeIsEnabled("offline"), "hf download some/model"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_line(monkeypatch, capsys, error, named):
-    ask_hub(monkeypatch, error)
-    with pytest.raises(SystemExit) as stopped:
-        cli.fetch("some/model@v9", "--model", cli.PIPELINE)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0] and "--model some/model@v9" in lines[0]
 
 
 @pytest.mark.parametrize(
