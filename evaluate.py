@@ -107,7 +107,7 @@ def load_rewards(module, device="cpu"):
     try:
         rewards = dict(importlib.import_module(module).REWARDS)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        fail(f"--rewards {module}: no such module with REWARDS in it ({error})")
+        fail(f"--rewards {module}: no module with REWARDS in it ({error})")
     for scorer in rewards.values():
         if hasattr(scorer, "device"):
             scorer.device = device
@@ -270,7 +270,7 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         if "average" in results.get("grpo_mix", ()) and not changed:
             other = results["grpo_mix"]["average"]
             lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
-        if "average" in results.get("oracle", ()) and not changed:
+        if "average" in results.get("oracle", ()) and results["oracle"]["average"]["mean"] and not changed:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
@@ -303,7 +303,7 @@ def main(args):
     rank, world, device = common.start_processes()
     scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks, device)
     tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
     own = [prompts[i] for prompts, _ in tests.values() for i in common.share(len(prompts), rank, world)]

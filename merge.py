@@ -171,6 +171,10 @@ def fuse(model, merged, out):
             fail(f"--fuse {model}: layer {layer} of the adapters is not in its transformer, or has another size there")
     with written_beside(out) as beside:
         transformer.save_pretrained(beside)
+        written = {file.name for file in beside.iterdir()}
+    for old in Path(out).glob("diffusion_pytorch_model*"):  # of a larger model: its index would be followed
+        if old.name not in written:
+            old.unlink()
     print(f"fused into {folder} -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 

@@ -30,12 +30,13 @@ ENCODERS = dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), [CLIPT
 TEXT = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False):
+def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, size=None):
     """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
     differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
 
     model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. no_t5: the third
     text encoder is not even fetched. checkpointing: activations are computed again in the backward pass, not kept.
+    size: pixels, refused where the model cannot paint them.
     Nothing pickled is opened and no code in the directory is run (use_safetensors; trust_remote_code stays off)."""
     folder = fetch(model, "--model", tuple(part for part in PIPELINE if not (no_t5 and "_3/" in part)))
     check_model(folder)  # a hub id has been looked up only now
@@ -47,6 +48,10 @@ def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False):
         check_weights(pipe.vae)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({reason(error)})")
+    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    most = unit * pipe.transformer.config.pos_embed_max_size
+    if size and (size % unit or size > most):
+        fail(f"--size {size}: this model paints multiples of {unit} pixels, up to {most}")
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
     if checkpointing:
@@ -105,7 +110,7 @@ def load_text_encoders(pipe, dtype, no_t5):
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
     parts |= {"text_encoder_3": None, "tokenizer_3": None} if no_t5 else {}
     try:
-        for name in ENCODERS.keys() - parts.keys():
+        for name in (n for n in ENCODERS if n not in parts):
             how = {"subfolder": name, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
             parts[name], info = ENCODERS[name].from_pretrained(folder, **how)
             if info["missing_keys"]:

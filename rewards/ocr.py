@@ -328,9 +328,8 @@ def alphabet(listed, outputs):
 
 def load(kind, weights):
     try:
-        model, info = kind.from_pretrained(
-            weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+        model, info = kind.from_pretrained(weights, **how, output_loading_info=True)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"ocr: cannot load {weights} ({reason}); fetch it with: hf download {weights}") from error

@@ -1,4 +1,4 @@
-"""Adapters: reading, switching, what we save loads everywhere. Bad ones: test_errors.py. python -m pytest tests/test_adapters.py"""
+"""Adapters: reading, switching, and what we save loads everywhere. python -m pytest tests/test_adapters.py"""
 
 import shutil
 

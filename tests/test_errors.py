@@ -329,6 +329,8 @@ TABLE = {
         ("--num_prompts -3", "--num_prompts"),
         ("--steps 0", "--steps"),
         ("--size 0", "--size"),
+        ("--size 33 --tasks ocr", "--size 33: this model paints multiples of 8 pixels, up to 32"),
+        ("--size 64 --tasks ocr", "up to 32"),
         ("--model some/model", "gated; accept its licence", hub(errors.GatedRepoError)),
         ("--model some/model@v9", "no revision 'v9' of some/model", hub(errors.RevisionNotFoundError)),
         ("--model some/model", "neither a directory here nor a model", hub(errors.RepositoryNotFoundError)),

@@ -160,7 +160,7 @@ def test_checkpointing_changes_no_gradient():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone():
+def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone(tmp_path):
     pipe = model.load_pipeline("toy", CPU)
     text = model.embed_prompts(pipe, PROMPTS)
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
@@ -170,6 +170,14 @@ def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone():
         torch.testing.assert_close(text["pooled"][text["rows"][prompt]], pooled[0])
     assert pipe.text_encoder is None and pipe.text_encoder_3 is None
     without = model.embed_prompts(pipe, PROMPTS, no_t5=True, length=8)["embeds"]
+    stock.save_pretrained(tmp_path / "toy")
+    for name in ("text_encoder_3", "tokenizer_3"):  # a model without T5
+        shutil.rmtree(tmp_path / "toy" / name)
+    index = json.loads((tmp_path / "toy/model_index.json").read_text())
+    index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    (tmp_path / "toy/model_index.json").write_text(json.dumps(index))
+    other = model.load_pipeline(str(tmp_path / "toy"), CPU)
+    torch.testing.assert_close(model.embed_prompts(other, PROMPTS, no_t5=True, length=8)["embeds"], without)
     torch.testing.assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
     assert not without[:, 9:].any() and text["embeds"][:, 9:].any()  # T5's
 
@@ -222,6 +230,11 @@ def test_the_fused_transformer_paints_what_the_adapter_paints(monkeypatch, tmp_p
         flags = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, "height": 32, "width": 32}
         pictures.append(pipe(PROMPTS, latents=noise, output_type="pt", **flags).images)
     torch.testing.assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
+    index = tmp_path / "fused/diffusion_pytorch_model.safetensors.index.json"  # of a model in several files, there before
+    index.write_text("{}")
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    merge.main(merge.parse_args())
+    assert not index.exists()
 
 
 def test_an_adapter_that_does_not_fit_is_not_fused(monkeypatch, tmp_path, capsys):

@@ -229,6 +229,18 @@ def test_pickled_weights_are_not_opened(which, clip_folder, head_file, detector_
         reward(pictures[:1], asked(reward)[:1])
 
 
+def test_no_code_beside_the_weights_is_run(detector_folder, tmp_path, pictures):
+    """A kind of model that transformers does not know, with its own code: nobody is asked whether to run it."""
+    shutil.copytree(detector_folder, tmp_path / "weights")
+    config = json.loads((tmp_path / "weights/config.json").read_text())
+    config |= {"model_type": "zebra", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForObjectDetection"), "zebra.Zebra")}
+    (tmp_path / "weights/config.json").write_text(json.dumps(config))
+    (tmp_path / "weights/zebra.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Zebra:\n    pass\n")
+    with pytest.raises(ValueError, match="ocr: cannot load"):
+        ocr.OCR(detector=str(tmp_path / "weights"))(pictures[:1], ['"a"'])
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize("make", [pickscore.PickScore, clipscore.CLIPScore])
 def test_a_clip_without_all_its_weights_is_refused(make, clip_folder, tmp_path, pictures):
     model = CLIPModel.from_pretrained(clip_folder)
