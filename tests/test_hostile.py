@@ -170,10 +170,10 @@ def check_adapter_file(weights, config, name="adapter_model.safetensors"):
                 assert len(A) == B.shape[1] > 0 and 0 < scaling < math.inf
             loaded(adapters.add_adapter, BACKBONE, "stranger", layers, None, None, place, "--init")
             if "stranger" in getattr(BACKBONE, "peft_config", {}):
-                for layer, (A, B, scaling) in layers.items():
-                    weight = BACKBONE.get_submodule(layer).get_delta_weight("stranger")
-                    torch.testing.assert_close(weight, scaling * B @ A, equal_nan=True)
+                deltas = {layer: BACKBONE.get_submodule(layer).get_delta_weight("stranger") for layer in layers}
                 BACKBONE.delete_adapters("stranger")
+                for layer, (A, B, scaling) in layers.items():
+                    torch.testing.assert_close(deltas[layer], scaling * B @ A, rtol=1e-4, atol=1e-4)
         assert snapshot(place) == before
         return layers
 
@@ -198,14 +198,15 @@ def test_the_small_adapter_itself_is_right():
     assert check_adapter_file(lora(), '{"lora_alpha": 8}')[NAMES[0]][2] == 4.0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_adapter_with_nan_is_refused(tmp_path, value, dtype):
+    """1e30 is finite in most formats, but what it does to a velocity is not."""
     bad = torch.ones(2, 8, dtype=dtype)
     bad[1, 7] = value
     (tmp_path / "adapter_model.safetensors").write_bytes(lora(**{f"{NAMES[0]}.lora_A.weight": bad}))
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
-    assert "nan or infinity" in refused(adapters.read_adapter, tmp_path, "--init")
+    assert "nan, infinity" in refused(adapters.read_adapter, tmp_path, "--init")
 
 
 @pytest.mark.parametrize("alpha", ["-8", "0", "1e400", "NaN", '"8"', "[8]", "true", "9" * 400, "{}"])
