@@ -6,7 +6,6 @@ no layer, a file without its alpha or an adapter of zeros would otherwise be a t
 """
 
 import contextlib
-import json
 import re
 import sys
 import warnings
@@ -16,10 +15,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import ADAPTER, check_adapter, fail, fetch
+from cli import ADAPTER, check_adapter, fail, fetch, one_line, read_json, reason, written_beside
 
 # The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
 LORA_TARGETS = [
@@ -28,7 +27,10 @@ LORA_TARGETS = [
 
 
 def read_adapter(path, flag, alpha=None):
-    """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}. Reads files alone."""
+    """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}, float32, all of it finite.
+
+    Reads safetensors and JSON, no pickle; of the JSON alpha, alpha_pattern and use_rslora alone, so nothing in it leads to
+    another file. alpha: instead of what the directory says."""
     folder = Path(fetch(str(path), flag, ADAPTER))
     check_adapter(str(folder), flag)
     file = next(file for name in ADAPTER[1:] if (file := folder / name).is_file())
@@ -37,37 +39,54 @@ def read_adapter(path, flag, alpha=None):
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
         if (folder / "adapter_config.json").is_file():
-            config = json.loads((folder / "adapter_config.json").read_text())
+            config = {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
         else:  # diffusers keeps the LoRA's numbers in the file's header, each under "transformer."
-            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            config = {**read_json(metadata.get("lora_adapter_metadata", "{}"))}
             config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        fail(f"{flag} {path}: damaged adapter ({error})")
+    except Exception as error:  # each of the libraries has its own for a file that is not what it should be
+        fail(f"{flag} {path}: damaged adapter ({reason(error)})")
     halves = {}
     for key, tensor in tensors.items():
         short = key.removeprefix("base_model.model.").removeprefix("transformer.").replace(".default.", ".")
         layer, _, end = short.rpartition(".lora_")
-        if end not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            fail(f"{flag} {path}: unexpected tensor {key!r}; expected LAYER.lora_A.weight and LAYER.lora_B.weight")
-        halves.setdefault(layer, {})[end[0]] = tensor.float()
+        half = halves.setdefault(layer, {})
+        if end not in ("A.weight", "B.weight") or end[0] in half or tensor.ndim != 2 or not tensor.is_floating_point():
+            fail(f"{flag} {path}: unexpected tensor {key!r}; expected LAYER.lora_A.weight and LAYER.lora_B.weight, once each")
+        half[end[0]] = tensor.float()
     layers = {}
     for layer, half in halves.items():
-        if len(half) < 2 or half["A"].shape[0] != half["B"].shape[1]:
+        if len(half) < 2 or half["A"].shape[0] != half["B"].shape[1] or 0 in (*half["A"].shape, *half["B"].shape):
             fail(f"{flag} {path}: layer {layer} has no matching pair of lora_A and lora_B")
-        rank = len(half["A"])
-        pattern = config.get("alpha_pattern") or {}  # peft: a whole layer name, or a regular expression for its end
-        match = next((a for p, a in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), config.get("lora_alpha"))
-        layer_alpha = alpha or match
+        if not half["A"].double().norm() * half["B"].double().norm() < 1e8:  # so written, nan fails too
+            fail(f"{flag} {path}: layer {layer} holds nan, infinity or numbers out of all proportion: its training failed")
+        rank, layer_alpha = len(half["A"]), alpha_of(layer, config, f"{flag} {path}") if alpha is None else alpha
         if layer_alpha is None:
             cure = "give --teacher_alpha TASK=ALPHA" if flag.startswith("--teacher") else "add its adapter_config.json"
             fail(f"{flag} {path}: the file does not say its alpha; {cure}")
+        if type(layer_alpha) not in (int, float) or not 0 < layer_alpha < 1e6:
+            fail(f"{flag} {path}: alpha {layer_alpha!r} of layer {layer} is not a number above 0 (and below a million)")
         layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))
     if not any(B.any() and A.any() for A, B, _ in layers.values()):
         fail(f"{flag} {path}: an all-zero adapter: it changes nothing, so it was not trained or not saved")
     for layer, (_, B, _) in layers.items():
         if not B.any() and not layer.endswith("add_q_proj"):  # SD3's last add_q_proj is always zero: nothing reads it
-            print(f"warning: {path}: lora_B of {layer} is all zero", file=sys.stderr)
+            print(one_line(f"warning: {path}: lora_B of {layer} is all zero"), file=sys.stderr)
     return layers
+
+
+def alpha_of(layer, config, where):
+    """What adapter_config.json says; None: nothing. peft takes the keys of alpha_pattern for regular expressions, the first
+    that matches a layer's name or the end of it counts; here they must be plain: a stranger's can take for ever to match."""
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict) or config.get("use_rslora") not in (None, True, False):
+        fail(f"{where}: in adapter_config.json alpha_pattern must be an object and use_rslora true or false")
+    for key, alpha in pattern.items():
+        name = key.removeprefix("^").removesuffix("$").replace(r"\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            fail(f"{where}: alpha_pattern {key!r} is an expression; expected the name of a layer or the end of one")
+        if layer == name or (layer.endswith("." + name) and not key.startswith("^")):
+            return alpha
+    return config.get("lora_alpha")
 
 
 def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None, flag=None):
@@ -75,13 +94,13 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
     if layers is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     else:
+        linear = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
+        shapes = {name.removesuffix(".base_layer"): tuple(module.weight.shape) for name, module in linear.items()}  # (out, in)
         for layer, (A, B, _) in layers.items():
-            try:
-                linear = transformer.get_submodule(layer)
-                out_in = getattr(linear, "base_layer", linear).weight.shape
-            except AttributeError:
-                fail(f"{flag} {path}: its layer {layer} is not in the model")
-            if tuple(out_in) != (B.shape[0], A.shape[1]):
+            if layer not in shapes:
+                fail(f"{flag} {path}: its layer {layer} is not a linear layer of the model")
+            out_in = shapes[layer]
+            if out_in != (B.shape[0], A.shape[1]):
                 fail(f"{flag} {path}: layer {layer} is {B.shape[0]}x{A.shape[1]}, the model's is {out_in[0]}x{out_in[1]}")
         ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
         alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
@@ -160,10 +179,9 @@ def save_adapter(folder, tensors, config):
     """tensors {"LAYER.lora_A.weight": tensor, …} -> a folder that peft and `pipe.load_lora_weights` both load.
 
     Two files on purpose: diffusers silently loads nothing from a PEFT folder, and assumes alpha = rank without metadata."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: t.detach().float().cpu().contiguous().clone() for k, t in tensors.items()}
-    save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, folder / "adapter_model.safetensors")
-    config.save_pretrained(folder)
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    StableDiffusion3Pipeline.save_lora_weights(folder, tensors, transformer_lora_adapter_metadata=metadata)
+    with written_beside(folder) as beside:
+        save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, beside / "adapter_model.safetensors")
+        config.save_pretrained(beside)
+        StableDiffusion3Pipeline.save_lora_weights(beside, tensors, transformer_lora_adapter_metadata=metadata)

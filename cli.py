@@ -1,10 +1,13 @@
 """What the scripts do before torch is imported: flags, files and one-line errors. Standard library, and the hub where asked."""
 
 import argparse
+import contextlib
 import functools
 import json
+import math
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,26 +17,53 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its start-up notices
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
 
 
+def one_line(text):
+    """For people to look at: what would break or hide a line (newlines, control and format characters) as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def fail(message):
     """One line (what is wrong, which flag or file, what would be right) and exit code 2. Nothing has been written."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)[:2000]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def reason(error):
+    """The first line of an exception's message, or its kind: for the end of an error of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind every flag; the description as it is written in the script."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse that fails in one line, and whose files of flags name no further files: one could name itself."""
+
+    def error(self, message):
+        fail(message)
+
+    def convert_arg_line_to_args(self, line):
+        words = line.split("#")[0].split()
+        for word in words:
+            if word.startswith("@"):
+                fail(f"{word}: a file of flags cannot name another; give both on the command line")
+        return words
+
+    def parse_args(self, *given):
+        try:
+            return super().parse_args(*given)
+        except UnicodeDecodeError:
+            fail("@FILE: a file of flags is UTF-8 text, this one is not")
+
+
 def make_parser(doc):
-    """argparse that also reads flags from a file (`@recipes/NAME.args`, # starts a comment) and fails in one line."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.error = fail
-    return parser
+    """A parser that also reads flags from a file: `@recipes/NAME.args`, # starts a comment."""
+    return Parser(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
 
 
 def pairs(items, flag, number=False):
-    """["geneval=A", …] -> {"geneval": "A", …}, or to floats."""
+    """["geneval=A", …] -> {"geneval": "A", …}, or to finite floats."""
     out = {}
     for item in items or ():
         key, equals, value = item.partition("=")
@@ -45,25 +75,60 @@ def pairs(items, flag, number=False):
             out[key] = float(value) if number else value
         except ValueError:
             fail(f"{flag} {item}: {value!r} is not a number")
+        if number and not math.isfinite(out[key]):
+            fail(f"{flag} {item}: {value!r} is not a finite number")
     return out
 
 
+def read_json(text):
+    """json.loads, where too deep a nesting is a ValueError like any other fault of the text."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_prompt(prompt, where):
+    """Any text is a prompt. A NUL (UTF-16, or no text at all) and half a surrogate pair, which no tokenizer takes, are not."""
+    if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
+        fail(f"{where} is not text: it holds a NUL or half a surrogate pair; expected UTF-8")
+
+
 def read_prompts(path, flag="--prompts"):
-    """A prompt file -> (prompts, metadata). .txt: a prompt a line. .jsonl: an object with "prompt" a line, the rest of
-    it is the metadata that a scorer may want. Empty lines are skipped."""
+    """A UTF-8 file -> (prompts, metadata), in its order. .txt: a prompt a line, without the spaces around it. .jsonl: an
+    object with "prompt", a text that is not empty, a line; the whole object is the metadata that a scorer may want, and
+    nothing in it is ever taken for a path. Lines end in LF, CRLF or CR; empty ones are skipped. A prompt that stands there
+    twice is drawn twice as often.
+
+    Tokenizer and scorer get a prompt as it is written, in any script, with newlines and control characters that JSON may
+    hold, and of any length (the text encoders read its first 77 CLIP tokens and --text_length T5 tokens). Where it is
+    shown, it is made one line. What is not text is refused, see check_prompt."""
+    kind = Path(path).suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        fail(f'{flag}: {path}: expected a .txt, a prompt a line, or a .jsonl, an object with "prompt" a line')
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         fail(f"{flag}: cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})")
-    if not lines:
+    prompts, metadata = [], []
+    for number, line in enumerate(lines, 1):
+        if not (prompt := line.strip()):
+            continue
+        where, more = f"{flag}: line {number} of {path}", {}
+        if kind == ".jsonl":
+            try:
+                more = read_json(line)
+                prompt = more["prompt"]
+            except (ValueError, KeyError, TypeError):
+                prompt = None
+            if not isinstance(prompt, str) or not prompt.strip():
+                fail(f'{where} is not a JSON object with a text as its "prompt"')
+        check_prompt(prompt, where)
+        prompts.append(prompt)
+        metadata.append(more)
+    if not prompts:
         fail(f"{flag}: {path} holds no prompt")
-    if not str(path).endswith(".jsonl"):
-        return [line.strip() for line in lines], [{} for _ in lines]
-    try:
-        metadata = [json.loads(line) for line in lines]
-        return [str(m["prompt"]) for m in metadata], metadata
-    except (json.JSONDecodeError, KeyError, TypeError):
-        fail(f'{flag}: {path} is not JSON lines with a "prompt" in each')
+    return prompts, metadata
 
 
 def prompt_files(given, tasks, split, flag="--prompts"):
@@ -71,24 +136,37 @@ def prompt_files(given, tasks, split, flag="--prompts"):
     for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
+    for task in tasks:
+        if not re.fullmatch(r"[\w-]+", task):  # pictures and adapters are named after it
+            fail(f"task {task!r}: a task's name is made of letters, digits, _ and -")
     files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
     names = [f"{split}_metadata.jsonl", f"{split}.txt"] + ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
     for task, file in files.items():
-        files[task] = file = next((str(Path(file, name)) for name in names if Path(file, name).is_file()), file)
-        if not Path(file).is_file():
+        files[task] = file = next((str(Path(file, name)) for name in names if os.path.isfile(f"{file}/{name}")), file)
+        if not os.path.isfile(file):
             fail(f"no {split} prompts for task {task!r}: {file} is not a file; give {flag} {task}=FILE")
     return files
 
 
 def at_least(low):
-    """argparse type: a whole number of at least `low`."""
+    """argparse type: a whole number of at least `low` that fits into 63 bits."""
 
     def number(text):
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if not text.isdecimal() or len(text) > 18 or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} and at most 18 digits")
         return int(text)
 
     return number
+
+
+def finite(text):
+    """argparse type: a number, neither nan nor infinite."""
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
 positive = at_least(1)
@@ -130,8 +208,9 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_wei
 
 
 def hub_id(path):
-    """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here: then it is a path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path)) and not Path(path.split("/")[0]).exists()
+    """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here, or .. stands in it: then it is a path."""
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) and ".." not in path
+    return bool(known) and not os.path.exists(path.split("/")[0])
 
 
 @functools.cache
@@ -146,6 +225,8 @@ def fetch(path, flag, files):
     name, _, revision = path.partition("@")
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+    except errors.HFValidationError:
+        fail(f"{flag} {path}: neither a directory here nor a name that the hub allows")
     except errors.GatedRepoError:
         fail(f"{flag} {path}: gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`")
     except errors.RevisionNotFoundError:
@@ -153,8 +234,9 @@ def fetch(path, flag, files):
     except errors.RepositoryNotFoundError:
         fail(f"{flag} {path}: neither a directory here nor a model on the hub (or a private one: run `hf auth login`)")
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        why = str(error).splitlines()[0][:100]
-        fail(f"{flag} {path}: no directory here, nothing in the hub's cache, no hub ({why}); try `hf download {name}`")
+        fail(
+            f"{flag} {path}: no directory here, nothing in the hub's cache, no hub ({reason(error)}); try `hf download {name}`"
+        )
 
 
 def check_model(path, flag="--model"):
@@ -162,17 +244,43 @@ def check_model(path, flag="--model"):
     if hub_id(path):
         return
     try:
-        kind = json.loads((Path(path) / "model_index.json").read_text())["_class_name"]
+        kind = read_json((Path(path) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{flag} {path}: not a diffusers pipeline (no model_index.json in it)")
+        fail(f"{flag} {path}: not a diffusers pipeline (no usable model_index.json in it)")
     if kind != "StableDiffusion3Pipeline":
         fail(f"{flag} {path}: a {kind}; this code trains Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline)")
+    for index in Path(path).glob("*/*.index.json"):  # of weights in several files
+        try:
+            shards = read_json(index.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [name for name in shards if Path(name).name != name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{flag} {path}: {index.parent.name}/{index.name} is damaged; fetch it again")
+        if outside:
+            fail(f"{flag} {path}: {index.parent.name}/{index.name} names a file outside its folder: {outside[0]}")
+    for part in ("transformer", "vae"):
+        if os.path.isdir(f"{path}/{part}") and not any(Path(path, part).glob("*.safetensors")):
+            fail(f"{flag} {path}: no safetensors in {part}; a pickle (.bin) can run code and is not opened")
 
 
 def check_adapter(path, flag):
     """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format, or a hub id of one."""
-    if not hub_id(path) and not any((Path(path) / name).is_file() for name in ADAPTER[1:]):
-        fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
+    if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in ADAPTER[1:]):
+        return
+    if any(os.path.isfile(f"{path}/{Path(name).stem}.bin") for name in ADAPTER[1:]):
+        fail(f"{flag} {path}: its weights are pickled (.bin), and a pickle can run code: not opened; take the safetensors")
+    fail(f"{flag} {path}: not an adapter (a directory with {' or '.join(ADAPTER[1:])})")
+
+
+def check_folder(out):
+    """--out can be made and written into, which is better known before the work than after it."""
+    try:
+        there = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long, for example
+        fail(f"--out {out}: {error.strerror}; choose another folder")
+    if not there.is_dir():
+        fail(f"--out {out}: {there} is a file; choose a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"--out {out}: no permission to write into {there}")
 
 
 def check_out(args):
@@ -181,6 +289,7 @@ def check_out(args):
     out = Path(args.out)
     if int(os.environ.get("RANK", 0)):  # the others follow rank 0
         return
+    check_folder(out)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "lock").exists():
         if (out / "lock").read_text() == launcher():  # this launch made the run, or was allowed to go on with it
             args.resume, args.overwrite = "newest" if (out / "args.json").exists() else None, False
@@ -189,7 +298,7 @@ def check_out(args):
         fail("--resume and --overwrite: choose one")
     if args.resume and not used:
         fail(f"--resume: there is no run in {out}")
-    if not used and out.exists() and (not out.is_dir() or any(p.name != "lock" for p in out.iterdir())):
+    if not used and out.exists() and any(p.name != "lock" for p in out.iterdir()):
         fail(f"--out {out} is not an empty folder, and no run either: choose another")
     if used and not (args.resume or args.overwrite):
         fail(f"--out {out} already holds a run: choose another folder, or --resume it, or --overwrite it")
@@ -244,3 +353,19 @@ def find_images(path, task, tasks, file=None, number=0):
             fail(f"--scores_only {folder}: {have} where the {len(prompts)} prompts of {file} want {wanted}")
     lines, files = zip(*sorted(found))
     return list(files), [prompts[n] for n in lines], [metadata[n] for n in lines]
+
+
+@contextlib.contextmanager
+def written_beside(folder):
+    """Gives a folder to write into, beside `folder`; its files take their places there when all are whole, else none does."""
+    folder = Path(folder).resolve()
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        folder.mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -30,16 +30,22 @@ from pathlib import Path
 from cli import (
     ADAPTER,
     TASKS,
+    at_least,
     check_adapter,
+    check_folder,
     check_model,
+    check_prompt,
     fail,
     fetch,
     find_images,
+    finite,
     make_parser,
     model_flags,
+    one_line,
     pairs,
     positive,
     prompt_files,
+    read_json,
     read_prompts,
     save_json,
 )
@@ -54,11 +60,11 @@ def parse_args():
     flag("--scores_only", "--scores-only", nargs="+", metavar="[NAME=]DIR", help="score these images, paint nothing; see above")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
-    flag("--num_prompts", type=int, default=0, help="test prompts per task; 0 = all of the file")
+    flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
-    flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
     flag("--seed", type=int, default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass; does not change the result beyond rounding")
@@ -96,8 +102,11 @@ def parse_args():
             fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
     for task in set(given) - set(args.tasks):
         fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
+    for prompt in args.prompt or ():
+        check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
     args.prompts = prompt_files(given, args.tasks, "test") if paints else given
+    check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
         fail(f"--out {args.out} holds a run or an evaluation: choose another folder, or --overwrite the evaluation")
@@ -125,9 +134,9 @@ from tables import GENEVAL, average, compare, published, summarise, table
 def load_rewards(module, device="cpu"):
     """{name: scorer} of a Python module's REWARDS; a scorer with weights gets the device, and loads them when first called."""
     try:
-        rewards = importlib.import_module(module).REWARDS
-    except (ImportError, AttributeError) as error:
-        fail(f"--rewards {module}: no such module with REWARDS in it ({error})")
+        rewards = dict(importlib.import_module(module).REWARDS)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        fail(f"--rewards {module}: no module with REWARDS in it ({error})")
     for scorer in rewards.values():
         if hasattr(scorer, "device"):
             scorer.device = device
@@ -273,22 +282,33 @@ def picture_grid(path, images, prompts, scores=None):
     images {column: N of (3, H, W) in [0, 1]}, scores {column: N numbers}."""
     side = max(112, *(picture.shape[-1] for picture in next(iter(images.values()))))
     font, pad, line = ImageFont.load_default(12), 8, 16
+    prompts = [one_line(prompt)[:120] for prompt in prompts]
     height = line + side + (line if scores else 0) + pad
-    width = max(pad + (side + pad) * len(images), 2 * pad + int(max(font.getlength(p[:120]) for p in prompts)))
+    width = max(pad + (side + pad) * len(images), 2 * pad + int(max(map(font.getlength, prompts))))
     page = Image.new("RGB", (width, line + pad + height * len(prompts)), "white")
     pen = ImageDraw.Draw(page)
     for column, (name, pictures) in enumerate(images.items()):
         x = pad + (side + pad) * column
-        pen.text((x, 4), name[: side // 7], "black", font)
+        pen.text((x, 4), one_line(name)[: side // 7], "black", font)
         for row in range(len(prompts)):
             y = line + pad + height * row
             if column == 0:
-                pen.text((x, y), prompts[row][:120], "black", font)
+                pen.text((x, y), prompts[row], "black", font)
             page.paste(ImageOps.contain(as_picture(pictures[row]), (side, side), Image.NEAREST), (x, y + line))
             if scores:
                 pen.text((x, y + line + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
+
+
+def read_recorded(model):
+    """The flags and results in MODEL/results.json; none where it is not there, or of another make: it may be a stranger's."""
+    try:
+        recorded = read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
+        cells = lambda row: {m: {"mean": float(c["mean"]), "se": float(c["se"]), "n": c.get("n")} for m, c in row.items()}
+        return {**recorded["flags"]}, {one_line(name): cells(row) for name, row in recorded["results"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return {}, {}
 
 
 def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
@@ -301,11 +321,10 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         if rank > 0:
             return
         save_grid(run / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
-    live, file = summarise(scores, tests), Path(args.model) / "results.json"
-    recorded = json.loads(file.read_text()) if file.exists() else {"flags": {}, "results": {}}
-    lines, results = [], {name: row for name, row in recorded["results"].items() if name != "merged"}  # it is the live start
+    live, (flags, recorded) = summarise(scores, tests), read_recorded(args.model)
+    lines, results = [], {name: row for name, row in recorded.items() if name != "merged"}  # it is the live start
     ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
-    changed = [name for name, value in ours.items() if recorded["flags"].get(name) != value]
+    changed = [name for name, value in ours.items() if flags.get(name) != value]
     task, number = next((task, len(prompts)) for task, (prompts, _) in tests.items())
     changed += ["number of prompts"] if any(row[task]["n"] != number for row in results.values() if task in row) else []
     if results and changed:
@@ -317,10 +336,10 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         gain, se = compare(scores["student"], scores[start], tests)
         lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} in Average (paired: same prompts, same noise)")
         mean, se = average(scores["student"], tests)
-        if "grpo_mix" in results and not changed:
+        if "average" in results.get("grpo_mix", ()) and not changed:
             other = results["grpo_mix"]["average"]
             lines.append(f"student - grpo_mix: {mean - other['mean']:+.4f} ± {(se**2 + other['se'] ** 2) ** 0.5:.4f}")
-        if "oracle" in results and not changed:
+        if "average" in results.get("oracle", ()) and results["oracle"]["average"]["mean"] and not changed:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
@@ -359,7 +378,7 @@ def load_models(transformer, models):
 
 def paint_tests(args, tests, device, rank, world):
     """Fill OUT/images with what is not there yet -> files {name: {task: [file, …]}} (all ranks participate)."""
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
     folders = [Path(pipe.name_or_path) / part for part in ("transformer", "vae", "scheduler", *TEXT)]
@@ -381,7 +400,7 @@ def paint_tests(args, tests, device, rank, world):
 
 def paint_prompts(args, device):
     """One's own prompts, side by side, nothing scored."""
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size)
     text = embed_prompts(pipe, args.prompt, args.text_length, args.no_t5, args.cache_embeddings)
     keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
     for name, on in load_models(pipe.transformer, args.models).items():

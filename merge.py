@@ -25,7 +25,7 @@ rank and in which layers they adapt: a teacher that leaves a layer alone counts 
 import sys
 from pathlib import Path
 
-from cli import TASKS, check_adapter, check_model, fail, fetch, make_parser
+from cli import TASKS, at_least, check_adapter, check_folder, check_model, fail, fetch, make_parser, reason, written_beside
 
 
 def parse_args():
@@ -35,12 +35,14 @@ def parse_args():
     )
     parser.add_argument("--method", choices=("mean", "ties", "dare", "factor-mean"), default="mean", help="see above")
     parser.add_argument("--weights", nargs="+", type=float, help="one per adapter, used relative to their sum; default equal")
-    parser.add_argument("--rank", type=int, default=0, help="rank of the result by SVD; 0 = exact (mean, factor-mean only)")
+    parser.add_argument(
+        "--rank", type=at_least(0), default=0, help="rank of the result by SVD; 0 = exact (mean, factor-mean only)"
+    )
     parser.add_argument("--density", type=float, default=0.5, help="share of entries that ties and dare keep")
     parser.add_argument(
         "--alpha_per_rank", type=float, default=2.0, help="alpha / rank of the result: 2 as in the paper (64 / 32)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of dare's dropping")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of dare's dropping")
     parser.add_argument("--fuse", metavar="MODEL", help="add the result to this pipeline's transformer and write that, in full")
     parser.add_argument("--out", default="runs/merged", help="folder for the merged adapter or the fused transformer")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
@@ -55,16 +57,15 @@ def parse_args():
     args.weights = args.weights or [1.0] * len(args.adapters)
     if len(args.weights) != len(args.adapters):
         fail(f"--weights: {len(args.weights)} weights for {len(args.adapters)} adapters; give one each")
-    if not all(0 <= w < float("inf") for w in args.weights) or not sum(args.weights):
-        fail("--weights must be numbers of at least 0, not all of them 0")
+    if not all(w >= 0 for w in args.weights) or not 0 < sum(args.weights) < float("inf"):
+        fail("--weights must be numbers of at least 0, not all of them 0, and their sum finite")
     if not 0 < args.alpha_per_rank < float("inf"):
         fail("--alpha_per_rank must be above 0")
-    if args.rank < 0 or not 0 < args.density <= 1:
-        fail("--rank must be at least 0 and --density in (0, 1]")
+    if not 0 < args.density <= 1:
+        fail("--density must be above 0 and at most 1")
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: say the rank to cut it to, for example --rank 32")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f"--out {args.out} is a file; give a folder")
+    check_folder(args.out)
     if Path(args.out).exists() and any(Path(args.out).iterdir()) and not args.overwrite:
         fail(f"--out {args.out} is not empty: choose another folder, or --overwrite the adapter in it")
     return args
@@ -76,6 +77,7 @@ if __name__ == "__main__":
 import torch
 from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from adapters import read_adapter, save_adapter
@@ -149,27 +151,35 @@ def fuse(model, merged, out):
     from diffusers import SD3Transformer2DModel
     from safetensors import safe_open
 
+    from model import check_weights
+
     folder = fetch(model, "--fuse", ("model_index.json", "transformer/*"))
     check_model(folder, "--fuse")  # a hub id has been looked up only now
     folder = Path(folder) / "transformer"
-    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    transformer = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype)
+    try:
+        with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
+            dtype = file.get_tensor(min(file.keys())).dtype
+        transformer = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        check_weights(transformer)
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        fail(f"--fuse {model}: its transformer cannot be loaded ({reason(error)})")
     for layer, (A, B) in merged.items():
         try:
             weight = transformer.get_submodule(layer).weight
             weight.data = (weight.float() + B @ A).to(dtype)
         except (AttributeError, RuntimeError):
             fail(f"--fuse {model}: layer {layer} of the adapters is not in its transformer, or has another size there")
-    transformer.save_pretrained(out)
+    with written_beside(out) as beside:
+        transformer.save_pretrained(beside)
+        written = {file.name for file in beside.iterdir()}
+    for old in Path(out).glob("diffusion_pytorch_model*"):  # of a larger model: its index would be followed
+        if old.name not in written:
+            old.unlink()
     print(f"fused into {folder} -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 
-def main(args):
-    adapters = [read_adapter(path, "--adapters") for path in args.adapters]
-    merged, kept = merge(adapters, args.method, args.weights, args.rank, args.density, args.seed)
-    if args.fuse:
-        return fuse(args.fuse, merged, args.out)
+def save(args, merged, kept):
+    """Write the merged adapter, and say what the cut to --rank has kept."""
     ranks = {layer: len(A) for layer, (A, _) in merged.items()}
     rank = max(ranks.values())
     tensors, root = {}, args.alpha_per_rank**0.5
@@ -180,10 +190,19 @@ def main(args):
     if set(ranks.values()) != {rank}:
         config.rank_pattern, config.alpha_pattern = ranks, alphas
     save_adapter(args.out, tensors, config)
-    print(f"{args.method} of {len(adapters)} adapters, {len(merged)} layers, rank {rank}", end="")
+    print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}", end="")
     if kept:
         print(f"; retained energy {sum(kept) / len(kept):.1%} on average, {min(kept):.1%} in the worst layer", end="")
     print(f" -> {args.out}\nnext: python train_opd.py --init {args.out}")
+
+
+def main(args):
+    adapters = [read_adapter(path, "--adapters") for path in args.adapters]
+    merged, kept = merge(adapters, args.method, args.weights, args.rank, args.density, args.seed)
+    try:
+        return fuse(args.fuse, merged, args.out) if args.fuse else save(args, merged, kept)
+    except (OSError, SafetensorError) as error:  # no space, for example
+        fail(f"--out {args.out}: cannot be written ({reason(error)}); what was there is as it was")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 One Stable Diffusion 3 pipeline as stock diffusers loads it; the trained parts are LoRAs on its transformer (adapters.py).
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -16,37 +17,56 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from cli import PIPELINE, check_model, fail, fetch
+from cli import PIPELINE, check_model, fail, fetch, reason
 from common import generator, sha256
 from sde import rollout
 
+diffusers_logging.set_verbosity_error()  # no lines about every prompt that is cut, none beside our own line on an error
+transformers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
-TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+ENCODERS = dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), [CLIPTextModelWithProjection] * 2 + [T5EncoderModel]))
+TEXT = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False):
+def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, size=None):
     """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
     differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
 
     model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. no_t5: the third
-    text encoder is not even fetched. checkpointing: activations are computed again in the backward pass, not kept."""
+    text encoder is not even fetched. checkpointing: activations are computed again in the backward pass, not kept.
+    size: pixels, refused where the model cannot paint them.
+    Nothing pickled is opened and no code in the directory is run (use_safetensors; trust_remote_code stays off)."""
     folder = fetch(model, "--model", tuple(part for part in PIPELINE if not (no_t5 and "_3/" in part)))
     check_model(folder)  # a hub id has been looked up only now
     dtype = torch.bfloat16 if (dtype or {"cuda": "bf16"}.get(device.type)) == "bf16" else torch.float32
     try:
         kinds = {"transformer": dtype, "default": torch.float32}
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=kinds, **dict.fromkeys(TEXT))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({str(error).splitlines()[0]})")
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=kinds, use_safetensors=True, **dict.fromkeys(TEXT))
+        check_weights(pipe.transformer)
+        check_weights(pipe.vae)
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        fail(f"--model {model}: cannot be loaded as a Stable Diffusion 3 pipeline ({reason(error)})")
+    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    most = unit * pipe.transformer.config.pos_embed_max_size
+    if size and (size % unit or size > most):
+        fail(f"--size {size}: this model paints multiples of {unit} pixels, up to {most}")
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return pipe
+
+
+def check_weights(module):
+    """ValueError unless all of it was in the files (diffusers leaves the rest on "meta", without data) and is finite."""
+    for name, weight in module.named_parameters():
+        if weight.is_meta or not weight.isfinite().all():
+            raise ValueError(f"{name} is {'missing' if weight.is_meta else 'nan or infinite'}; fetch it again")
 
 
 @torch.no_grad()
@@ -62,18 +82,22 @@ def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
         model = "".join(sha256(f) for f in sorted(Path(pipe.name_or_path).glob("t*")) if f.name in TEXT)
         keys = {p: hashlib.sha256(f"{model}/{dtype}/{no_t5}/{length}/{p}".encode()).hexdigest() for p in distinct}
         file_of = {p: Path(cache) / key[:2] / f"{key}.safetensors" for p, key in keys.items()}
-        table = {p: load_file(file) for p, file in file_of.items() if file.exists()}
+        if Path(cache).exists() and not Path(cache).is_dir():
+            fail(f"--cache_embeddings {cache} is a file; give a folder")
+        for p, file in file_of.items():
+            with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there yet, or damaged: made again
+                found = load_file(file)
+                table[p] = {"embeds": found["embeds"], "pooled": found["pooled"]}
     new = [p for p in distinct if p not in table]
     if new:
-        leave_out = {"transformer": pipe.transformer, "vae": None} | (
-            {"text_encoder_3": None, "tokenizer_3": None} if no_t5 else {}
-        )
-        text = StableDiffusion3Pipeline.from_pretrained(pipe.name_or_path, dtype=dtype, **leave_out).to(device)
+        text = load_text_encoders(pipe, dtype, no_t5).to(device)
         length = min(length, text.tokenizer_3.model_max_length) if text.tokenizer_3 is not None else length
         for i in tqdm(range(0, len(new), 64), desc="embedding prompts", unit="batch", disable=len(new) < 2000):
             part = new[i : i + 64]
             both = text.encode_prompt(part, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
             for p, embeds, pooled in zip(part, both[0].cpu(), both[2].cpu()):  # (L, E), (E')
+                if not (embeds.isfinite().all() and pooled.isfinite().all()):
+                    fail(f"--model: the text encoders make nan of the prompt {p[:100]!r}; another --dtype may help")
                 table[p] = {"embeds": embeds, "pooled": pooled}
                 if file_of:
                     file_of[p].parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +105,22 @@ def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
                     os.replace(f"{file_of[p]}.{os.getpid()}", file_of[p])
     rows = {prompt: row for row, prompt in enumerate(distinct)}
     return {"rows": rows} | {name: torch.stack([table[p][name] for p in distinct]) for name in ("embeds", "pooled")}
+
+
+def load_text_encoders(pipe, dtype, no_t5):
+    """The stock pipeline with the tokenizers and text encoders, all of their weights from the directory: left to itself
+    transformers draws at random what is missing."""
+    folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
+    parts |= {"text_encoder_3": None, "tokenizer_3": None} if no_t5 else {}
+    try:
+        for name in (n for n in ENCODERS if n not in parts):
+            how = {"subfolder": name, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            parts[name], info = ENCODERS[name].from_pretrained(folder, **how)
+            if info["missing_keys"]:
+                raise ValueError(f"its {name} lacks {min(info['missing_keys'])}")
+        return StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+    except Exception as error:
+        fail(f"--model {folder}: cannot load its text encoders ({reason(error)})")
 
 
 def backbone_dtype(transformer):

@@ -49,7 +49,7 @@ class Aesthetic:
         try:
             w, b = fold(torch.load(self.head, map_location="cpu", weights_only=True))
             model, info = CLIPModel.from_pretrained(
-                self.weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]

@@ -36,7 +36,7 @@ class CLIPScore:
     def load(self):
         try:
             model, info = CLIPModel.from_pretrained(
-                self.weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             self.tokenizer = CLIPTokenizer.from_pretrained(self.weights, local_files_only=True)
         except Exception as error:

@@ -247,8 +247,8 @@ def read_checkpoint(folder):
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
     state = {}
     for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
+        if Path(name).name != name or not (folder / name).is_file():  # nothing outside the folder
+            raise ValueError(f"there is no shard {name!r} in {folder}")
         state |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
     return state
 

@@ -166,9 +166,10 @@ def check_metadata(metadata, i):
     where = f"geneval: metadata {i}"
     if not isinstance(metadata, dict) or metadata.get("tag") not in [*TAGS]:
         raise ValueError(f'{where} has no "tag" of {", ".join(TAGS)}; give lines as in GenEval\'s evaluation_metadata.jsonl')
-    if not isinstance(metadata.get("include"), list) or not metadata["include"]:
+    excluded = metadata.get("exclude") or []
+    if not isinstance(metadata.get("include"), list) or not metadata["include"] or not isinstance(excluded, list):
         raise ValueError(f'{where} has no "include": a list of {{"class", "count"}} with "color" or "position" where asked')
-    for k, request in enumerate([*metadata["include"], *(metadata.get("exclude") or ())]):
+    for k, request in enumerate([*metadata["include"], *excluded]):
         if not isinstance(request, dict) or "class" not in request:
             raise ValueError(f'{where}: {request} names no "class"; give one of the 80')
         if request["class"] not in CLASSES:
@@ -181,7 +182,8 @@ def check_metadata(metadata, i):
             raise ValueError(f"{where}: color {request['color']!r} is none of {', '.join(COLOURS)}")
         if "position" in request:
             place = request["position"]
-            if not (isinstance(place, (list, tuple)) and len(place) == 2 and place[0] in RELATIONS and place[1] in range(k)):
+            known = isinstance(place, (list, tuple)) and len(place) == 2 and place[0] in RELATIONS
+            if not known or type(place[1]) is not int or place[1] not in range(k):
                 raise ValueError(f"{where}: position {place} is not [{' | '.join(RELATIONS)}, index of an earlier entry]")
 
 
@@ -375,7 +377,8 @@ def load_detector(folder, device):
             if not source.startswith(SHA256):
                 refuse(f"{folder} holds another model than GenEval's detector")
             weight, bias = tensors.get_tensor("class_predictor.weight"), tensors.get_tensor("class_predictor.bias")
-        model, info = Mask2FormerModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, info = Mask2FormerModel.from_pretrained(folder, **how)
     except (OSError, SafetensorError) as error:
         refuse(f"{file} cannot be read ({str(error).splitlines()[0]})", error)
     if info["missing_keys"]:
@@ -471,9 +474,8 @@ class GenEval:
             if self.mode == "reward_server":  # open_clip 2.29 and later build openai's weights so, with no more than a warning
                 config.text_config.hidden_act = config.vision_config.hidden_act = "gelu"
             self.tokenizer = CLIPTokenizer.from_pretrained(clip, local_files_only=True)
-            clip_model, info = CLIPModel.from_pretrained(
-                clip, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
+            how = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            clip_model, info = CLIPModel.from_pretrained(clip, config=config, **how)
             if missing := sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]]):
                 raise OSError(f"it lacks {missing[0]}")
             if len(self.tokenizer) != config.text_config.vocab_size:  # an incomplete download loads as an empty tokenizer
@@ -608,6 +610,7 @@ def training_prompts(n, test_prompts, seed=0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(print(f"error: {message}", file=sys.stderr) or 2)  # one line, no usage
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--convert", metavar="FILE.pth", help="turn GenEval's detector into a folder of safetensors")
     task.add_argument("--prompts", type=int, metavar="N", help="write N lines of training metadata")
@@ -622,8 +625,8 @@ def main(argv=None):
             if not args.test:
                 raise ValueError("geneval: --prompts needs --test FILE.jsonl, the prompts to leave out")
             try:
-                test = [json.loads(line)["prompt"] for line in Path(args.test).read_text(encoding="utf-8").splitlines()]
-            except (ValueError, KeyError, TypeError) as error:
+                test = [json.loads(line)["prompt"] for line in Path(args.test).read_text("utf-8").split("\n") if line.strip()]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'geneval: {args.test} is not JSON lines with a "prompt" in each') from error
             lines = training_prompts(args.prompts, test, args.seed)
             Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

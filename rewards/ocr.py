@@ -336,7 +336,8 @@ def alphabet(listed, outputs):
 def load(kind, weights):
     try:
         folder = Path(cached_file(weights, "config.json", local_files_only=True)).parent  # by name, Auto classes ask the hub
-        model, info = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+        model, info = kind.from_pretrained(folder, **how, output_loading_info=True)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"ocr: cannot load {weights} ({reason}); fetch it with: hf download {weights}") from error

@@ -1,6 +1,5 @@
-"""Adapters: strict loading, switching, and what we save loads everywhere. python -m pytest tests/test_adapters.py"""
+"""Adapters: reading, switching, and what we save loads everywhere. python -m pytest tests/test_adapters.py"""
 
-import json
 import shutil
 
 import pytest
@@ -74,6 +73,20 @@ def test_peft_loads_what_we_save(pipe, tmp_path):
     torch.testing.assert_close(v, expected)
 
 
+def test_a_save_that_fails_leaves_what_was_there(pipe, tmp_path, monkeypatch):
+    """The disk is full after the first of the files: none of them is replaced, nothing is left beside."""
+    saved(pipe, tmp_path / "a")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "save_lora_weights", full)
+    with pytest.raises(OSError, match="No space"):
+        adapters.save_adapter(tmp_path / "a", make(pipe, "other", seed=1), pipe.transformer.peft_config["other"])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
+
+
 def test_other_layouts_are_read(pipe, tmp_path):
     """diffusers' own file alone, and PEFT keys with an adapter name in them."""
     saved(pipe, tmp_path / "a")
@@ -122,42 +135,6 @@ def test_switching_leaves_requires_grad_and_the_active_adapter(pipe):
         model.velocity(pipe.transformer, torch.randn(1, 8, 8, 8), 0.5, text, torch.tensor([1]), 1.0).sum().backward()
     assert sum(p.grad is not None for p in student.values()) > 0
     assert not any(p.grad is not None for k, p in pipe.transformer.named_parameters() if ".student." not in k)
-
-
-def damage(path, how):
-    tensors = load_file(path / "adapter_model.safetensors")
-    keys = sorted(tensors)
-    if how == "unknown layer":
-        tensors["base_model.model.nowhere.lora_A.weight"] = tensors[keys[0]].clone()
-        tensors["base_model.model.nowhere.lora_B.weight"] = tensors[keys[1]].clone()
-    if how == "half missing":
-        tensors.pop(keys[0])
-    if how == "wrong shape":
-        tensors[keys[0]] = torch.randn(4, 99)
-    if how == "strange key":
-        tensors["hello"] = torch.zeros(2, 2)
-    if how == "all zero":
-        tensors = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
-    save_file(tensors, path / "adapter_model.safetensors")
-    if how == "not safetensors":
-        (path / "adapter_model.safetensors").write_bytes(b"garbage" * 10)
-    if how == "no alpha":
-        config = json.loads((path / "adapter_config.json").read_text())
-        (path / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if "alpha" not in k}))
-
-
-@pytest.mark.parametrize(
-    "how", ["unknown layer", "half missing", "wrong shape", "strange key", "all zero", "not safetensors", "no alpha"]
-)
-def test_a_bad_adapter_is_one_line_and_exit_code_2(pipe, tmp_path, capsys, how):
-    saved(pipe, tmp_path / "a")
-    damage(tmp_path / "a", how)
-    with pytest.raises(SystemExit) as stopped:
-        layers = adapters.read_adapter(tmp_path / "a", "--init")
-        adapters.add_adapter(pipe.transformer, "bad", layers, path=tmp_path / "a", flag="--init")
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: --init") and str(tmp_path) in lines[0]
 
 
 def test_one_zero_layer_is_a_warning_with_its_name(pipe, tmp_path, capsys):

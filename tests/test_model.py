@@ -1,6 +1,6 @@
 """Loading: directories and hub ids, precisions, text embeddings and their cache, sharded and fused transformers.
 
-No hub is asked: its cache is laid out by hand, and its errors are raised by a stand-in. python -m pytest tests/test_model.py
+No hub is asked: its cache is laid out by hand. python -m pytest tests/test_model.py
 """
 
 import importlib
@@ -15,7 +15,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 import adapters
@@ -44,31 +43,6 @@ def ask_hub(monkeypatch, answer):
 
     cli.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-
-def refused(kind):
-    """The hub's error without the HTTP response that it wants to be made with."""
-    error = kind.__new__(kind)
-    error.args = ("no\nsecond line",)
-    return error
-
-
-@pytest.mark.parametrize(
-    "error,named",
-    [
-        (refused(errors.GatedRepoError), "licence"),
-        (refused(errors.RevisionNotFoundError), "'v9'"),
-        (refused(errors.RepositoryNotFoundError), "neither a directory"),
-        (errors.LocalEntryNotFoundError("offline"), "hf download some/model"),
-        (errors.OfflineModeIsEnabled("offline"), "hf download some/model"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_line(monkeypatch, capsys, error, named):
-    ask_hub(monkeypatch, error)
-    with pytest.raises(SystemExit) as stopped:
-        cli.fetch("some/model@v9", "--model", cli.PIPELINE)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0] and "--model some/model@v9" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +160,7 @@ def test_checkpointing_changes_no_gradient():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone():
+def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone(tmp_path):
     pipe = model.load_pipeline("toy", CPU)
     text = model.embed_prompts(pipe, PROMPTS)
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
@@ -196,6 +170,14 @@ def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone():
         torch.testing.assert_close(text["pooled"][text["rows"][prompt]], pooled[0])
     assert pipe.text_encoder is None and pipe.text_encoder_3 is None
     without = model.embed_prompts(pipe, PROMPTS, no_t5=True, length=8)["embeds"]
+    stock.save_pretrained(tmp_path / "toy")
+    for name in ("text_encoder_3", "tokenizer_3"):  # a model without T5
+        shutil.rmtree(tmp_path / "toy" / name)
+    index = json.loads((tmp_path / "toy/model_index.json").read_text())
+    index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    (tmp_path / "toy/model_index.json").write_text(json.dumps(index))
+    other = model.load_pipeline(str(tmp_path / "toy"), CPU)
+    torch.testing.assert_close(model.embed_prompts(other, PROMPTS, no_t5=True, length=8)["embeds"], without)
     torch.testing.assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
     assert not without[:, 9:].any() and text["embeds"][:, 9:].any()  # T5's
 
@@ -248,6 +230,11 @@ def test_the_fused_transformer_paints_what_the_adapter_paints(monkeypatch, tmp_p
         flags = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, "height": 32, "width": 32}
         pictures.append(pipe(PROMPTS, latents=noise, output_type="pt", **flags).images)
     torch.testing.assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
+    index = tmp_path / "fused/diffusion_pytorch_model.safetensors.index.json"  # of a model in several files, there before
+    index.write_text("{}")
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    merge.main(merge.parse_args())
+    assert not index.exists()
 
 
 def test_an_adapter_that_does_not_fit_is_not_fused(monkeypatch, tmp_path, capsys):

@@ -8,6 +8,7 @@ random model through the very path that real weights take, every port against a 
 import io
 import json
 import math
+import shutil
 import sys
 import types
 from functools import cache
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.testing import assert_close
 from transformers import (
@@ -223,6 +225,35 @@ def test_missing_weights_name_the_command(which, folder, tmp_path, pictures):
     with pytest.raises(ValueError, match="hf download|curl -LO") as error:
         reward(pictures[:1], asked(reward)[:1])
     assert "\n" not in str(error.value) and reward.name in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["pickscore", "clipscore", "aesthetic", "ocr"])
+def test_pickled_weights_are_not_opened(which, clip_folder, head_file, detector_folder, tmp_path, pictures):
+    """The right weights, as a pickle: who offers safetensors is read from those alone."""
+    folder = tmp_path / "weights"
+    shutil.copytree(detector_folder if which == "ocr" else clip_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    reward = {
+        "pickscore": lambda: pickscore.PickScore(weights=str(folder), tokenizer=str(clip_folder)),
+        "clipscore": lambda: clipscore.CLIPScore(weights=str(folder)),
+        "aesthetic": lambda: aesthetic.Aesthetic(weights=str(folder), head=head_file, sha256=None),
+        "ocr": lambda: ocr.OCR(detector=str(folder)),
+    }[which]()
+    with pytest.raises(ValueError, match=f"{which}: cannot load"):
+        reward(pictures[:1], asked(reward)[:1])
+
+
+def test_no_code_beside_the_weights_is_run(detector_folder, tmp_path, pictures):
+    """A kind of model that transformers does not know, with its own code: nobody is asked whether to run it."""
+    shutil.copytree(detector_folder, tmp_path / "weights")
+    config = json.loads((tmp_path / "weights/config.json").read_text())
+    config |= {"model_type": "zebra", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForObjectDetection"), "zebra.Zebra")}
+    (tmp_path / "weights/config.json").write_text(json.dumps(config))
+    (tmp_path / "weights/zebra.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Zebra:\n    pass\n")
+    with pytest.raises(ValueError, match="ocr: cannot load"):
+        ocr.OCR(detector=str(tmp_path / "weights"))(pictures[:1], ['"a"'])
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("make", [pickscore.PickScore, clipscore.CLIPScore])
