@@ -149,6 +149,7 @@ def make_reward(args, device):
             except ValueError as error:
                 why = f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}"
                 if args.on_reward_error == "stop":
+                    print(file=sys.stderr)  # ends the progress bar's line
                     fail(why)
                 tqdm.write(f"batch dropped: {why}", file=sys.stderr)
                 return torch.full((len(images),), math.nan)

@@ -28,3 +28,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+
+
+def process_ends():
+    """What the end of a process does for a run that an error has stopped: its lock and its signal handlers go."""
+    saver = getattr(sys.excepthook, "__self__", None)
+    if hasattr(saver, "lock"):
+        saver.close()
+        saver.lock.close()
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    yield
+    process_ends()

@@ -8,6 +8,9 @@ row. All rows run in one folder, which the `place` fixture fills, in this proces
 
 import ast
 import contextlib
+import errno
+import fcntl
+import gc
 import hashlib
 import importlib
 import os
@@ -23,11 +26,25 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
+import checkpoint
+import checks
 import cli
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("cli", "adapters", "model", "merge", "train_opd", "train_teacher", "evaluate", "common", "toy")
+SCRIPTS = (
+    "cli",
+    "adapters",
+    "model",
+    "merge",
+    "train_opd",
+    "train_teacher",
+    "evaluate",
+    "common",
+    "checkpoint",
+    "checks",
+    "toy",
+)
 LAYER = "transformer_blocks.0.attn.to_q"  # 128 x 128 in the miniature
 TINY = "--teacher ocr=toy/adapters/ocr --prompts_per_iteration 2 --group_size 2 --steps 2 --sample_every 0 --eval_prompts 0"
 
@@ -160,6 +177,32 @@ def broken_scorer(monkeypatch):
     monkeypatch.setitem(toy.REWARDS, "ocr", broken)
 
 
+def locked(monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
+
+
+def small_disk(monkeypatch):
+    full = shutil.disk_usage("/")._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+
+
+def other_step(monkeypatch):
+    real = checks.step
+    monkeypatch.setattr(checks, "step", lambda *a: (real(*a)[0] + 1e-3, None))
+
+
+def full_disk(monkeypatch):
+    def save_file(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def nan_gradient(monkeypatch):
+    real = common.take_gradients
+    monkeypatch.setattr(common, "take_gradients", lambda parameters: real(parameters) * torch.nan)
+
+
 # ---- The table: {script: [(what is typed, what the line must say, what must be arranged before)]}
 
 OPD_LORA = "--eval_prompts 0 --teacher"
@@ -254,7 +297,13 @@ TABLE = {
         (f"--out {'x' * 999}", "choose another folder"),
         ("--out new", "no permission", no_permission),
         ("--resume --overwrite", "choose one"),
-        (f"{TINY} --out used --resume", "--resume"),
+        (f"{TINY} --out run --resume run/checkpoints/step_9", "no checkpoint, or a damaged one"),
+        (f"{TINY} --out run --resume", "another process is writing into this run", locked),
+        (f"{TINY} --out run --overwrite", "another process is writing into this run", locked),
+        (TINY, "GB free", small_disk),
+        (TINY, "not the Euler step", other_step),
+        (f"{TINY} --iterations 1 --out late", "cannot save step_1 ([Errno 28] No space left on device)", full_disk),
+        (f"{TINY} --max_bad_steps 1 --out late", "1 updates in a row", nan_gradient),
         (f"{TINY} --out run --resume --lr 2e-3", "lr"),
         (f"{TINY} --out run --resume --prompts ocr=good.txt", "prompts"),
     ],
@@ -280,6 +329,9 @@ TABLE = {
         ("--reward ocr --out used", "--overwrite"),
         ("--reward ocr --prompts ocr=empty.txt", "holds no prompt"),
         ("--reward ocr --prompts_per_iteration 2 --group_size 2", "64 processes for 4 samples", many_processes),
+        ("--reward ocr --on_reward_error zero", "--on_reward_error"),
+        ("--reward ocr=0.8 deqa=0.2 --rewards rewards", "quotes no text"),
+        ("--reward geneval=0.8 deqa=0.2 --rewards rewards", '"tag"'),
         ("--reward ocr --group_size 2 --steps 2 --prompts_per_iteration 1 --eval_every 0 --out late",
          "reward ocr cannot score: no weights here", broken_scorer),
     ],
@@ -338,6 +390,12 @@ TABLE = {
         ("--model some/model", "try `hf download some/model`", hub(errors.OfflineModeIsEnabled)),
         ("--model some--/model", "a name that the hub allows", hub(errors.HFValidationError)),
         ("--models some/lora", "gated; accept its licence", hub(errors.GatedRepoError)),
+        ("--prompt a --scores_only toy", "choose one"),
+        ("--scores_only nowhere", "nowhere"),
+        ("--models a/b=base", "a/b"),
+        ("--published", "--rewards rewards"),
+        ("--rewards rewards --tasks ocr", "quotes no text"),
+        ("--rewards rewards --tasks geneval", '"tag"'),
         ("--out used", "--out used"),
         ("--out evaluated", "--overwrite the evaluation"),
         ("--out file", "file is a file"),
@@ -377,11 +435,14 @@ def test_mistakes_are_one_line_exit_code_2_and_nothing_written(place, monkeypatc
         arrange(monkeypatch)
     with contextlib.chdir(place), pytest.raises(SystemExit) as stopped:
         call(script, *flags)
-    lines = re.sub(r"\r[^\r\n]*?it/s\]", "", capsys.readouterr().err).strip().splitlines()  # without a progress bar
+    err = re.sub(r"\r?training:[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
+    lines = [line for line in err.splitlines() if line.strip()]
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
     for name in LATE:
         shutil.rmtree(place / name, ignore_errors=True)
+    if "--resume" in typed:
+        gc.collect()  # the lock on the run, which the error's frames still hold
     assert snapshot(place) == before
     ran, error = ran + 1, stopped.value
     while error is not None:  # what argparse makes of an error of ours keeps it as its context

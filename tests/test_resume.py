@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import process_ends
 from test_scripts import OPD, call, metrics, shell, weights
 
 import checkpoint
@@ -39,19 +40,6 @@ def finished(tmp_path_factory):
 def run(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
-
-
-def process_ends():
-    """What the end of a process would do for a run that was stopped by an error: its lock and its signal handlers go."""
-    if isinstance(saver := getattr(sys.excepthook, "__self__", None), checkpoint.Saver):
-        saver.close()
-        saver.lock.close()
-
-
-@pytest.fixture(autouse=True)
-def clean_process():
-    yield
-    process_ends()
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
