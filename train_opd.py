@@ -72,7 +72,7 @@ def parse_args():
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
-    flag("--label_batch", type=positive, default=256, help="states per forward pass of rollout and labels; same result")
+    flag("--label_batch", type=positive, default=128, help="states per forward pass of rollout and labels; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
     flag("--seed", type=int, default=0)
@@ -234,8 +234,9 @@ def main(args):
     for task, path in args.teacher.items():
         layers = adapters.read_adapter(path, f"--teacher {task}", args.teacher_alpha.get(task))
         adapters.add_adapter(transformer, f"teacher_{task}", layers, path=path, flag=f"--teacher {task}")
-    anchor = None if args.anchor == "base" else "anchor"
-    if anchor and args.mar_weight:
+    alike = {path: f"teacher_{task}" for task, path in args.teacher.items() if task not in args.teacher_guidance}
+    anchor = None if args.anchor == "base" else alike.get(args.anchor, "anchor")  # by default it is the deqa teacher itself
+    if anchor == "anchor" and args.mar_weight:
         layers = adapters.read_adapter(args.anchor, "--anchor")
         adapters.add_adapter(transformer, anchor, layers, path=args.anchor, flag="--anchor")
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
@@ -311,17 +312,18 @@ def main(args):
         order = torch.randperm(len(args.eligible_steps), generator=common.generator(args.seed, "steps", iteration))
         trained = sorted(args.eligible_steps[j] for j in order[: args.trained_steps].tolist()) if not sft else [None]
 
-        # 2. Rollout (no gradient): T steps of the SDE by the student; off-policy each teacher paints its own prompts.
+        # 2. Rollout (no gradient): the SDE by the student; off-policy each teacher paints its own prompts. It ends with the
+        #    last step that is trained on, the R-th of T: nobody looks at the images.
         if not sft:
-            x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
-            mean_old = torch.empty_like(x[1:])  # (T, b, C, H, W)
+            x = noise.new_empty(trained[-1] + 2, *noise.shape)  # (R + 1, b, C, H, W)
+            mean_old = torch.empty_like(x[1:])  # (R, b, C, H, W)
             off_policy = {f"teacher_{task}": members[task] for task in tasks}
             for on, who in (off_policy if args.rollout == "teacher" else {"student": torch.arange(len(mine))}).items():
                 with adapters.adapter(transformer, on):
                     for part in common.chunks(who, args.label_batch):
                         move = lambda x, t: velocity(transformer, x, t, text, rows[part], guidance[on])
                         own = [generators[n] for n in part]
-                        trajectory = rollout(move, noise[part], grid, args.noise, args.noise_kind, own)
+                        trajectory = rollout(move, noise[part], grid[: len(x)], args.noise, args.noise_kind, own)
                         x[:, part], mean_old[:, part], std = trajectory.x, trajectory.mean, trajectory.std
         watch.lap("rollout")
 
@@ -334,7 +336,10 @@ def main(args):
             states, v_teacher = x[trained], torch.empty_like(x[trained])  # (S, b, C, H, W)
             for task in tasks:
                 v_teacher[:, members[task]] = label(f"teacher_{task}", states[:, members[task]], trained, rows[members[task]])
-            v_anchor = label(anchor, states, trained, rows) if args.mar_weight else None
+            if args.mar_weight:  # on its own prompts the anchor, if it is their teacher, has said it already
+                v_anchor, rest = v_teacher.clone(), [n for n, task in enumerate(task_of) if f"teacher_{task}" != anchor]
+                rest = torch.tensor(rest, dtype=torch.long)
+                v_anchor[:, rest] = label(anchor, states[:, rest], trained, rows[rest])
             if args.rollout == "teacher":  # the states are the teacher's, the KL is still the student's
                 mean_old[trained] = means(args, grid, trained, states, label("student", states, trained, rows))
             mean_teacher, std_trained = means(args, grid, trained, states, v_teacher), torch.tensor([std[i] for i in trained])

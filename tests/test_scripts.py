@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_opd_flags(monkeypatch, tmp_path, flags):
     call(monkeypatch, "train_opd", *OPD, "--iterations", 1, *flags, "--out", tmp_path / "run")
     line = metrics(tmp_path / "run")[0]
     assert line["grad_norm"] > 0 and all(value > 0 for key, value in line.items() if key.startswith("kl"))
+
+
+def test_an_anchor_that_is_a_teacher_says_the_same_as_one_of_its_own(monkeypatch, tmp_path):
+    """The default anchor is the deqa teacher: its adapter is not held twice, its own prompts are not labelled twice."""
+    shutil.copytree("toy/adapters/deqa", tmp_path / "lora/copy")
+    for anchor in ("toy/adapters/deqa", tmp_path / "lora/copy"):
+        call(monkeypatch, "train_opd", *OPD, "--anchor", anchor, "--out", tmp_path / Path(anchor).name)
+    one, two = metrics(tmp_path / "deqa"), metrics(tmp_path / "copy")
+    assert one[0]["mar"] > 0
+    for a, b in zip(one, two):
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a if not key.startswith("seconds"))
+    torch.testing.assert_close(weights(tmp_path / "deqa"), weights(tmp_path / "copy"))
 
 
 def test_opd_lowers_the_kl(monkeypatch, tmp_path):
