@@ -100,8 +100,10 @@ def model_flags(parser):
         metavar="DIR|HUB",
         help="base pipeline: a directory that diffusers loads, or ORG/NAME[@REVISION]",
     )
-    flag("--dtype", choices=("fp32", "bf16"), help="of the frozen backbone; default bf16 on a GPU, fp32 on a CPU. The trained "
-         "LoRA, the sampler's states, log-probs and KL are fp32 always")  # fmt: skip
+    flag("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen backbone; default fp32 on a CPU and bf16 on a GPU: "
+         "its range is that of fp32, while fp16 overflows beyond 65504, for GPUs without bf16. The trained LoRA, the sampler's "
+         "states, log-probs and KL are fp32 always")  # fmt: skip
+    flag("--compile", action="store_true", help="torch.compile: minutes at the start, faster afterwards (meant for GPUs)")
     flag("--no_t5", action="store_true", help="leave the third text encoder out (SD3.5: 9.5 GB to fetch; long prompts suffer)")
     flag("--text_length", type=positive, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--cache_embeddings", metavar="DIR", help="keep text embeddings here; prompts found here need no text encoder")

@@ -91,6 +91,7 @@ from tqdm import tqdm
 
 import adapters
 import common
+import memory
 from model import embed_prompts, load_pipeline, paint
 
 
@@ -281,11 +282,12 @@ def load_models(transformer, models):
     return on
 
 
+@memory.guarded
 def main(args):
     rank, world, device = common.start_processes()
     scorers = {} if args.prompt else load_scorers(args.rewards, args.tasks, device)
     tests = {task: [part[: args.num_prompts or None] for part in read_prompts(file)] for task, file in args.prompts.items()}
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, compile=args.compile)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
     own = [prompts[i] for prompts, _ in tests.values() for i in common.share(len(prompts), rank, world)]

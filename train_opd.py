@@ -84,6 +84,9 @@ def parse_args():
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
     flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     flag("--overwrite", action="store_true", help="replace the run in --out")
+    flag(
+        "--dry_run", action="store_true", help="print the memory of each phase and all derived numbers; load and write nothing"
+    )
     args = parser.parse_args()
 
     cli.check_model(args.model)
@@ -129,7 +132,8 @@ def parse_args():
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
     check_train_steps(args)
-    cli.check_out(args.out, args.resume, args.overwrite)
+    if not args.dry_run:
+        cli.check_out(args.out, args.resume, args.overwrite)
     return args
 
 
@@ -162,6 +166,7 @@ from tqdm import tqdm
 import adapters
 import common
 import losses
+import memory
 from evaluate import load_scorers, picture_grid, report
 from model import embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, rollout, step
@@ -223,11 +228,14 @@ def paint_sft_images(pipe, text, args, train, run, rank, world):
     return load_file(file)["latents"]
 
 
+@memory.guarded
 def main(args):
+    if args.dry_run:
+        return memory.dry_run(args)
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
     scorers = load_scorers(args.rewards, tasks, device) if args.eval_prompts else {}  # now, not after the training
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.compile)
     transformer = pipe.transformer
 
     # One frozen backbone; teachers, anchor, student and the student's average ("ema") are LoRAs on it.
@@ -260,8 +268,7 @@ def main(args):
         t, t_next = grid[i], grid[i + 1]
         mar_scale[i] = (t - t_next) ** 2 / 2 if not args.noise else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
     if rank == 0:
-        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
-        print(f"{args.updates} updates of {samples // args.updates} images x {args.trained_steps} of {args.steps} steps")
+        common.print_batch(args, args.trained_steps, world)
 
     # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
     shown = [p for task in tasks for p in sorted(train[task])[:2]]  # in the sample pictures
@@ -271,7 +278,7 @@ def main(args):
 
     # Flags and files that change the mathematics; --resume refuses others.
     harmless = "out resume overwrite iterations sample_every save_every micro_batch label_batch eval_prompts eval_steps"
-    harmless += " test_prompts rewards cache_embeddings checkpointing"
+    harmless += " test_prompts rewards cache_embeddings checkpointing compile dry_run"
     loras = [cli.fetch(path, "", cli.ADAPTER) for path in (*args.teacher.values(), args.init, args.anchor)]
     files = [f"{pipe.name_or_path}/transformer", *loras, *args.prompts.values()]
     start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
@@ -309,6 +316,7 @@ def main(args):
         }
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
         order = torch.randperm(len(args.eligible_steps), generator=common.generator(args.seed, "steps", iteration))
         trained = sorted(args.eligible_steps[j] for j in order[: args.trained_steps].tolist()) if not sft else [None]
 
@@ -351,7 +359,7 @@ def main(args):
 
         # 4. Update: each optimizer step takes its share of every group; gradients add up over micro-batches and processes.
         for update in range(args.updates):
-            task_gradients = []
+            gradients = []
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
                 for part in common.chunks(ours, max(1, args.micro_batch // len(trained))):
@@ -375,9 +383,9 @@ def main(args):
                         for k, value in {"loss": loss.item(), **metrics}.items():
                             log[k] = log.get(k, 0.0) + value * share / args.updates
                             log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * share / args.updates / portion[task]
-                    total.backward()
-                task_gradients.append(common.take_gradients(student.values()))  # (P,) what this task alone asks for
-            gradients = common.all_reduce(torch.stack(task_gradients))  # (tasks, P); all ranks participate
+                    (total * loss_scale).backward()
+                gradients.append(common.take_gradients(student.values(), loss_scale))  # (P,) what this task alone asks for
+            gradients = common.all_reduce(torch.stack(gradients))  # (tasks, P); all ranks participate
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             optimizer.step()

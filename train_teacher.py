@@ -122,6 +122,7 @@ from tqdm import tqdm
 
 import adapters
 import common
+import memory
 from evaluate import load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
@@ -151,11 +152,12 @@ def make_reward(args, device):
     return reward
 
 
+@memory.guarded
 def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
     reward_of = make_reward(args, device)
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.compile)
     transformer = pipe.transformer
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
@@ -174,10 +176,8 @@ def main(args):
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
-    trained_steps = args.window or args.steps - 1
     if rank == 0:
-        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size}, {world} process(es)")
-        print(f"{args.updates} updates of {samples // args.updates} images x {trained_steps} of {args.steps} steps", flush=True)
+        common.print_batch(args, args.window or args.steps - 1, world)
 
     # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
     prompts = {task: part[0] for task, part in train.items()}
@@ -186,7 +186,7 @@ def main(args):
 
     # Flags and files that change the mathematics; --resume refuses others.
     harmless = "out resume overwrite iterations eval_every eval_prompts eval_steps save_every micro_batch checkpointing"
-    harmless += " cache_embeddings"
+    harmless += " cache_embeddings compile"
     files = [f"{pipe.name_or_path}/transformer", *args.prompts.values()]
     start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
     signals = common.StopSignal()
@@ -211,6 +211,7 @@ def main(args):
             trained = range(first, first + args.window)
         noisy = trained if args.window else None
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
         x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
         old_log_prob = noise.new_empty(args.steps, len(mine))  # (T, b)
         for part in common.chunks(torch.arange(len(mine)), args.micro_batch):
@@ -256,10 +257,10 @@ def main(args):
                         loss = loss + args.beta * kl
                         metrics["kl_base"] = kl.item()
                     share = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
-                    (loss * share).backward()
+                    (loss * share * loss_scale).backward()
                     for k, value in metrics.items():
                         log[k] = log.get(k, 0.0) + value * share / args.updates
-            gradient = common.all_reduce(common.take_gradients(student.values()))  # (P,); all ranks participate
+            gradient = common.all_reduce(common.take_gradients(student.values(), loss_scale))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             optimizer.step()
