@@ -45,6 +45,13 @@ def chunks(index, size):
     return index.split(size) if len(index) else ()
 
 
+def batches(samples, steps, states):
+    """(samples, steps), index tensors, of batches of at most `states`: all steps of some samples, or some of one sample's."""
+    for part in chunks(samples, max(1, states // steps)):
+        for some in torch.arange(steps).split(states):
+            yield part, some
+
+
 def share(number, rank, world):
     """This process's part of the global sample indices 0 .. number - 1: a contiguous block."""
     return list(range(rank * number // world, (rank + 1) * number // world))

@@ -75,8 +75,9 @@ def passes(args, world=1):
     firsts = [i for i in mine if i % G == 0]  # for the log's kl_after
 
     def count(parts, batch, steps):
-        size = max(1, batch // steps)  # samples in a call
-        return sum(math.ceil(len(part) / size) for part in parts), min(size, max(map(len, parts))) * steps
+        size, split = max(1, batch // steps), math.ceil(steps / batch)  # samples in a call, or calls for a sample
+        calls = split * sum(math.ceil(len(part) / size) for part in parts)
+        return calls, min(size, max(map(len, parts))) * min(steps, batch)
 
     update, (rollouts, wide) = count(updates, args.micro_batch, S), count(painters, args.label_batch, 1)
     if sft:

@@ -22,6 +22,7 @@ from sde import rollout
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
+COMPILER = "inductor"  # of --compile; the tests take one that needs no C++ compiler
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -56,7 +57,8 @@ def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, c
         # batches of one and of more (sizes that change become symbols): that many, and then no more. No CUDA graphs: each
         # variant would keep a pool of memory, to save launches that large batches hide.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
-        pipe.transformer.compile_repeated_blocks()
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend=COMPILER)
     return pipe
 
 

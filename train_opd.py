@@ -297,8 +297,9 @@ def main(args):
         """The same of adapter `on`: one switch of adapters, batches as large as memory allows."""
         v = torch.empty_like(x)
         with adapters.adapter(transformer, on):
-            for part in common.chunks(torch.arange(len(rows)), max(1, args.label_batch // len(steps))):
-                v[:, part] = velocities(x[:, part], steps, rows[part], guidance[on])
+            for part, some in common.batches(torch.arange(len(rows)), len(steps), args.label_batch):
+                at = some[:, None], part
+                v[at] = velocities(x[at], [steps[s] for s in some], rows[part], guidance[on])
         return v
 
     for iteration in bar:
@@ -362,21 +363,23 @@ def main(args):
             gradients = []
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
-                for part in common.chunks(ours, max(1, args.micro_batch // len(trained))):
+                for part, some in common.batches(ours, len(trained), args.micro_batch):
                     if sft:
-                        v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)
-                    else:
-                        v = velocities(states[:, part], trained, rows[part], args.student_guidance)  # (S, c, C, H, W)
+                        v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)[None]
+                    else:  # (steps, c, C, H, W)
+                        at = some[:, None], part
+                        v = velocities(states[at], [trained[s] for s in some], rows[part], args.student_guidance)
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
-                    for s, i in enumerate(trained):
+                    for s, v_s in zip(some.tolist(), v):
+                        i = trained[s]
                         if sft:
-                            loss, metrics = losses.flow_matching(v, x0[part], noise[part])
+                            loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:
                             labels = (v_teacher[s, part], mean_teacher[s, part], mean_old[i, part], x[i, part], x[i + 1, part])
                             times = (grid[i], grid[i + 1], grid[1], std[i])
-                            loss, metrics = objective(args, v[s], *labels, kl_to_go[s, part], *times)
+                            loss, metrics = objective(args, v_s, *labels, kl_to_go[s, part], *times)
                         if args.mar_weight:
-                            extra, more = losses.mar(v[s], v_anchor[s, part], args.mar_weight * mar_scale[i])
+                            extra, more = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
                             loss, metrics = loss + extra, metrics | more
                         share = len(part) / (samples / args.updates) / len(trained)
                         total = total + loss * share

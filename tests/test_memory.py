@@ -1,5 +1,6 @@
 """The dry run's numbers against a real run; out of memory; compiled blocks; fp16. python -m pytest tests/test_memory.py"""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from test_scripts import OPD, call
 
 import adapters
+import common
 import memory
 import model
 import train_opd
@@ -128,3 +130,50 @@ def test_out_of_memory_on_one_process_ends_all(tmp_path):
     done = subprocess.run([*words, "--out", tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "error: out of memory (rollout)" in done.stderr and "exitcode  : 2" in done.stderr
     assert "another process has stopped" in done.stderr and done.stderr.count("Traceback") <= 1  # torchrun's own
+
+
+def tiny_loss(pipe, text, name, states, grad):
+    x = torch.randn(states, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.set_grad_enabled(grad), adapters.adapter(pipe.transformer, name):
+        return model.velocity(pipe.transformer, x, 0.5, text, torch.ones(states, dtype=torch.long), 1.0)
+
+
+def with_student(**flags):
+    pipe = model.load_pipeline("toy", CPU, **flags)
+    adapters.add_adapter(pipe.transformer, "ocr", adapters.read_adapter("toy/adapters/ocr", ""))
+    flags = argparse.Namespace(seed=0, rank=4, alpha=8, init="")
+    return pipe, adapters.add_student(pipe.transformer, flags, adapters.read_adapter("toy/adapters/merged", ""))[0]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_and_stop_compiling(monkeypatch):
+    """Two adapters, with gradient and without, batches of several sizes: a second round compiles nothing."""
+    monkeypatch.setattr(model, "COMPILER", "eager")
+    (plain, _), (fast, student) = with_student(), with_student(compile=True)
+    text, graphs = model.embed_prompts(plain, ["red circle"]), []
+    for _ in range(2):
+        for states in (4, 3):
+            for name, grad in (("ocr", False), ("student", False), ("student", True)):
+                v = tiny_loss(fast, text, name, states, grad)
+                torch.testing.assert_close(v, tiny_loss(plain, text, name, states, grad), rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    v.square().mean().backward()
+    assert any(p.grad is not None for p in student.values()) and graphs[0] == graphs[1] > 0
+
+
+def test_fp16_gradients_need_the_loss_scale(monkeypatch):
+    """The mean's gradient vanishes in fp16; scaled by the number of dimensions, as the scripts do, it is that of fp32."""
+    with pytest.raises(SystemExit):
+        model.load_pipeline("toy", CPU, "fp16")
+    found = {}
+    for dtype, scale in ((torch.float32, 1), (torch.float16, 512), (torch.float16, 2**-9)):
+        monkeypatch.setattr(model, "precision", lambda *_, dtype=dtype: dtype)
+        pipe, student = with_student()
+        text = model.embed_prompts(pipe, ["red circle"])
+        v = tiny_loss(pipe, text, "student", 4, True)
+        (1e-3 * scale * v.square().mean()).backward()
+        parameters = [p for name, p in student.items() if not name.startswith("transformer_blocks.3.attn.add_q")]
+        found[dtype, scale] = common.take_gradients(parameters, scale)
+    exact, scaled, lost = found.values()
+    assert (scaled - exact).norm() < 0.02 * exact.norm()
+    assert (lost - exact).norm() > 0.5 * exact.norm()  # 512 times less, as 512 times as many dimensions would give: SD3.5
