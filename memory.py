@@ -170,9 +170,12 @@ def phases(args, folder, device, dtype, world=1):
         if "rollout" in out:  # sde.rollout keeps lists of states and means, and stacks them
             out["rollout"] += (4 * R + 3) * min(b, args.label_batch) * latent
         if args.sample_every or args.eval_prompts:
+            number = (
+                args.micro_batch if args.eval_prompts else min(args.micro_batch, 2 * len(args.teacher))
+            )  # images in a batch
             with torch.no_grad(), Live(device) as live:
-                vae.decode(torch.zeros(args.micro_batch, vae.config.latent_channels, side, side, device=device))
-            painted = peak(args.micro_batch, guidance) + (4 * args.eval_steps + 3) * args.micro_batch * latent
+                vae.decode(torch.zeros(number, vae.config.latent_channels, side, side, device=device))
+            painted = peak(number, guidance) + (4 * args.eval_steps + 3) * number * latent
             out["pictures"] = max(painted, live.peak) + (0 if args.sample_every else size_of(vae))
     return held, out
 
