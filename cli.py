@@ -162,6 +162,23 @@ def check_adapter(path, flag):
         fail(f"{flag} {path}: not an adapter (a directory with adapter_model.safetensors or pytorch_lora_weights.safetensors)")
 
 
+def check_train_steps(args):
+    """--train_steps -> the list of steps that may be trained, and how many of them in an iteration."""
+    kind, _, number = args.train_steps.partition(":")
+    try:
+        first = list(range(args.steps - 1))
+        named = {"first": first, "random": first, "all": [*first, args.steps - 1]}
+        eligible = named.get(kind) or sorted({int(i) for i in kind.split(",")})
+        count = int(number) if kind == "random" else len(eligible)
+    except ValueError:
+        fail(f"--train_steps {args.train_steps}: expected first, all, random:K or a list such as 0,2,5")
+    if not 1 <= count <= len(eligible) or not 0 <= eligible[0] <= eligible[-1] < args.steps:
+        fail(f"--train_steps {args.train_steps}: there are {args.steps} steps, numbered from 0")
+    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
+        fail("--train_steps: the last cps step has no noise, so no KL; leave it out")
+    args.eligible_steps, args.trained_steps = eligible, count
+
+
 def check_out(out, resume=False, overwrite=False):
     """A run never lands on anything else: the folder must be new or empty, unless it is a run and --resume or
     --overwrite says what to do with it."""

@@ -79,7 +79,7 @@ def passes(args, world=1):
         calls = split * sum(math.ceil(len(part) / size) for part in parts)
         return calls, min(size, max(map(len, parts))) * min(steps, batch)
 
-    update, (rollouts, wide) = count(updates, args.micro_batch, S), count(painters, args.label_batch, 1)
+    update, (rollouts, wide) = count(updates, args.micro_batch, S), count(painters, args.rollout_batch, 1)
     if sft:
         return {"update": update}
     return {"rollout": (R * rollouts, wide), "labels": count([*asked, firsts], args.label_batch, S), "update": update}
@@ -168,7 +168,7 @@ def phases(args, folder, device, dtype, world=1):
         for phase, (_, states) in passes(args, world).items():
             out[phase] = peak(states, args.student_guidance if phase == "update" else guidance, backward=phase == "update")
         if "rollout" in out:  # sde.rollout keeps lists of states and means, and stacks them
-            out["rollout"] += (4 * R + 3) * min(b, args.label_batch) * latent
+            out["rollout"] += (4 * R + 3) * min(b, args.rollout_batch) * latent
         if args.sample_every or args.eval_prompts:
             number = (
                 args.micro_batch if args.eval_prompts else min(args.micro_batch, 2 * len(args.teacher))
@@ -215,7 +215,7 @@ PHASES = {
     "paint": ("pictures", ["a smaller --batch", "a smaller --micro_batch"]),
     "decode": ("pictures", ["a smaller --micro_batch"]),
     "label": ("labels", ["a smaller --label_batch"]),
-    "rollout": ("rollout", ["a smaller --label_batch", "a smaller --micro_batch"]),
+    "rollout": ("rollout", ["a smaller --rollout_batch", "a smaller --micro_batch"]),
 }
 ELSE = ("update", ["a smaller --micro_batch, or --checkpointing", "a smaller --batch"])
 SIGNS = ("not enough memory", "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

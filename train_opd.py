@@ -72,7 +72,8 @@ def parse_args():
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
-    flag("--label_batch", type=positive, default=128, help="states per forward pass of rollout and labels; same result")
+    flag("--label_batch", type=positive, default=128, help="states per forward pass of the labels; same result")
+    flag("--rollout_batch", type=positive, help="images per forward pass of the rollout; default --label_batch; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
     flag("--seed", type=int, default=0)
@@ -108,6 +109,7 @@ def parse_args():
     if any(share < 1 or share % 1 for share in args.task_mix.values()):
         fail("--task_mix: shares are whole numbers of at least 1")
     args.student_guidance = args.guidance if args.student_guidance is None else args.student_guidance
+    args.rollout_batch = args.rollout_batch or args.label_batch
     args.init = args.init or f"{args.model}/adapters/merged"
     args.anchor = args.anchor or f"{args.model}/adapters/deqa"
     if args.clip_range is None:
@@ -131,27 +133,10 @@ def parse_args():
         fail(f"--rollout teacher goes with --objective kl or ode: {args.objective} needs actions that the student drew")
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
-    check_train_steps(args)
+    cli.check_train_steps(args)
     if not args.dry_run:
         cli.check_out(args.out, args.resume, args.overwrite)
     return args
-
-
-def check_train_steps(args):
-    """--train_steps -> the list of steps that may be trained, and how many of them in an iteration."""
-    kind, _, number = args.train_steps.partition(":")
-    try:
-        first = list(range(args.steps - 1))
-        named = {"first": first, "random": first, "all": [*first, args.steps - 1]}
-        eligible = named.get(kind) or sorted({int(i) for i in kind.split(",")})
-        count = int(number) if kind == "random" else len(eligible)
-    except ValueError:
-        fail(f"--train_steps {args.train_steps}: expected first, all, random:K or a list such as 0,2,5")
-    if not 1 <= count <= len(eligible) or not 0 <= eligible[0] <= eligible[-1] < args.steps:
-        fail(f"--train_steps {args.train_steps}: there are {args.steps} steps, numbered from 0")
-    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
-        fail("--train_steps: the last cps step has no noise, so no KL; leave it out")
-    args.eligible_steps, args.trained_steps = eligible, count
 
 
 if __name__ == "__main__":
@@ -278,7 +263,7 @@ def main(args):
 
     # Flags and files that change the mathematics; --resume refuses others.
     harmless = "out resume overwrite iterations sample_every save_every micro_batch label_batch eval_prompts eval_steps"
-    harmless += " test_prompts rewards cache_embeddings checkpointing compile dry_run"
+    harmless += " test_prompts rewards cache_embeddings checkpointing compile dry_run rollout_batch"
     loras = [cli.fetch(path, "", cli.ADAPTER) for path in (*args.teacher.values(), args.init, args.anchor)]
     files = [f"{pipe.name_or_path}/transformer", *loras, *args.prompts.values()]
     start, state = common.begin_run(run, args, harmless.split(), files, student, ema, optimizer, rank)
@@ -329,7 +314,7 @@ def main(args):
             off_policy = {f"teacher_{task}": members[task] for task in tasks}
             for on, who in (off_policy if args.rollout == "teacher" else {"student": torch.arange(len(mine))}).items():
                 with adapters.adapter(transformer, on):
-                    for part in common.chunks(who, args.label_batch):
+                    for part in common.chunks(who, args.rollout_batch):
                         move = lambda x, t: velocity(transformer, x, t, text, rows[part], guidance[on])
                         own = [generators[n] for n in part]
                         trajectory = rollout(move, noise[part], grid[: len(x)], args.noise, args.noise_kind, own)
@@ -367,8 +352,9 @@ def main(args):
                     if sft:
                         v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)[None]
                     else:  # (steps, c, C, H, W)
-                        at = some[:, None], part
-                        v = velocities(states[at], [trained[s] for s in some], rows[part], args.student_guidance)
+                        v = velocities(
+                            states[some[:, None], part], [trained[s] for s in some], rows[part], args.student_guidance
+                        )
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
                     for s, v_s in zip(some.tolist(), v):
                         i = trained[s]

@@ -26,7 +26,7 @@ def parse(monkeypatch, *flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--label_batch", 3, "--micro_batch", 1, "--guidance", 3],
+        ["--label_batch", 3, "--rollout_batch", 5, "--micro_batch", 1, "--guidance", 3],
         ["--anchor", "toy/adapters/ocr", "--train_steps", "0,1", "--steps", 4, "--task_mix"]
         + ["geneval=2", "ocr=1", "deqa=1", "pickscore=1"],
         ["--anchor", "base", "--rollout", "teacher", "--objective", "kl", "--group_size", 4],
@@ -101,7 +101,7 @@ def lacking(*_, **__):
 @pytest.mark.parametrize(
     "script,place,name,named",
     [
-        ("train_opd", "sde", "log_prob", "(rollout): try a smaller --label_batch"),
+        ("train_opd", "sde", "log_prob", "(rollout): try a smaller --rollout_batch"),
         ("train_opd", "train_opd", "means", "(update): try a smaller --micro_batch, or --checkpointing"),
         ("train_opd", "model.StableDiffusion3Pipeline", "encode_prompt", "--no_t5, or --cache_embeddings"),
         ("train_teacher", "sde", "log_prob", "(rollout): try a smaller --micro_batch"),
