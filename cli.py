@@ -181,8 +181,10 @@ def model_flags(parser):
         metavar="DIR|HUB",
         help="base pipeline: a directory that diffusers loads, or ORG/NAME[@REVISION]",
     )
-    flag("--dtype", choices=("fp32", "bf16"), help="of the frozen backbone; default bf16 on a GPU, fp32 on a CPU. The trained "
-         "LoRA, the sampler's states, log-probs and KL are fp32 always")  # fmt: skip
+    flag("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen backbone; default fp32 on a CPU and bf16 on a GPU: "
+         "its range is that of fp32, while fp16 overflows beyond 65504, for GPUs without bf16. The trained LoRA, the sampler's "
+         "states, log-probs and KL are fp32 always")  # fmt: skip
+    flag("--compile", action="store_true", help="torch.compile: minutes at the start, faster afterwards (meant for GPUs)")
     flag("--no_t5", action="store_true", help="leave the third text encoder out (SD3.5: 9.5 GB to fetch; long prompts suffer)")
     flag("--text_length", type=positive, default=128, help="T5 tokens, at most what the tokenizer allows")
     flag("--cache_embeddings", metavar="DIR", help="keep text embeddings here; prompts found here need no text encoder")
@@ -191,7 +193,7 @@ def model_flags(parser):
 
 def run_flags(flag):
     """How a run is repeated, saved, stopped and taken up again: the same flags in both training scripts."""
-    flag("--seed", type=int, default=0, help="of prompts, noise and fresh weights")
+    flag("--seed", type=at_least(0), default=0, help="of prompts, noise and fresh weights")
     flag("--save_every", type=positive, default=20, help="iterations between checkpoints; Ctrl-C and errors save as well")
     flag("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
     flag("--max_bad_steps", type=positive, default=10, help="stop after so many updates in a row with a NaN or infinite "
@@ -269,6 +271,23 @@ def check_adapter(path, flag):
     if any(os.path.isfile(f"{path}/{Path(name).stem}.bin") for name in ADAPTER[1:]):
         fail(f"{flag} {path}: its weights are pickled (.bin), and a pickle can run code: not opened; take the safetensors")
     fail(f"{flag} {path}: not an adapter (a directory with {' or '.join(ADAPTER[1:])})")
+
+
+def check_train_steps(args):
+    """--train_steps -> the list of steps that may be trained, and how many of them in an iteration."""
+    kind, _, number = args.train_steps.partition(":")
+    try:
+        first = list(range(args.steps - 1))
+        named = {"first": first, "random": first, "all": [*first, args.steps - 1]}
+        eligible = named.get(kind) or sorted({int(i) for i in kind.split(",")})
+        count = int(number) if kind == "random" else len(eligible)
+    except ValueError:
+        fail(f"--train_steps {args.train_steps}: expected first, all, random:K or a list such as 0,2,5")
+    if not 1 <= count <= len(eligible) or not 0 <= eligible[0] <= eligible[-1] < args.steps:
+        fail(f"--train_steps {args.train_steps}: there are {args.steps} steps, numbered from 0")
+    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
+        fail("--train_steps: the last cps step has no noise, so no KL; leave it out")
+    args.eligible_steps, args.trained_steps = eligible, count
 
 
 def check_folder(out):

@@ -44,9 +44,28 @@ def chunks(index, size):
     return index.split(size) if len(index) else ()
 
 
+def batches(samples, steps, states):
+    """(samples, steps), index tensors, of batches of at most `states`: all steps of some samples, or some of one sample's."""
+    for part in chunks(samples, max(1, states // steps)):
+        for some in torch.arange(steps).split(states):
+            yield part, some
+
+
 def share(number, rank, world):
     """This process's part of the global sample indices 0 .. number - 1: a contiguous block."""
     return list(range(rank * number // world, (rank + 1) * number // world))
+
+
+def print_batch(args, trained, world):
+    """The derived numbers of an iteration, and a notice where processes get parts of unequal size."""
+    samples, G = args.prompts_per_iteration * args.group_size, args.group_size
+    print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
+    print(f"{args.updates} updates of {samples // args.updates} images x {trained} of {args.steps} steps", flush=True)
+    if samples % world:
+        even = world // math.gcd(world, G)
+        even *= -(-args.prompts_per_iteration // even)  # rounded up
+        parts = f"{samples // world} or {samples // world + 1} samples each"
+        print(f"notice: {world} processes, {parts}: the same result, but some wait; --prompts_per_iteration {even} is even")
 
 
 def all_reduce(tensor):
@@ -58,13 +77,13 @@ def all_reduce(tensor):
     return tensor
 
 
-def take_gradients(parameters):
-    """All gradients as one flat vector (P,), and none left behind."""
+def take_gradients(parameters, scale=1):
+    """All gradients, over `scale`, as one flat vector (P,), and none left behind."""
     parameters = list(parameters)
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     for p in parameters:
         p.grad = None
-    return flat
+    return flat / scale
 
 
 def give_gradients(parameters, flat):

@@ -125,6 +125,7 @@ from tqdm import tqdm
 
 import adapters
 import common
+import memory
 from model import TEXT, as_picture, backbone_dtype, embed_prompts, is_kept, load_pipeline, paint, read_pictures, save_picture
 from tables import GENEVAL, average, compare, published, summarise, table
 
@@ -378,7 +379,7 @@ def load_models(transformer, models):
 
 def paint_tests(args, tests, device, rank, world):
     """Fill OUT/images with what is not there yet -> files {name: {task: [file, …]}} (all ranks participate)."""
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size, compile=args.compile)
     on = load_models(pipe.transformer, args.models)
     guidance = {name: args.model_guidance.get(name, args.guidance) for name in on}
     folders = [Path(pipe.name_or_path) / part for part in ("transformer", "vae", "scheduler", *TEXT)]
@@ -400,7 +401,7 @@ def paint_tests(args, tests, device, rank, world):
 
 def paint_prompts(args, device):
     """One's own prompts, side by side, nothing scored."""
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size, compile=args.compile)
     text = embed_prompts(pipe, args.prompt, args.text_length, args.no_t5, args.cache_embeddings)
     keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
     for name, on in load_models(pipe.transformer, args.models).items():
@@ -410,6 +411,7 @@ def paint_prompts(args, device):
     return columns
 
 
+@memory.guarded
 def main(args):
     rank, world, device = common.start_processes()
     out = Path(args.out)

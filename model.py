@@ -29,23 +29,31 @@ transformers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
+COMPILER = "inductor"  # of --compile; the tests take one that needs no C++ compiler
 ENCODERS = dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), [CLIPTextModelWithProjection] * 2 + [T5EncoderModel]))
 TEXT = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, size=None):
+def precision(dtype, device):
+    """--dtype -> the torch dtype of the frozen backbone on this device; None = bf16 on a GPU, fp32 on a CPU."""
+    if dtype == "fp16" and device.type != "cuda":
+        fail("--dtype fp16: fp16 without CUDA is not supported here; take bf16 or fp32")
+    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, size=None, compile=False):
     """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
     differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
 
-    model: directory or hub id. dtype: "bf16" or "fp32" of the transformer; None = bf16 on a GPU. no_t5: the third
-    text encoder is not even fetched. checkpointing: activations are computed again in the backward pass, not kept.
-    size: pixels, refused where the model cannot paint them.
+    model: directory or hub id. dtype: of the transformer (`precision`). no_t5: the third text encoder is not even
+    fetched. checkpointing: activations are computed again in the backward pass, not kept. size: pixels, refused where
+    the model cannot paint them. compile: torch.compile of the transformer's blocks.
     Nothing pickled is opened and no code in the directory is run (use_safetensors; trust_remote_code stays off)."""
     folder = fetch(model, "--model", tuple(part for part in PIPELINE if not (no_t5 and "_3/" in part)))
     check_model(folder)  # a hub id has been looked up only now
-    dtype = torch.bfloat16 if (dtype or {"cuda": "bf16"}.get(device.type)) == "bf16" else torch.float32
     try:
-        kinds = {"transformer": dtype, "default": torch.float32}
+        kinds = {"transformer": precision(dtype, device), "default": torch.float32}
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=kinds, use_safetensors=True, **dict.fromkeys(TEXT))
         check_weights(pipe.transformer)
         check_weights(pipe.vae)
@@ -59,6 +67,13 @@ def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, s
     pipe.vae.requires_grad_(False).eval()
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if compile:
+        # Block by block: 24 alike are compiled once. A block has a variant per adapter, with gradient and without, and for
+        # batches of one and of more (sizes that change become symbols): that many, and then no more. No CUDA graphs: each
+        # variant would keep a pool of memory, to save launches that large batches hide.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend=COMPILER)
     return pipe
 
 

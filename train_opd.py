@@ -46,41 +46,45 @@ def parse_args():
     flag("--task_mix", nargs="+", metavar="TASK=SHARE", help="prompts of each task in an iteration, as shares; default equal")
     flag("--init", help="student's start: base or an adapter directory; default MODEL/adapters/merged")
     flag("--anchor", help="MAR's anchor: base or an adapter directory; default MODEL/adapters/deqa")
-    flag("--rank", type=int, default=32, help="LoRA rank of a fresh student (--init base)")
-    flag("--alpha", type=float, default=64, help="its alpha: the update is scaled by alpha / rank")
+    flag("--rank", type=positive, default=32, help="LoRA rank of a fresh student (--init base)")
+    flag("--alpha", type=cli.finite, default=64, help="its alpha: the update is scaled by alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="rows of the table in losses.py")
-    flag("--mar_weight", type=float, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
-    flag("--clip_range", type=float, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
+    flag("--mar_weight", type=cli.finite, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
+    flag("--clip_range", type=cli.finite, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
     flag("--rollout", choices=("student", "teacher"), default="student", help="who paints; teacher: off-policy, kl or ode")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all tasks and processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=cli.at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--train_steps", default="first", metavar="WHICH", help="first = all but the last; all; 0,2,5; random:K of `first`")
-    flag("--noise", type=float, default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
+    flag("--noise", type=cli.finite, default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag("--guidance", type=float, default=1.0, help="guidance scale of student, teachers and anchor; 1 = off (4.5 for SD3.5)")
-    flag("--student_guidance", type=float, help="the student's own scale; 1 makes one that needs no guidance")
+    flag("--guidance", type=cli.finite, default=1.0, help="guidance scale of student, teachers and anchor; 1 = off (4.5 for SD3.5)")
+    flag("--student_guidance", type=cli.finite, help="the student's own scale; 1 makes one that needs no guidance")
     flag("--sft_images", type=positive, default=2048, help="images that the teachers paint for --objective sft, once")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=80, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=float, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
-    flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
+    flag("--lr", type=cli.finite, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
+    flag("--grad_norm", type=cli.finite, default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=cli.finite, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
-    flag("--label_batch", type=positive, default=256, help="states per forward pass of rollout and labels; same result")
+    flag("--label_batch", type=positive, default=128, help="states per forward pass of the labels; same result")
+    flag("--rollout_batch", type=positive, help="images per forward pass of the rollout; default --label_batch; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
-    flag("--sample_every", type=int, default=10, help="iterations between sample pictures; 0 = never")
-    flag("--eval_prompts", type=int, default=256, help="test prompts per task in the final evaluation; 0 = none")
+    flag("--sample_every", type=cli.at_least(0), default=10, help="iterations between sample pictures; 0 = never")
+    flag("--eval_prompts", type=cli.at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
     cli.run_flags(flag)
+    flag(
+        "--dry_run", action="store_true", help="print the memory of each phase and all derived numbers; load and write nothing"
+    )
     args = parser.parse_args()
 
     cli.check_model(args.model)
@@ -99,9 +103,10 @@ def parse_args():
         if task not in args.task_mix:
             fail(f"--teacher {task}: its task is not in --task_mix; give it a share there or leave the teacher out")
         cli.check_adapter(args.teacher[task], f"--teacher {task}")
-    if any(share < 1 or share % 1 for share in args.task_mix.values()):
-        fail("--task_mix: shares are whole numbers of at least 1")
+    if any(not 1 <= share <= 1000 or share % 1 for share in args.task_mix.values()):
+        fail("--task_mix: shares are whole numbers from 1 to 1000")
     args.student_guidance = args.guidance if args.student_guidance is None else args.student_guidance
+    args.rollout_batch = args.rollout_batch or args.label_batch
     args.init = args.init or f"{args.model}/adapters/merged"
     args.anchor = args.anchor or f"{args.model}/adapters/deqa"
     if args.clip_range is None:
@@ -117,7 +122,7 @@ def parse_args():
         fail(f"--sft_images must be at least {len(tasks)}: one for every task")
     if args.objective == "ode":
         args.noise = 0.0
-    elif not 0 < args.noise < float("inf"):
+    elif args.noise <= 0:
         fail("--noise must be above 0 for this objective: without noise a step has no density; or take --objective ode")
     if args.objective == "trajectory" and args.train_steps == "random:1":
         fail("--train_steps random:1: the trajectory objective needs later steps to look ahead to; take at least 2")
@@ -125,26 +130,10 @@ def parse_args():
         fail(f"--rollout teacher goes with --objective kl or ode: {args.objective} needs actions that the student drew")
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
-    check_train_steps(args)
-    cli.check_out(args)
+    cli.check_train_steps(args)
+    if not args.dry_run:
+        cli.check_out(args)
     return args
-
-
-def check_train_steps(args):
-    """--train_steps -> the list of steps that may be trained, and how many of them in an iteration."""
-    kind, _, number = args.train_steps.partition(":")
-    try:
-        first = list(range(args.steps - 1))
-        named = {"first": first, "random": first, "all": [*first, args.steps - 1]}
-        eligible = named.get(kind) or sorted({int(i) for i in kind.split(",")})
-        count = int(number) if kind == "random" else len(eligible)
-    except ValueError:
-        fail(f"--train_steps {args.train_steps}: expected first, all, random:K or a list such as 0,2,5")
-    if not 1 <= count <= len(eligible) or not 0 <= eligible[0] <= eligible[-1] < args.steps:
-        fail(f"--train_steps {args.train_steps}: there are {args.steps} steps, numbered from 0")
-    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
-        fail("--train_steps: the last cps step has no noise, so no KL; leave it out")
-    args.eligible_steps, args.trained_steps = eligible, count
 
 
 if __name__ == "__main__":
@@ -157,6 +146,7 @@ from tqdm import tqdm
 import adapters
 import common
 import losses
+import memory
 from checkpoint import begin_run, checkpoints, publish_adapter
 from checks import self_checks
 from evaluate import load_scorers, picture_grid, report
@@ -220,19 +210,23 @@ def paint_sft_images(pipe, text, args, train, run, rank, world):
     return load_file(file)["latents"]
 
 
+@memory.guarded
 def main(args):
+    if args.dry_run:
+        return memory.dry_run(args)
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
     scorers = load_scorers(args.rewards, tasks, device) if args.eval_prompts else {}  # now, not after the training
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
     # One frozen backbone; teachers, anchor, student and the student's average ("ema") are LoRAs on it.
     for task, path in args.teacher.items():
         layers = adapters.read_adapter(path, f"--teacher {task}", args.teacher_alpha.get(task))
         adapters.add_adapter(transformer, f"teacher_{task}", layers, path=path, flag=f"--teacher {task}")
-    anchor = None if args.anchor == "base" else "anchor"
-    if anchor and args.mar_weight:
+    alike = {path: f"teacher_{task}" for task, path in args.teacher.items() if task not in args.teacher_guidance}
+    anchor = None if args.anchor == "base" else alike.get(args.anchor, "anchor")  # by default it is the deqa teacher itself
+    if anchor == "anchor" and args.mar_weight:
         layers = adapters.read_adapter(args.anchor, "--anchor")
         adapters.add_adapter(transformer, anchor, layers, path=args.anchor, flag="--anchor")
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
@@ -256,8 +250,7 @@ def main(args):
         t, t_next = grid[i], grid[i + 1]
         mar_scale[i] = (t - t_next) ** 2 / 2 if not args.noise else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
     if rank == 0:
-        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
-        print(f"{args.updates} updates of {samples // args.updates} images x {args.trained_steps} of {args.steps} steps")
+        common.print_batch(args, args.trained_steps, world)
 
     # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
     shown = [p for task in tasks for p in sorted(train[task])[:2]]  # in the sample pictures
@@ -269,8 +262,8 @@ def main(args):
         self_checks(args, pipe, text, grid, shown, args.eligible_steps, guidance, student, args.objective != "ppo")
 
     # --resume refuses other flags than these, and other contents of these files.
-    harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch eval_prompts eval_steps"
-    harmless += " rewards cache_embeddings checkpointing"
+    harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch rollout_batch eval_prompts"
+    harmless += " eval_steps rewards cache_embeddings checkpointing compile dry_run"
     loras = {f"teacher {task}": path for task, path in args.teacher.items()} | {"init": args.init, "anchor": args.anchor}
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [(role, cli.fetch(path, "", cli.ADAPTER)) for role, path in loras.items() if path != "base"]
@@ -290,8 +283,9 @@ def main(args):
         """The same of adapter `on`: one switch of adapters, batches as large as memory allows."""
         v = torch.empty_like(x)
         with adapters.adapter(transformer, on):
-            for part in common.chunks(torch.arange(len(rows)), max(1, args.label_batch // len(steps))):
-                v[:, part] = velocities(x[:, part], steps, rows[part], guidance[on])
+            for part, some in common.batches(torch.arange(len(rows)), len(steps), args.label_batch):
+                at = some[:, None], part
+                v[at] = velocities(x[at], [steps[s] for s in some], rows[part], guidance[on])
         return v
 
     for iteration in bar:
@@ -309,20 +303,22 @@ def main(args):
         }
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
         order = torch.randperm(len(args.eligible_steps), generator=common.generator(args.seed, "steps", iteration))
         trained = sorted(args.eligible_steps[j] for j in order[: args.trained_steps].tolist()) if not sft else [None]
 
-        # 2. Rollout (no gradient): T steps of the SDE by the student; off-policy each teacher paints its own prompts.
+        # 2. Rollout (no gradient): the SDE by the student; off-policy each teacher paints its own prompts. It ends with the
+        #    last step that is trained on, the R-th of T: nobody looks at the images.
         if not sft:
-            x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
-            mean_old = torch.empty_like(x[1:])  # (T, b, C, H, W)
+            x = noise.new_empty(trained[-1] + 2, *noise.shape)  # (R + 1, b, C, H, W)
+            mean_old = torch.empty_like(x[1:])  # (R, b, C, H, W)
             off_policy = {f"teacher_{task}": members[task] for task in tasks}
             for on, who in (off_policy if args.rollout == "teacher" else {"student": torch.arange(len(mine))}).items():
                 with adapters.adapter(transformer, on):
-                    for part in common.chunks(who, args.label_batch):
+                    for part in common.chunks(who, args.rollout_batch):
                         move = lambda x, t: velocity(transformer, x, t, text, rows[part], guidance[on])
                         own = [generators[n] for n in part]
-                        trajectory = rollout(move, noise[part], grid, args.noise, args.noise_kind, own)
+                        trajectory = rollout(move, noise[part], grid[: len(x)], args.noise, args.noise_kind, own)
                         x[:, part], mean_old[:, part], std = trajectory.x, trajectory.mean, trajectory.std
         watch.lap("rollout")
 
@@ -335,7 +331,10 @@ def main(args):
             states, v_teacher = x[trained], torch.empty_like(x[trained])  # (S, b, C, H, W)
             for task in tasks:
                 v_teacher[:, members[task]] = label(f"teacher_{task}", states[:, members[task]], trained, rows[members[task]])
-            v_anchor = label(anchor, states, trained, rows) if args.mar_weight else None
+            if args.mar_weight:  # on its own prompts the anchor, if it is their teacher, has said it already
+                v_anchor, rest = v_teacher.clone(), [n for n, task in enumerate(task_of) if f"teacher_{task}" != anchor]
+                rest = torch.tensor(rest, dtype=torch.long)
+                v_anchor[:, rest] = label(anchor, states[:, rest], trained, rows[rest])
             if args.rollout == "teacher":  # the states are the teacher's, the KL is still the student's
                 mean_old[trained] = means(args, grid, trained, states, label("student", states, trained, rows))
             mean_teacher, std_trained = means(args, grid, trained, states, v_teacher), torch.tensor([std[i] for i in trained])
@@ -347,33 +346,36 @@ def main(args):
 
         # 4. Update: each optimizer step takes its share of every group; gradients add up over micro-batches and processes.
         for update in range(args.updates):
-            task_gradients = []
+            gradients = []
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
-                for part in common.chunks(ours, max(1, args.micro_batch // len(trained))):
+                for part, some in common.batches(ours, len(trained), args.micro_batch):
                     if sft:
-                        v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)
-                    else:
-                        v = velocities(states[:, part], trained, rows[part], args.student_guidance)  # (S, c, C, H, W)
+                        v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)[None]
+                    else:  # (steps, c, C, H, W)
+                        v = velocities(
+                            states[some[:, None], part], [trained[s] for s in some], rows[part], args.student_guidance
+                        )
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
-                    for s, i in enumerate(trained):
+                    for s, v_s in zip(some.tolist(), v):
+                        i = trained[s]
                         if sft:
-                            loss, metrics = losses.flow_matching(v, x0[part], noise[part])
+                            loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:
                             labels = (v_teacher[s, part], mean_teacher[s, part], mean_old[i, part], x[i, part], x[i + 1, part])
                             times = (grid[i], grid[i + 1], grid[1], std[i])
-                            loss, metrics = objective(args, v[s], *labels, kl_to_go[s, part], *times)
+                            loss, metrics = objective(args, v_s, *labels, kl_to_go[s, part], *times)
                         if args.mar_weight:
-                            extra, more = losses.mar(v[s], v_anchor[s, part], args.mar_weight * mar_scale[i])
+                            extra, more = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
                             loss, metrics = loss + extra, metrics | more
                         share = len(part) / (samples / args.updates) / len(trained)
                         total = total + loss * share
                         for k, value in {"loss": loss.item(), **metrics}.items():
                             log[k] = log.get(k, 0.0) + value * share / args.updates
                             log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * share / args.updates / portion[task]
-                    total.backward()
-                task_gradients.append(common.take_gradients(student.values()))  # (P,) what this task alone asks for
-            gradients = common.all_reduce(torch.stack(task_gradients))  # (tasks, P); all ranks participate
+                    (total * loss_scale).backward()
+                gradients.append(common.take_gradients(student.values(), loss_scale))  # (P,) what this task alone asks for
+            gradients = common.all_reduce(torch.stack(gradients))  # (tasks, P); all ranks participate
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1

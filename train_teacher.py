@@ -37,42 +37,42 @@ def parse_args():
         metavar="TASK=SHARE",
         help="GRPO-Mix instead: each task in this share of the prompts, scored by the reward of its own name",
     )
-    flag("--mix_quality", type=float, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
+    flag("--mix_quality", type=cli.finite, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
-    flag("--rank", type=int, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
-    flag("--alpha", type=float, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
+    flag("--rank", type=positive, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
+    flag("--alpha", type=cli.finite, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=cli.at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
-    flag("--noise", type=float, default=0.7, help="SDE noise level a")
+    flag("--noise", type=cli.finite, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag(
         "--window",
-        type=int,
+        type=cli.at_least(0),
         default=0,
         help="make only this many steps in a row stochastic and train on those alone; 0 = all but the last",
     )
-    flag("--window_end", type=int, default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
-    flag("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--window_end", type=cli.at_least(0), default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
+    flag("--guidance", type=cli.finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=float, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
-    flag("--clip_range", type=float, default=1e-2, help="PPO clip of the ratio of mean log-probs")
-    flag("--beta", type=float, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
+    flag("--lr", type=cli.finite, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
+    flag("--clip_range", type=cli.finite, default=1e-2, help="PPO clip of the ratio of mean log-probs")
+    flag("--beta", type=cli.finite, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
     flag("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
-    flag("--grad_norm", type=float, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=float, default=0.9, help="of the average that is evaluated and saved")
+    flag("--grad_norm", type=cli.finite, default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=cli.finite, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
-    flag("--eval_every", type=int, default=20, help="iterations between evaluations and sample pictures; 0 = never")
-    flag("--eval_prompts", type=int, default=64, help="test prompts per task in such an evaluation")
+    flag("--eval_every", type=cli.at_least(0), default=20, help="iterations between evaluations and sample pictures; 0 = never")
+    flag("--eval_prompts", type=cli.at_least(0), default=64, help="test prompts per task in such an evaluation")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--final", choices=("last", "best"), default="last", help="the average that becomes adapter/; best = by test reward")
     cli.run_flags(flag)
@@ -83,8 +83,8 @@ def parse_args():
     if args.mix:
         args.mix = pairs(args.mix, "--mix", number=True)
         args.tasks = list(args.mix)
-        if any(share < 1 or share % 1 for share in args.mix.values()):
-            fail("--mix: shares are whole numbers of at least 1")
+        if any(not 1 <= share <= 1000 or share % 1 for share in args.mix.values()):
+            fail("--mix: shares are whole numbers from 1 to 1000")
     else:
         args.reward = pairs([r if "=" in r else f"{r}=1" for r in args.reward], "--reward", number=True)
         args.tasks = args.tasks or [name for name in args.reward][:1]
@@ -96,7 +96,7 @@ def parse_args():
     args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test", "--test_prompts")
     if args.group_size < 2:
         fail("--group_size must be at least 2: a group of one has no mean to be better than")
-    if not 0 < args.noise < float("inf"):
+    if args.noise <= 0:
         fail("--noise must be above 0: without noise there is no policy to take the gradient of")
     if args.group_size % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {args.group_size}: every update takes its share of each group")
@@ -122,6 +122,7 @@ from tqdm import tqdm
 
 import adapters
 import common
+import memory
 from checkpoint import begin_run, checkpoints, publish, publish_adapter
 from checks import self_checks
 from evaluate import ask, check_prompts, load_rewards, picture_grid
@@ -159,11 +160,12 @@ def make_reward(args, device):
     return reward
 
 
+@memory.guarded
 def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
     reward_of = make_reward(args, device)
-    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing)
+    pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
     # The student is a LoRA on the frozen backbone; "ema" is a second one that holds its running average.
@@ -185,10 +187,8 @@ def main(args):
         for name in args.reward or [task]:
             check_prompts(load_rewards(args.rewards, device)[name], prompts, metadata, f"prompts of {task}")
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
-    trained_steps = args.window or args.steps - 1
     if rank == 0:
-        print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {args.group_size}, {world} process(es)")
-        print(f"{args.updates} updates of {samples // args.updates} images x {trained_steps} of {args.steps} steps", flush=True)
+        common.print_batch(args, args.window or args.steps - 1, world)
 
     # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
     prompts = {task: part[0] for task, part in train.items()}
@@ -200,7 +200,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
-    harmless += " on_reward_error"
+    harmless += " on_reward_error compile"
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [("init", cli.fetch(args.init, "", cli.ADAPTER))] if args.init != "base" else []
     files += [(f"prompts {task}", file) for task, file in args.prompts.items()]
@@ -225,6 +225,7 @@ def main(args):
             trained = range(first, first + args.window)
         noisy = trained if args.window else None
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
         x = noise.new_empty(args.steps + 1, *noise.shape)  # (T + 1, b, C, H, W)
         old_log_prob = noise.new_empty(args.steps, len(mine))  # (T, b)
         for part in common.chunks(torch.arange(len(mine)), args.micro_batch):
@@ -271,10 +272,10 @@ def main(args):
                         loss = loss + args.beta * kl
                         metrics["kl_base"] = kl.item()
                     share = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
-                    (loss * share).backward()
+                    (loss * share * loss_scale).backward()
                     for k, value in metrics.items():
                         log[k] = log.get(k, 0.0) + value * share / args.updates
-            gradient = common.all_reduce(common.take_gradients(student.values()))  # (P,); all ranks participate
+            gradient = common.all_reduce(common.take_gradients(student.values(), loss_scale))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1

@@ -3,6 +3,8 @@
     python tests/benchmark.py                         # the miniature, on the device there is
     python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --micro_batch 8 --label_batch 16 --checkpointing   # a GPU
 
+    WORLD_SIZE=8 python tests/benchmark.py --dry_run sd35m_opd      # no GPU, no weights: that recipe's memory, estimated
+
 Three lines, alternating in one process; each is the median over --repeats iterations, the first iteration left out:
 
     ours           train_opd.py itself: its main(), read from its metrics.jsonl
@@ -33,13 +35,61 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel  # noqa: E402
 
 import adapters  # noqa: E402
+import cli  # noqa: E402
 import losses  # noqa: E402
+import memory  # noqa: E402
 import model  # noqa: E402
 import sde  # noqa: E402
 import toy  # noqa: E402
 import train_opd  # noqa: E402
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
+
+
+# Stable Diffusion 3.5 Medium, as its public configuration files say.
+TRANSFORMER = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "sample_size": 1024,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+}  # fmt: skip
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280}  # fmt: skip
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+          "feed_forward_proj": "gated-gelu"}  # fmt: skip
+
+
+def dry_run(recipe):
+    """train_opd.py --dry_run with a recipe, where no hub is reached: the configuration files alone stand in for it."""
+    with tempfile.TemporaryDirectory() as work:
+        folder, index = Path(work), {"_class_name": "StableDiffusion3Pipeline"}
+        with torch.device("meta"):
+            SD3Transformer2DModel(**TRANSFORMER).save_config(folder / "transformer")
+            AutoencoderKL(**VAE).save_config(folder / "vae")
+        texts = {"text_encoder": CLIPTextConfig(**CLIP_L), "text_encoder_2": CLIPTextConfig(**CLIP_G)}
+        for name, config in (texts | {"text_encoder_3": T5Config(**T5_XXL)}).items():
+            config.save_pretrained(folder / name)
+            index[name] = ["transformers", "T5EncoderModel" if name[-1] == "3" else "CLIPTextModelWithProjection"]
+        for name, length in (("tokenizer", 77), ("tokenizer_3", 512)):
+            cli.save_json(folder / name / "tokenizer_config.json", {"model_max_length": length})
+        cli.save_json(folder / "model_index.json", index)
+        cli.save_json(folder / "adapter_config.json", {"r": 32})  # the published teachers'
+        memory.fetch = lambda path, *_: str(folder)
+        prompts = [f"{task}={ROOT}/toy/prompts/{task}_train.txt" for task in TASKS]
+        sys.argv = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run", "--dtype", "bf16", "--init", "base"]
+        sys.argv += ["--prompts", *prompts]
+        train_opd.main(train_opd.parse_args())
 
 
 def sd35m(folder):
@@ -51,16 +101,8 @@ def sd35m(folder):
     small.tokenizer.model_max_length = 77
     small.tokenizer_3.model_max_length = 256
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, caption_projection_dim=1536, joint_attention_dim=4096, pooled_projection_dim=2048,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
-    )  # fmt: skip
+        transformer = SD3Transformer2DModel(**TRANSFORMER)
+    vae = AutoencoderKL(**VAE)
     t5 = T5Config(vocab_size=len(small.tokenizer_3), d_model=4096, d_kv=64, d_ff=128, num_layers=1, num_heads=2)
     StableDiffusion3Pipeline(
         transformer=transformer.to("cpu", torch.bfloat16), vae=vae, scheduler=small.scheduler,
@@ -234,7 +276,10 @@ def main():
     parser.add_argument("--micro_batch", type=int, default=128)
     parser.add_argument("--label_batch", type=int, default=256)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--dry_run", metavar="RECIPE", help="only estimate the memory of this recipe for train_opd.py")
     args = parser.parse_args()
+    if args.dry_run:
+        return dry_run(args.dry_run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = {line: [] for line in args.lines}
     with tempfile.TemporaryDirectory() as work:

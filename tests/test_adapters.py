@@ -88,7 +88,7 @@ def test_a_save_that_fails_leaves_what_was_there(pipe, tmp_path, monkeypatch):
 
 
 def test_other_layouts_are_read(pipe, tmp_path):
-    """diffusers' own file alone, and PEFT keys with an adapter name in them."""
+    """diffusers' own file alone, PEFT keys with an adapter name in them, and fp16 under keys without PEFT's prefix."""
     saved(pipe, tmp_path / "a")
     first = adapters.read_adapter(tmp_path / "a", "--init")
     (tmp_path / "b").mkdir()
@@ -99,11 +99,15 @@ def test_other_layouts_are_read(pipe, tmp_path):
         {k.replace(".weight", ".default.weight"): t for k, t in tensors.items()},
         tmp_path / "c/adapter_model.safetensors",
     )
-    for other in ("b", "c"):
+    shutil.copytree(tmp_path / "a", tmp_path / "d")
+    halves = {k.removeprefix("base_model.model."): t.half() for k, t in tensors.items()}
+    assert halves.keys().isdisjoint(tensors)
+    save_file(halves, tmp_path / "d/adapter_model.safetensors")
+    for other, tolerance in (("b", 0), ("c", 0), ("d", 1e-3)):
         second = adapters.read_adapter(tmp_path / other, "--init")
         assert first.keys() == second.keys()
         for layer in first:
-            torch.testing.assert_close(second[layer], first[layer])
+            torch.testing.assert_close(second[layer], first[layer], rtol=tolerance, atol=tolerance)
 
 
 def test_ranks_may_differ_between_adapters_and_layers(pipe, tmp_path):

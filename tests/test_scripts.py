@@ -96,6 +96,28 @@ def test_opd_flags(monkeypatch, tmp_path, flags):
     assert line["grad_norm"] > 0 and all(value > 0 for key, value in line.items() if key.startswith("kl"))
 
 
+def test_an_anchor_that_is_a_teacher_says_the_same_as_one_of_its_own(monkeypatch, tmp_path):
+    """The default anchor is the deqa teacher: its adapter is not held twice, its own prompts are not labelled twice."""
+    shutil.copytree("toy/adapters/deqa", tmp_path / "lora/copy")
+    for anchor in ("toy/adapters/deqa", tmp_path / "lora/copy"):
+        call(monkeypatch, "train_opd", *OPD, "--anchor", anchor, "--out", tmp_path / Path(anchor).name)
+    one, two = metrics(tmp_path / "deqa"), metrics(tmp_path / "copy")
+    assert one[0]["mar"] > 0
+    for a, b in zip(one, two):
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a if not key.startswith("seconds"))
+    torch.testing.assert_close(weights(tmp_path / "deqa"), weights(tmp_path / "copy"))
+
+
+def test_batches_of_any_size_give_the_same_student(monkeypatch, tmp_path):
+    """Down to one state: a sample's steps need not be in one batch."""
+    for size in (1, 128):
+        flags = ["--iterations", 1, "--micro_batch", size, "--label_batch", size, "--out", tmp_path / str(size)]
+        call(monkeypatch, "train_opd", *OPD, "--lr", "1e-4", *flags)
+    torch.testing.assert_close(weights(tmp_path / "1"), weights(tmp_path / "128"), rtol=1e-3, atol=2e-5)
+    kl = [metrics(tmp_path / str(size))[0]["kl/geneval"] for size in (1, 128)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3)
+
+
 def test_opd_lowers_the_kl(monkeypatch, tmp_path):
     """Learning, not only running: on the same states the KL to the teachers is lower after the updates than before."""
     settings = "--group_size 8 --steps 4 --iterations 6 --mar_weight 0 --eval_prompts 0 --sample_every 0"
