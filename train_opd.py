@@ -85,9 +85,7 @@ def parse_args():
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
     flag("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     flag("--overwrite", action="store_true", help="replace the run in --out")
-    flag(
-        "--dry_run", action="store_true", help="print the memory of each phase and all derived numbers; load and write nothing"
-    )
+    flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
 
     cli.check_model(args.model)
@@ -349,15 +347,13 @@ def main(args):
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
                 for part, some in common.batches(ours, len(trained), args.micro_batch):
+                    steps = [trained[s] for s in some]
                     if sft:
                         v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)[None]
                     else:  # (steps, c, C, H, W)
-                        v = velocities(
-                            states[some[:, None], part], [trained[s] for s in some], rows[part], args.student_guidance
-                        )
+                        v = velocities(states[some[:, None], part], steps, rows[part], args.student_guidance)
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
-                    for s, v_s in zip(some.tolist(), v):
-                        i = trained[s]
+                    for s, i, v_s in zip(some.tolist(), steps, v):
                         if sft:
                             loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:
