@@ -85,6 +85,11 @@ def passes(args, world=1):
     return {"rollout": (R * rollouts, wide), "labels": count([*asked, firsts], args.label_batch, S), "update": update}
 
 
+def scale_of(args, phase):
+    """The guidance scale there: the labels are the teachers', and so is an off-policy rollout."""
+    return args.guidance if phase == "labels" or (phase, args.rollout) == ("rollout", "teacher") else args.student_guidance
+
+
 def lora(path, flag, args, alpha=None):
     """What add_adapter wants of it. Of an adapter on the hub the configuration alone is fetched."""
     if path == "base":
@@ -148,11 +153,11 @@ def phases(args, folder, device, dtype, world=1):
     # Noise, R + 1 states, R means; of the S trained steps the state, v_teacher, v_anchor and the teacher's mean.
     held["states, means and labels, float32"] = (2 * R + 2 + 4 * S) * b * latent
 
-    encoders = {}
+    encoders = 0
     for name in ("text_encoder", "text_encoder_2", *([] if args.no_t5 else ["text_encoder_3"])):
         with torch.device("meta"):
             kind = getattr(transformers, index[name][1])
-            encoders[name] = size_of(kind(kind.config_class.from_pretrained(f"{folder}/{name}")).to(dtype))
+            encoders += size_of(kind(kind.config_class.from_pretrained(f"{folder}/{name}")).to(dtype))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
     if args.sample_every:
@@ -163,19 +168,20 @@ def phases(args, folder, device, dtype, world=1):
         vae.to_empty(device=device)
         if args.checkpointing:
             transformer.enable_gradient_checkpointing()
-        out, guidance = {"text encoders": sum(encoders.values())}, max(args.guidance, args.student_guidance)
+        out = {"text encoders": encoders}
         peak = lambda states, scale, **more: peak_of(transformer, states, side, tokens, scale, device, **more)
         for phase, (_, states) in passes(args, world).items():
-            out[phase] = peak(states, args.student_guidance if phase == "update" else guidance, backward=phase == "update")
+            out[phase] = peak(states, scale_of(args, phase), backward=phase == "update")
         if "rollout" in out:  # sde.rollout keeps lists of states and means, and stacks them
             out["rollout"] += (4 * R + 3) * min(b, args.rollout_batch) * latent
         if args.sample_every or args.eval_prompts:
-            number = (
-                args.micro_batch if args.eval_prompts else min(args.micro_batch, 2 * len(args.teacher))
-            )  # images in a batch
+            number = min(args.micro_batch, args.eval_prompts or 2 * len(args.teacher))  # images in a batch
             with torch.no_grad(), Live(device) as live:
                 vae.decode(torch.zeros(number, vae.config.latent_channels, side, side, device=device))
-            painted = peak(number, guidance) + (4 * args.eval_steps + 3) * number * latent
+            painted = (
+                peak(number, args.guidance if args.eval_prompts else args.student_guidance)
+                + (4 * args.eval_steps + 3) * number * latent
+            )
             out["pictures"] = max(painted, live.peak) + (0 if args.sample_every else size_of(vae))
     return held, out
 
@@ -193,7 +199,7 @@ def dry_run(args):
     always = sum(held.values())
     print_batch(args, args.trained_steps, world)
     for phase, (calls, states) in passes(args, world).items():
-        twice = ", each twice (guidance)" if (args.student_guidance if phase == "update" else args.guidance) != 1 else ""
+        twice = ", each twice (guidance)" if scale_of(args, phase) != 1 else ""
         print(f"{phase}: {calls} calls of the transformer on process 0, up to {states} states{twice}")
     print("\nheld all the time, per process")
     for name, size in held.items():

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import cli
-from cli import fail, pairs, positive, prompt_files, read_prompts
+from cli import at_least, fail, finite, pairs, positive, prompt_files, read_prompts
 
 TEACHERS = ("geneval", "ocr", "deqa", "pickscore")
 OBJECTIVES = ("ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "kl", "trajectory", "ode", "sft")
@@ -47,28 +47,28 @@ def parse_args():
     flag("--init", help="student's start: base or an adapter directory; default MODEL/adapters/merged")
     flag("--anchor", help="MAR's anchor: base or an adapter directory; default MODEL/adapters/deqa")
     flag("--rank", type=positive, default=32, help="LoRA rank of a fresh student (--init base)")
-    flag("--alpha", type=cli.finite, default=64, help="its alpha: the update is scaled by alpha / rank")
+    flag("--alpha", type=finite, default=64, help="its alpha: the update is scaled by alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="rows of the table in losses.py")
-    flag("--mar_weight", type=cli.finite, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
-    flag("--clip_range", type=cli.finite, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
+    flag("--mar_weight", type=finite, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
+    flag("--clip_range", type=finite, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
     flag("--rollout", choices=("student", "teacher"), default="student", help="who paints; teacher: off-policy, kl or ode")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all tasks and processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
-    flag("--steps", type=cli.at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--steps", type=at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--train_steps", default="first", metavar="WHICH", help="first = all but the last; all; 0,2,5; random:K of `first`")
-    flag("--noise", type=cli.finite, default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
+    flag("--noise", type=finite, default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag("--guidance", type=cli.finite, default=1.0, help="guidance scale of student, teachers and anchor; 1 = off (4.5 for SD3.5)")
-    flag("--student_guidance", type=cli.finite, help="the student's own scale; 1 makes one that needs no guidance")
+    flag("--guidance", type=finite, default=1.0, help="guidance scale of student, teachers and anchor; 1 = off (4.5 for SD3.5)")
+    flag("--student_guidance", type=finite, help="the student's own scale; 1 makes one that needs no guidance")
     flag("--sft_images", type=positive, default=2048, help="images that the teachers paint for --objective sft, once")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=80, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=cli.finite, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
-    flag("--grad_norm", type=cli.finite, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=cli.finite, default=0.9, help="of the average that is evaluated and saved")
+    flag("--lr", type=finite, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
+    flag("--grad_norm", type=finite, default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=finite, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
@@ -76,15 +76,13 @@ def parse_args():
     flag("--rollout_batch", type=positive, help="images per forward pass of the rollout; default --label_batch; same result")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="run folder")
-    flag("--sample_every", type=cli.at_least(0), default=10, help="iterations between sample pictures; 0 = never")
-    flag("--eval_prompts", type=cli.at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
+    flag("--sample_every", type=at_least(0), default=10, help="iterations between sample pictures; 0 = never")
+    flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
     cli.run_flags(flag)
-    flag(
-        "--dry_run", action="store_true", help="print the memory of each phase and all derived numbers; load and write nothing"
-    )
+    flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
 
     cli.check_model(args.model)
@@ -350,15 +348,13 @@ def main(args):
             for task in tasks:
                 ours = torch.tensor([n for n in members[task].tolist() if mine[n] % args.updates == update], dtype=torch.long)
                 for part, some in common.batches(ours, len(trained), args.micro_batch):
+                    steps = [trained[s] for s in some]
                     if sft:
                         v = velocity(transformer, x_sft[part], t_sft[part], text, rows[part], guidance=1.0)[None]
                     else:  # (steps, c, C, H, W)
-                        v = velocities(
-                            states[some[:, None], part], [trained[s] for s in some], rows[part], args.student_guidance
-                        )
+                        v = velocities(states[some[:, None], part], steps, rows[part], args.student_guidance)
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
-                    for s, v_s in zip(some.tolist(), v):
-                        i = trained[s]
+                    for s, i, v_s in zip(some.tolist(), steps, v):
                         if sft:
                             loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:

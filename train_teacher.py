@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import cli
-from cli import fail, pairs, positive, prompt_files, read_prompts
+from cli import at_least, fail, finite, pairs, positive, prompt_files, read_prompts
 
 
 def parse_args():
@@ -37,42 +37,47 @@ def parse_args():
         metavar="TASK=SHARE",
         help="GRPO-Mix instead: each task in this share of the prompts, scored by the reward of its own name",
     )
-    flag("--mix_quality", type=cli.finite, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
+    flag("--mix_quality", type=finite, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
     flag("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
     flag("--rank", type=positive, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
-    flag("--alpha", type=cli.finite, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
+    flag("--alpha", type=finite, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
-    flag("--steps", type=cli.at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
-    flag("--noise", type=cli.finite, default=0.7, help="SDE noise level a")
+    flag("--steps", type=at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
+    flag("--noise", type=finite, default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag(
         "--window",
-        type=cli.at_least(0),
+        type=at_least(0),
         default=0,
         help="make only this many steps in a row stochastic and train on those alone; 0 = all but the last",
     )
-    flag("--window_end", type=cli.at_least(0), default=0, help="the window lies before this step, drawn anew each iteration; 0 = anywhere")
-    flag("--guidance", type=cli.finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag(
+        "--window_end",
+        type=at_least(0),
+        default=0,
+        help="the window lies before this step, drawn anew each iteration; 0 = anywhere",
+    )
+    flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=cli.finite, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
-    flag("--clip_range", type=cli.finite, default=1e-2, help="PPO clip of the ratio of mean log-probs")
-    flag("--beta", type=cli.finite, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
+    flag("--lr", type=finite, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
+    flag("--clip_range", type=finite, default=1e-2, help="PPO clip of the ratio of mean log-probs")
+    flag("--beta", type=finite, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
     flag("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
-    flag("--grad_norm", type=cli.finite, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=cli.finite, default=0.9, help="of the average that is evaluated and saved")
+    flag("--grad_norm", type=finite, default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=finite, default=0.9, help="of the average that is evaluated and saved")
     flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
-    flag("--eval_every", type=cli.at_least(0), default=20, help="iterations between evaluations and sample pictures; 0 = never")
-    flag("--eval_prompts", type=cli.at_least(0), default=64, help="test prompts per task in such an evaluation")
+    flag("--eval_every", type=at_least(0), default=20, help="iterations between evaluations and sample pictures; 0 = never")
+    flag("--eval_prompts", type=at_least(0), default=64, help="test prompts per task in such an evaluation")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--final", choices=("last", "best"), default="last", help="the average that becomes adapter/; best = by test reward")
     cli.run_flags(flag)

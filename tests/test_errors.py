@@ -200,7 +200,7 @@ def full_disk(monkeypatch):
 
 def nan_gradient(monkeypatch):
     real = common.take_gradients
-    monkeypatch.setattr(common, "take_gradients", lambda parameters: real(parameters) * torch.nan)
+    monkeypatch.setattr(common, "take_gradients", lambda parameters, scale=1: real(parameters, scale) * torch.nan)
 
 
 # ---- The table: {script: [(what is typed, what the line must say, what must be arranged before)]}
