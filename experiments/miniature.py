@@ -1,7 +1,7 @@
 """The paper's tables in miniature, its open questions, and the objectives side by side: every run behind RESULTS.md.
 
     python experiments/miniature.py                       # whatever has not been run yet, in the order of importance
-    python experiments/miniature.py --only main           # one part: main, objectives, staleness, ablations, speed, hacking
+    python experiments/miniature.py --only main           # one part: main, objectives, gradients, ablations …
     python experiments/miniature.py --budget_hours 2      # no new run after two hours; the same command goes on
     python experiments/miniature.py --report              # RESULTS.md and the figures from what is recorded, no run
     python experiments/miniature.py --quick               # a tiny version of three runs, to see that all of it works
@@ -72,6 +72,7 @@ def plan(out):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
     opd("main", "opd_nomar", 0, "--mar_weight", "0")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
+    jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
     opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
     opd("main", "opd_sft", 0, "--init", sft)
     opd("main", "opd_base", 0, "--init", "base")
@@ -181,6 +182,8 @@ def curve(run):
 def run_job(job, args):
     """Train stage by stage, score every stage, record. A stage that is there already is not trained again."""
     part, name, seed, script, flags, stages, how = job
+    if script == "experiments/gradients.py":  # keeps its own record
+        return call([script, "--runs", args.out, "--results", args.results], args.out / f"{name}.log", args.threads)
     run = args.out / f"{name}_seed{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)
     log, kept = args.out / f"{run.name}.log", args.out / f"{run.name}.stages"
@@ -232,6 +235,8 @@ def run_job(job, args):
 def recorded(job, results):
     """Whether this run's file is there, made with the same flags."""
     _, name, seed, script, flags, stages, _ = job
+    if script == "experiments/gradients.py":
+        return (results / "gradients.json").exists()
     file = results / f"{name}_seed{seed}.json"
     if not file.exists():
         return False
