@@ -34,7 +34,9 @@ TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
 # As GRPO-Mix in toy.ADAPTERS, for as many images as the student sees.
 MIX = "--window 3 --window_end 3 --prompts_per_iteration 12 --lr 7e-4 --eval_every 0".split()
 UNION = [f"{task}=runs/miniature/prompts/all.txt" for task in TASKS]
-SMALL = "--prompts_per_iteration 4".split()  # one prompt of each task, 64 images an iteration
+# A quarter of the main job's images, as many optimizer steps: 32 images an iteration.
+SMALL = "--prompts_per_iteration 8 --group_size 4".split()
+EIGHTS = "--prompts_per_iteration 4 --group_size 8".split()  # the same, divisible into eight updates
 
 
 def parse_args():
@@ -59,7 +61,7 @@ def plan(out):
     mix = lambda part, name, seed, *flags, at=(54,), how="full": jobs.append(
         (part, name, seed, "train_teacher.py", flags, at, how)
     )
-    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, at=(30,), how="small")
+    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, at=(80,), how="small")
     jobs, weighted = [], ("--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX)
     sft = f"{out}/sft_seed0/adapter"
 
@@ -70,6 +72,11 @@ def plan(out):
         jobs.append(("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
     for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
+    for lr in ("3e-3", "3e-4"):
+        for objective in (
+            ("ppo", "kl", "ode", "trajectory", "ppo-public-code") if lr == "3e-3" else ("ppo-scalar", "ppo-published")
+        ):
+            small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
     opd("main", "opd_nomar", 0, "--mar_weight", "0")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
     jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
@@ -77,45 +84,53 @@ def plan(out):
     opd("main", "opd_sft", 0, "--init", sft)
     opd("main", "opd_base", 0, "--init", "base")
     mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    for seed in (1, 2):
+        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
     small("ablations", "routing_all", "--prompts", *UNION)
     small("ablations", "mar0", "--mar_weight", "0")
     small("ablations", "mar0.1", "--mar_weight", "0.1")
     small("ablations", "anchor_base", "--anchor", "base")
-    for lr in ("3e-3", "3e-4"):
-        for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
-            small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
-    for updates in ("1", "4", "8"):  # 2 is the default
+    small("ablations", "alternate", "--task_mix", *(f"{t}=8" for t in TASKS))
+    for updates in ("2", "8", "1", "4"):
         for objective in ("ppo", "kl"):
-            small("staleness", f"{objective}_updates{updates}", "--objective", objective, "--updates", updates)
-    for updates in ("2", "8"):
-        small("staleness", f"ppo_updates{updates}_clip0.02", "--updates", updates, "--clip_range", "0.02")
-    mix("main", "mix_short", 0, *weighted)
-    for seed in (1, 2):
-        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
+            opd(
+                "staleness",
+                f"{objective}_updates{updates}",
+                0,
+                *EIGHTS,
+                "--objective",
+                objective,
+                "--updates",
+                updates,
+                how="small",
+            )
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
-    published = ("--objective", "ppo-public-code", "--steps", "10", "--prompts_per_iteration", "8", "--task_mix")
-    opd("speed", "published_schedule", 0, *published, *(f"{t}=8" for t in TASKS), at=(5, 10, 20, 40))
+    published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
+    opd("speed", "published_schedule", 0, *published, at=(20, 40, 80))
     mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--keep", "best", at=(240,))
+    taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
+    mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
     for method in ("ties", "dare", "factor-mean"):
         flags = ["--adapters", *TEACHERS, "--method", method, *(["--rank", "24"] if method != "factor-mean" else [])]
         jobs.append(("ablations", f"merge_{method}", 0, "merge.py", flags, (0,), "small"))
         small("ablations", f"opd_{method}", "--init", f"{out}/merge_{method}_seed0/adapter")
-    taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
-    mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
-    for kind, flags in (("alternate", ("--task_mix", *(f"{t}=4" for t in TASKS))), ("noise0.3", ("--noise", "0.3")),
-                        ("noise1.2", ("--noise", "1.2")), ("steps10", ("--steps", "10")), ("late", ("--train_steps", "3,4")),
-                        ("early", ("--train_steps", "0,1,2")), ("random2", ("--train_steps", "random:2")),
-                        ("groups4", ("--prompts_per_iteration", "16", "--group_size", "4"))):  # fmt: skip
-        small("ablations", kind, *flags)
     for rank in ("2", "16"):
-        flags = ("--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
-        small("interference", f"base_rank{rank}", *flags)
+        small("interference", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
+    for name, flags in (("noise0.3", ("--noise", "0.3")), ("noise1.2", ("--noise", "1.2")), ("steps10", ("--steps", "10")),
+                        ("late", ("--train_steps", "3,4")), ("early", ("--train_steps", "0,1,2")),
+                        ("random2", ("--train_steps", "random:2"))):  # fmt: skip
+        small("ablations", name, *flags)
+    small("ablations", "groups2", "--prompts_per_iteration", "16", "--group_size", "2")
+    mix("main", "mix_short", 0, *weighted)
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
     for seed in (1, 2):
         opd("main", "opd_nomar", seed, "--mar_weight", "0")
     for seed in (1, 2):
         for objective in ("ppo", "kl", "ode"):
             small("objectives", f"{objective}_lr1e-3", "--objective", objective, seed=seed)
+    opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02", how="small")
+    for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code"):
+        small("objectives", f"{objective}_lr3e-4", "--objective", objective, "--lr", "3e-4")
     return jobs
 
 
