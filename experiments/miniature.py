@@ -64,6 +64,7 @@ def plan(out):
     small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, at=(80,), how="small")
     jobs, weighted = [], ("--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX)
     sft = f"{out}/sft_seed0/adapter"
+    rows = {"opd_nomar": ("--mar_weight", "0"), "opd_sft": ("--init", sft), "opd_base": ("--init", "base")}
 
     for seed in (0, 1):
         opd("main", "opd_merge", seed)
@@ -72,25 +73,27 @@ def plan(out):
         jobs.append(("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
     for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
-    for lr in ("3e-3", "3e-4"):
-        for objective in (
-            ("ppo", "kl", "ode", "trajectory", "ppo-public-code") if lr == "3e-3" else ("ppo-scalar", "ppo-published")
-        ):
+    for lr, some in {"3e-3": ("ppo", "kl", "ode"), "3e-4": ("ppo-scalar", "ppo-published")}.items():
+        for objective in some:
             small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
-    opd("main", "opd_nomar", 0, "--mar_weight", "0")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
     jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
+    opd("main", "opd_small", 0, *SMALL)
     opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
-    opd("main", "opd_sft", 0, "--init", sft)
-    opd("main", "opd_base", 0, "--init", "base")
+    for name, flags in rows.items():
+        opd("main", name, 0, *SMALL, *flags)
     mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    for seed in (1, 2):
+        opd("main", "opd_small", seed, *SMALL, at=(10, 20, 40, 60, 80))
+    # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
+    published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
+    opd("speed", "published_schedule", 0, *SMALL, *published, at=(20, 40, 60, 80), how="small")
     for seed in (1, 2):
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
     small("ablations", "routing_all", "--prompts", *UNION)
     small("ablations", "mar0", "--mar_weight", "0")
     small("ablations", "mar0.1", "--mar_weight", "0.1")
     small("ablations", "anchor_base", "--anchor", "base")
-    small("ablations", "alternate", "--task_mix", *(f"{t}=8" for t in TASKS))
     for updates in ("2", "8", "1", "4"):
         for objective in ("ppo", "kl"):
             opd(
@@ -104,9 +107,8 @@ def plan(out):
                 updates,
                 how="small",
             )
-    # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
-    published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
-    opd("speed", "published_schedule", 0, *published, at=(20, 40, 80))
+    for objective in ("trajectory", "ppo-public-code"):
+        small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
     mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--keep", "best", at=(240,))
     taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
     mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
@@ -114,8 +116,15 @@ def plan(out):
         flags = ["--adapters", *TEACHERS, "--method", method, *(["--rank", "24"] if method != "factor-mean" else [])]
         jobs.append(("ablations", f"merge_{method}", 0, "merge.py", flags, (0,), "small"))
         small("ablations", f"opd_{method}", "--init", f"{out}/merge_{method}_seed0/adapter")
+    small("ablations", "alternate", "--task_mix", *(f"{t}=8" for t in TASKS))
     for rank in ("2", "16"):
         small("interference", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
+    for seed in (1, 2):
+        for objective in ("kl", "ode", "ppo"):
+            small("objectives", f"{objective}_lr1e-3", "--objective", objective, seed=seed)
+    for seed in (1, 2):
+        for name, flags in rows.items():
+            opd("main", name, seed, *SMALL, *flags)
     for name, flags in (("noise0.3", ("--noise", "0.3")), ("noise1.2", ("--noise", "1.2")), ("steps10", ("--steps", "10")),
                         ("late", ("--train_steps", "3,4")), ("early", ("--train_steps", "0,1,2")),
                         ("random2", ("--train_steps", "random:2"))):  # fmt: skip
@@ -123,11 +132,6 @@ def plan(out):
     small("ablations", "groups2", "--prompts_per_iteration", "16", "--group_size", "2")
     mix("main", "mix_short", 0, *weighted)
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
-    for seed in (1, 2):
-        opd("main", "opd_nomar", seed, "--mar_weight", "0")
-    for seed in (1, 2):
-        for objective in ("ppo", "kl", "ode"):
-            small("objectives", f"{objective}_lr1e-3", "--objective", objective, seed=seed)
     opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02", how="small")
     for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code"):
         small("objectives", f"{objective}_lr3e-4", "--objective", objective, "--lr", "3e-4")
