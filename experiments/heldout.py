@@ -1,7 +1,7 @@
 """Scores that no teacher was trained on, and prompts of forms that no training prompt had.
 
     python evaluate.py --models base --rewards experiments.heldout --tasks geneval --out runs/heldout
-    python experiments/heldout.py          # the same scores of clean drawings: what a perfect painter would get
+    python experiments/heldout.py          # results/clean.json: the same scores of clean drawings
 
 `REWARDS` is the miniature's own plus, on the test images of every task, three measures of the pixels:
 
@@ -15,7 +15,6 @@ same picture every time gets 0. The other tasks are prompts out of distribution,
 """
 
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import toy
-from cli import read_prompts
+from cli import read_prompts, save_json
 
 
 def edges(images):
@@ -92,6 +91,11 @@ for task in toy.TASKS:
 REWARDS |= {"variety": variety, "counts": toy.geneval, "places": toy.geneval, "three": toy.geneval, "letters": toy.ocr}
 
 
+def variety_prompts():
+    """The first four test prompts of every task, eight times each."""
+    return [p for task in toy.TASKS for p in read_prompts(f"toy/prompts/{task}_test.txt")[0][:4] for _ in range(8)]
+
+
 def write_prompts(folder):
     """Prompt files for evaluate.py: {task: path}. Test prompts eight times over for variety; four forms that neither the
     teachers nor the base ever saw: one of the first against three of the second, places of several objects, three kinds of
@@ -102,9 +106,7 @@ def write_prompts(folder):
         a, b = rng.permutation(things)[:2]
         return (a, b) if a.split()[1] != b.split()[1] else two()
 
-    forms = {"variety": [], "counts": [], "places": [], "three": [], "letters": []}
-    for task in toy.TASKS:
-        forms["variety"] += [p for p in read_prompts(f"toy/prompts/{task}_test.txt")[0][:4] for _ in range(8)]
+    forms = {"variety": variety_prompts(), "counts": [], "places": [], "three": [], "letters": []}
     for n in range(64):
         (a, b), (first, second) = two(), (("two", "one"), ("one", "two"), ("two", "two"))[n % 3]
         plural = lambda count, thing: f"{count} {thing}{'s' if count != 'one' else ''}"
@@ -123,21 +125,17 @@ def write_prompts(folder):
     return {task: f"{folder}/{task}.txt" for task in forms}
 
 
-def clean_scores(folder):
-    """{metric: {"mean", "se", "n"}} of clean drawings of the same prompts (but `places`: the miniature's pen puts one object of
-    a kind where a place is asked)."""
-    files = {task: f"toy/prompts/{task}_test.txt" for task in toy.TASKS} | write_prompts(folder)
-    out = {}
-    del files["places"]
-    for task, file in files.items():
-        prompts, _ = read_prompts(file)
+def clean_scores():
+    """What clean drawings of the test prompts get: {"edges", "noise", "distance", "variety"}, means over the four tasks."""
+    out = {"edges": 0.0, "noise": 0.0, "distance": 0.0}
+    for task in toy.TASKS:
+        prompts, _ = read_prompts(f"toy/prompts/{task}_test.txt")
         images = draw(prompts)
-        for name, scorer in REWARDS.items():
-            if name == task or name.startswith(task + "_"):
-                s = scorer(images, prompts).double()
-                out[name] = {"mean": s.mean().item(), "se": s.std().item() / len(s) ** 0.5, "n": len(s)}
-    return out
+        for name in out:
+            out[name] += REWARDS[f"{task}_{name}"](images, prompts).mean().item() / len(toy.TASKS)
+    prompts = variety_prompts()
+    return out | {"variety": variety(draw(prompts), prompts).mean().item()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(clean_scores("runs/miniature/prompts"), indent=1))
+    save_json("experiments/results/clean.json", clean_scores())

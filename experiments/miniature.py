@@ -73,9 +73,8 @@ def plan(out):
         jobs.append(("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
     for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
-    for lr, some in {"3e-3": ("ppo", "kl", "ode"), "3e-4": ("ppo-scalar", "ppo-published")}.items():
-        for objective in some:
-            small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
+    for objective in ("ode", "ppo"):
+        small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
     jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
     opd("main", "opd_small", 0, *SMALL)
@@ -107,8 +106,9 @@ def plan(out):
                 updates,
                 how="small",
             )
-    for objective in ("trajectory", "ppo-public-code"):
-        small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
+    for objective, lr in (("kl", "3e-3"), ("ppo-scalar", "3e-4"), ("ppo-published", "3e-4"), ("trajectory", "3e-3"),
+                          ("ppo-public-code", "3e-3")):  # fmt: skip
+        small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
     mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--keep", "best", at=(240,))
     taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
     mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
