@@ -87,25 +87,15 @@ def plan(out):
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
     opd("speed", "published_schedule", 0, *SMALL, *published, at=(20, 40, 60, 80), how="small")
+    small("ablations", "routing_all", "--prompts", *UNION)
+    opd("MAR", "mar0.1", 0, *SMALL, "--mar_weight", "0.1")
+    opd("MAR", "anchor_base", 0, *SMALL, "--anchor", "base")
+    for updates in ("8", "1", "2", "4"):
+        for objective in ("ppo", "kl"):
+            flags = (*EIGHTS, "--objective", objective, "--updates", updates)
+            opd("staleness", f"{objective}_updates{updates}", 0, *flags, how="small")
     for seed in (1, 2):
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
-    small("ablations", "routing_all", "--prompts", *UNION)
-    small("ablations", "mar0", "--mar_weight", "0")
-    small("ablations", "mar0.1", "--mar_weight", "0.1")
-    small("ablations", "anchor_base", "--anchor", "base")
-    for updates in ("2", "8", "1", "4"):
-        for objective in ("ppo", "kl"):
-            opd(
-                "staleness",
-                f"{objective}_updates{updates}",
-                0,
-                *EIGHTS,
-                "--objective",
-                objective,
-                "--updates",
-                updates,
-                how="small",
-            )
     for objective, lr in (("kl", "3e-3"), ("ppo-scalar", "3e-4"), ("ppo-published", "3e-4"), ("trajectory", "3e-3"),
                           ("ppo-public-code", "3e-3")):  # fmt: skip
         small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
