@@ -31,7 +31,7 @@ from sde import log_prob, rollout, step
 from train_teacher import make_reward
 
 STEPS, NOISE, UNIT = 6, 0.7, 16  # as in training; gradients are kept for units of 16 images, four of each task
-BATCHES = (16, 64, 256, 1024)  # images
+BATCHES = (16, 64, 256, 512)  # images
 OBJECTIVES = ("kl", "ppo", "ppo-public-code", "trajectory", "ode", "ppo-scalar", "ppo-published")
 
 
@@ -215,7 +215,7 @@ def measure_routing(world, student):
     return ((drawn - averaged).norm() / averaged.norm()).item()
 
 
-def main(runs, results, units=64, images=256):
+def main(runs, results, units=32, images=128):
     stages = {"merged start": "toy/adapters/merged"}
     stages |= {f"Flow-OPD, iteration {n}": f"{runs}/opd_merge_seed2.stages/{n}" for n in (10, 40, 80)}
     stages |= {f"merge + GRPO-Mix, iteration {n}": f"{runs}/merge_mix_seed0.stages/{n}" for n in (10, 30, 54)}
@@ -238,9 +238,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/miniature", help="where miniature.py trained (default %(default)s)")
     parser.add_argument("--results", default="experiments/results", help="folder of gradients.json (default %(default)s)")
-    parser.add_argument("--units", type=int, default=64, help="units of 16 images for each of the two measures (default 64)")
+    parser.add_argument("--units", type=int, default=32, help="units of 16 images for each of the two measures (default 32)")
     parser.add_argument(
-        "--images", type=int, default=256, help="images per task for the tasks' gradients, twice as many for GRPO (default 256)"
+        "--images", type=int, default=128, help="images per task for the tasks' gradients, twice as many for GRPO (default 128)"
     )
     flags = parser.parse_args()
     main(flags.runs, flags.results, flags.units, flags.images)

@@ -76,24 +76,27 @@ def plan(out):
     for objective in ("ode", "ppo"):
         small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
-    jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
     opd("main", "opd_small", 0, *SMALL)
-    opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
-    for name, flags in rows.items():
-        opd("main", name, 0, *SMALL, *flags)
-    mix("main", "sft_mix", 0, *weighted, "--init", sft)
-    for seed in (1, 2):
-        opd("main", "opd_small", seed, *SMALL, at=(10, 20, 40, 60, 80))
+    jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
+    opd("main", "opd_nomar", 0, *SMALL, *rows["opd_nomar"])
+    opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
+    opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
+    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
+    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
+    small("ablations", "routing_all", "--prompts", *UNION)
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
     opd("speed", "published_schedule", 0, *SMALL, *published, at=(20, 40, 60, 80), how="small")
-    small("ablations", "routing_all", "--prompts", *UNION)
-    opd("MAR", "mar0.1", 0, *SMALL, "--mar_weight", "0.1")
-    opd("MAR", "anchor_base", 0, *SMALL, "--anchor", "base")
     for updates in ("8", "1", "2", "4"):
         for objective in ("ppo", "kl"):
             flags = (*EIGHTS, "--objective", objective, "--updates", updates)
             opd("staleness", f"{objective}_updates{updates}", 0, *flags, how="small")
+    opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
+    opd("main", "opd_sft", 0, *SMALL, *rows["opd_sft"])
+    mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    opd("MAR", "mar0.1", 0, *SMALL, "--mar_weight", "0.1")
+    opd("MAR", "anchor_base", 0, *SMALL, "--anchor", "base")
+    opd("main", "opd_small", 2, *SMALL, at=(20, 40, 60, 80))
     for seed in (1, 2):
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
     for objective, lr in (("kl", "3e-3"), ("ppo-scalar", "3e-4"), ("ppo-published", "3e-4"), ("trajectory", "3e-3"),
@@ -110,8 +113,10 @@ def plan(out):
     for rank in ("2", "16"):
         small("interference", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
     for seed in (1, 2):
-        for objective in ("kl", "ode", "ppo"):
+        for objective in ("kl", "ode"):
             small("objectives", f"{objective}_lr1e-3", "--objective", objective, seed=seed)
+    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=2)
+    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=2)
     for seed in (1, 2):
         for name, flags in rows.items():
             opd("main", name, seed, *SMALL, *flags)
