@@ -127,7 +127,7 @@ def measure_objectives(world, student, units):
         unit = unit_gradients(world, student, ("measured", n), OBJECTIVES)
         unit |= {(name, "all"): sum(unit[name, i] for i in range(STEPS - 1)) for name in OBJECTIVES}
         for name, i in unit:
-            found.setdefault((name, i), []).append(unit[name, i].half())  # halves the memory; the sums are taken in float32
+            found.setdefault((name, i), []).append(unit[name, i].bfloat16())  # half the memory; sums are taken in float32
     out = {name: [] for name in OBJECTIVES}
     for name, i in found:
         grads, target = torch.stack(found[name, i]).float(), exact[i]  # (units, P)
