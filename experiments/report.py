@@ -165,6 +165,18 @@ def gap(runs, name, other, metric="average"):
     return shown((a[0] - b[0], math.hypot(a[1], b[1])), COLUMNS[metric][1], "+") if a and b else MISSING
 
 
+def differences(runs, pairs):
+    """A list of gaps in Average: what is ahead of what, or not to be told apart at two standard errors."""
+    lines = []
+    for name, other in (p.split("-") for p in pairs.split()):
+        a, b = value(runs, name, "average"), value(runs, other, "average")
+        if a and b:
+            clear = abs(a[0] - b[0]) > 2 * math.hypot(a[1], b[1])
+            word = "not to be told apart" if not clear else "ahead" if a[0] > b[0] else "behind"
+            lines.append(f"- {LABELS[name]} minus {LABELS[other]}: {gap(runs, name, other)}, {word}")
+    return "\n".join(lines).replace("*", "")
+
+
 def ratio(runs, name, other, metric="average"):
     a, b = value(runs, name, metric), value(runs, other, metric)
     return f"{a[0] / b[0]:.1%}" if a and b else MISSING
@@ -250,6 +262,16 @@ def minutes(runs, name, share=0.97):
     """The same in words."""
     at = until(runs, name, share)
     return MISSING if math.isnan(at) else "not reached" if at == math.inf else f"{at:.1f}"
+
+
+def to_best(runs, name):
+    """CPU minutes of a GRPO run until its best test reward."""
+    found = []
+    for record in runs.get(name, ()):
+        best = max((line for line in record["curve"] if "test" in line), key=lambda line: line["test"])
+        cost = record["compute"]
+        found.append(best["seconds"] / 60 * cost["cpu_minutes"] / cost["wall_minutes"])
+    return f"{statistics.mean(found):.1f}" if found else MISSING
 
 
 def hours(runs):
@@ -403,8 +425,12 @@ def write(results):
     runs = load(results)
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
-    calls = {f.__name__: functools.partial(f, runs) for f in (score, gap, ratio, table, stages, minutes, hours)}
-    calls |= {f.__name__: functools.partial(f, runs, found) for f in (gradients, cosines)} | {"found": found}
+    calls = {
+        f.__name__: functools.partial(f, runs) for f in (score, gap, differences, ratio, table, stages, minutes, to_best, hours)
+    }
+    calls |= {f.__name__: functools.partial(f, runs, found) for f in (gradients, cosines)} | {
+        "found": found or {"units": 0, "routing": math.nan}
+    }
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
     text = re.sub(r"\{\{(.+?)\}\}", lambda call: str(eval(call[1], calls)), template, flags=re.DOTALL)
     (results.parent / "RESULTS.md").write_text(text)
