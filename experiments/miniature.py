@@ -79,14 +79,14 @@ def plan(out):
     opd("main", "opd_small", 0, *SMALL)
     jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
     opd("main", "opd_nomar", 0, *SMALL, *rows["opd_nomar"])
-    opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
-    opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
-    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
-    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
-    small("ablations", "routing_all", "--prompts", *UNION)
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
-    opd("speed", "published_schedule", 0, *SMALL, *published, at=(20, 40, 60, 80), how="small")
+    opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80), how="small")
+    opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
+    small("ablations", "routing_all", "--prompts", *UNION)
+    opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
+    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
+    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
     for updates in ("8", "1", "2", "4"):
         for objective in ("ppo", "kl"):
             flags = (*EIGHTS, "--objective", objective, "--updates", updates)

@@ -79,8 +79,8 @@ LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTI
 SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
            "deqa": (110, 128, 21)}  # fmt: skip
 # Okabe and Ito's palette, told apart by colour-blind eyes; and a marker each.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "x")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "x", "P")
 MISSING = "not run yet"
 
 
@@ -294,10 +294,11 @@ def figure(path, panels, width=4.2):
     same = len({panel[2] for panel in panels}) < len(panels)  # one quantity, one scale
     size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
     picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
+    names = list(dict.fromkeys(line[0] for panel in panels for line in panel[4]))  # one colour in all panels
     for axis, (title, xlabel, ylabel, log, lines, level) in zip(axes[0], panels):
-        for n, (label, x, y, band) in enumerate(lines):
-            colour = PALETTE[n % len(PALETTE)]
-            marker = {"marker": MARKERS[n % len(MARKERS)], "markersize": 4} if len(x) < 15 else {}
+        for label, x, y, band in lines:
+            colour = PALETTE[names.index(label)]
+            marker = {"marker": MARKERS[names.index(label)], "markersize": 4} if len(x) < 15 else {}
             axis.plot(x, y, color=colour, label=label, linewidth=1.4, **marker)
             if band:
                 low, high = [v - b for v, b in zip(y, band)], [v + b for v, b in zip(y, band)]
@@ -425,12 +426,10 @@ def write(results):
     runs = load(results)
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
-    calls = {
-        f.__name__: functools.partial(f, runs) for f in (score, gap, differences, ratio, table, stages, minutes, to_best, hours)
-    }
-    calls |= {f.__name__: functools.partial(f, runs, found) for f in (gradients, cosines)} | {
-        "found": found or {"units": 0, "routing": math.nan}
-    }
+    of_runs, of_both = (score, gap, differences, ratio, table, stages, minutes, to_best, hours), (gradients, cosines)
+    calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
+    calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
+    calls["found"] = found or {"units": 0, "routing": math.nan}
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
     text = re.sub(r"\{\{(.+?)\}\}", lambda call: str(eval(call[1], calls)), template, flags=re.DOTALL)
     (results.parent / "RESULTS.md").write_text(text)
