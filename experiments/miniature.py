@@ -1,7 +1,7 @@
 """The paper's tables in miniature, its open questions, and the objectives side by side: every run behind RESULTS.md.
 
     python experiments/miniature.py                       # whatever has not been run yet, in the order of importance
-    python experiments/miniature.py --only main           # one part: main, objectives, gradients, ablations …
+    python experiments/miniature.py --only main           # one part
     python experiments/miniature.py --budget_hours 2      # no new run after two hours; the same command goes on
     python experiments/miniature.py --report              # RESULTS.md and the figures from what is recorded, no run
     python experiments/miniature.py --quick               # a tiny version of three runs, to see that all of it works
@@ -14,6 +14,7 @@ Seeds vary the student's training; base, teachers, merged start, test prompts an
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,16 +35,28 @@ from experiments import report
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
 # As GRPO-Mix in toy.ADAPTERS, for as many images as the student sees.
 MIX = "--window 3 --window_end 3 --prompts_per_iteration 12 --lr 7e-4 --eval_every 0".split()
-UNION = [f"{task}=runs/miniature/prompts/all.txt" for task in TASKS]
 # A quarter of the main job's images, as many optimizer steps: 32 images an iteration.
 SMALL = "--prompts_per_iteration 8 --group_size 4".split()
 EIGHTS = "--prompts_per_iteration 4 --group_size 8".split()  # the same, divisible into eight updates
+OPD = "--sample_every 0 --eval_prompts 0".split()  # scored below
+QUICK = "--prompts_per_iteration 4 --group_size 2 --steps 3 --eval_steps 2".split()
+PARTS = ("main", "objectives", "gradients", "MAR", "interference", "ablations", "staleness", "speed", "hacking")
+
+
+class Job(NamedTuple):
+    part: str
+    name: str
+    seed: int
+    script: str | None  # None: nothing to train, flags[0] is the adapter
+    flags: list[str]
+    stages: tuple[int, ...]  # iterations after which it is scored
+    how: str | None  # see evaluate()
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     flag = parser.add_argument
-    flag("--only", nargs="+", metavar="PART", help="run these parts alone")
+    flag("--only", nargs="+", choices=PARTS, metavar="PART", help=f"run these parts alone: {', '.join(PARTS)}")
     flag("--budget_hours", type=float, default=100, help="start no run after so many hours")
     flag("--threads", type=int, default=1, help="CPU threads of a run; more or fewer may change last digits")
     flag("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs themselves")
@@ -56,12 +70,14 @@ def parse_args():
 
 
 def plan(out):
-    """Every run, the most telling first: (part, name, seed, script, flags, iterations after which it is scored, how)."""
-    opd = lambda part, name, seed, *flags, at=(80,), how="full": jobs.append((part, name, seed, "train_opd.py", flags, at, how))
-    mix = lambda part, name, seed, *flags, at=(54,), how="full": jobs.append(
-        (part, name, seed, "train_teacher.py", flags, at, how)
-    )
-    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, at=(80,), how="small")
+    """Every run, the most telling first."""
+
+    def train(script, part, name, seed, *flags, at, how="full"):
+        jobs.append(Job(part, name, seed, script, list(flags), at, how))
+
+    opd = functools.partial(train, "train_opd.py", at=(80,))
+    mix = functools.partial(train, "train_teacher.py", at=(54,))
+    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, how="small")
     jobs, weighted = [], ("--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX)
     sft = f"{out}/sft_seed0/adapter"
     rows = {"opd_nomar": ("--mar_weight", "0"), "opd_sft": ("--init", sft), "opd_base": ("--init", "base")}
@@ -70,20 +86,20 @@ def plan(out):
         opd("main", "opd_merge", seed)
     opd("main", "opd_merge", 2, at=(5, 10, 20, 40, 60, 80))
     for name in ("base", *TASKS, "grpo_mix", "merged"):  # recorded in toy/, scored again for the held-out columns
-        jobs.append(("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
+        jobs.append(Job("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
     for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
     for objective in ("ode", "ppo"):
         small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
     mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
     opd("main", "opd_small", 0, *SMALL)
-    jobs.append(("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
+    jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
     opd("main", "opd_nomar", 0, *SMALL, *rows["opd_nomar"])
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
     opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80), how="small")
     opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
-    small("ablations", "routing_all", "--prompts", *UNION)
+    small("ablations", "routing_all", "--prompts", *(f"{task}={out}/prompts/all.txt" for task in TASKS))
     opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
     small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
     small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
@@ -107,7 +123,7 @@ def plan(out):
     mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
     for method in ("ties", "dare", "factor-mean"):
         flags = ["--adapters", *TEACHERS, "--method", method, *(["--rank", "24"] if method != "factor-mean" else [])]
-        jobs.append(("ablations", f"merge_{method}", 0, "merge.py", flags, (0,), "small"))
+        jobs.append(Job("ablations", f"merge_{method}", 0, "merge.py", flags, (), "small"))
         small("ablations", f"opd_{method}", "--init", f"{out}/merge_{method}_seed0/adapter")
     small("ablations", "alternate", "--task_mix", *(f"{t}=8" for t in TASKS))
     for rank in ("2", "16"):
@@ -176,71 +192,58 @@ def cost(run, minutes):
 
 
 def curve(run):
-    """metrics.jsonl, thinned: per-task KL, cosines of the tasks' gradients, rewards, seconds since the start."""
+    """metrics.jsonl, thinned to some 40 lines: KL of every task, cosines of their gradients, rewards, seconds since the start."""
     log, seconds, lines = common.read_log(run), 0.0, []
     for n, line in enumerate(log):
         seconds += line["seconds"]
-        names = [
-            k for k in line if k.split("/")[0] in ("kl", "cosine", "grad_norm", "reward", "test", "clip_fraction", "ratio_gap")
-        ]
         if n % (1 + len(log) // 41) == 0 or n == len(log) - 1 or "test" in line:
             kept = {
-                k: float(f"{line[k]:.3g}")
-                for k in names
-                if k.count("/") <= 1 and not k.startswith(("clip_fraction/", "ratio_gap/"))
+                k: v for k, v in line.items() if k.split("/")[0] in ("kl", "cosine", "reward", "test") or k == "clip_fraction"
             }
-            lines.append({"iteration": line["iteration"], "seconds": round(seconds, 1)} | kept)
+            lines.append({"iteration": n, "seconds": round(seconds, 1)} | {k: float(f"{v:.3g}") for k, v in kept.items()})
     return lines
 
 
-def run_job(job, args):
-    """Train stage by stage, score every stage, record. A stage that is there already is not trained again."""
-    part, name, seed, script, flags, stages, how = job
-    if script == "experiments/gradients.py":  # keeps its own record
-        return call([script, "--runs", args.out, "--results", args.results], args.out / f"{name}.log", args.threads)
-    run = args.out / f"{name}_seed{seed}"
-    run.parent.mkdir(parents=True, exist_ok=True)
+def train(job, run, args):
+    """Train up to every stage in turn and keep the adapter of each: ({stage: adapter}, {stage: [wall, CPU minutes]}). A stage
+    that is there is not trained again."""
     log, kept = args.out / f"{run.name}.log", args.out / f"{run.name}.stages"
-    adapters, minutes = {}, {"wall_minutes": 0.0, "cpu_minutes": 0.0, "threads": args.threads}
-    if script is None:
-        adapters["final"] = flags[0]
-    elif script == "merge.py":
-        call([script, *flags, "--out", run / "adapter", "--overwrite"], log, args.threads)
-        adapters["final"] = run / "adapter"
+    flags = [*job.flags, "--seed", job.seed, "--out", run, *(OPD if job.script == "train_opd.py" else [])]
+    flags += [*QUICK, *(["--window_end", 2, "--window", 1] if job.script == "train_teacher.py" else [])] if args.quick else []
+    done = json.loads((kept / "minutes.json").read_text()) if (kept / "minutes.json").exists() else {}
+    for n, stage in enumerate(job.stages):
+        if str(stage) not in done:
+            command = [job.script, *flags, "--iterations", stage, "--resume" if n else "--overwrite"]
+            done[str(stage)] = call(command, log, args.threads)
+            shutil.rmtree(kept / str(stage), ignore_errors=True)
+            shutil.copytree(run / "adapter", kept / str(stage))
+            save_json(kept / "minutes.json", done)
+    return {str(stage): kept / str(stage) for stage in job.stages}, done
+
+
+def run_job(job, args):
+    """Train, score every stage, record."""
+    run, log = args.out / f"{job.name}_seed{job.seed}", args.out / f"{job.name}_seed{job.seed}.log"
+    record = job._asdict()
+    if job.script == "experiments/gradients.py":  # keeps its own record
+        return call([job.script, "--runs", args.out, "--results", args.results], log, args.threads)
+    if job.stages:
+        adapters, done = train(job, run, args)
+        minutes = {
+            kind: round(sum(both[n] for both in done.values()), 2) for n, kind in enumerate(("wall_minutes", "cpu_minutes"))
+        }
+        record |= {"compute": cost(run, minutes | {"threads": args.threads}), "stage_minutes": done, "curve": curve(run)}
+    elif job.script:
+        call([job.script, *job.flags, "--out", run / "adapter", "--overwrite"], log, args.threads)
+        adapters = {"final": run / "adapter"}
     else:
-        tiny = "--prompts_per_iteration 4 --group_size 2 --steps 3 --window_end 2 --window 1 --eval_steps 2".split()
-        tiny = [] if not args.quick else tiny[:6] + tiny[-2:] if script == "train_opd.py" else tiny
-        common_flags = [
-            "--seed",
-            seed,
-            "--out",
-            run,
-            *(["--sample_every", 0, "--eval_prompts", 0] if "opd" in script else []),
-            *tiny,
-        ]
-        done = json.loads((kept / "minutes.json").read_text()) if (kept / "minutes.json").exists() else {}
-        for n, stage in enumerate(stages):
-            if str(stage) not in done:
-                how_to_start = "--resume" if n else "--overwrite"
-                command = [script, *flags, *common_flags, "--iterations", stage, how_to_start]
-                done[str(stage)] = call(command, log, args.threads)
-                shutil.rmtree(kept / str(stage), ignore_errors=True)
-                shutil.copytree(run / "adapter", kept / str(stage))
-                save_json(kept / "minutes.json", done)
-            minutes["wall_minutes"] += done[str(stage)][0]
-            minutes["cpu_minutes"] += done[str(stage)][1]
-            adapters[str(stage)] = kept / str(stage)
-    names = list(adapters)
-    scores = evaluate({names[-1]: adapters[names[-1]]}, how, run, log, args.threads, args.quick)
-    if names[:-1]:
-        scores = evaluate({n: adapters[n] for n in names[:-1]}, "small", run, log, args.threads, args.quick) | scores
-    record = {"part": part, "name": name, "seed": seed, "script": script, "flags": list(flags), "stages": list(stages)}
-    record |= {"final": names[-1], "scores": scores}
-    if stages and script != "merge.py":
-        minutes = {k: round(v, 2) for k, v in minutes.items()}
-        record |= {"compute": cost(run, minutes), "stage_minutes": done, "curve": curve(run)}
+        adapters = {"final": job.flags[0]}
+    *before, final = adapters
+    scores = evaluate({n: adapters[n] for n in before}, "small", run, log, args.threads, args.quick) if before else {}
+    scores |= evaluate({final: adapters[final]}, job.how, run, log, args.threads, args.quick)
+    record |= {"final": final, "scores": scores}
     args.results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=None, separators=(",", ":")).replace('},{"iteration', '},\n{"iteration')
+    text = json.dumps(record, separators=(",", ":")).replace('},{"iteration', '},\n{"iteration')
     beside = args.results / f"{run.name}.tmp"
     beside.write_text(text + "\n")
     beside.replace(args.results / f"{run.name}.json")
@@ -248,14 +251,11 @@ def run_job(job, args):
 
 def recorded(job, results):
     """Whether this run's file is there, made with the same flags."""
-    _, name, seed, script, flags, stages, _ = job
-    if script == "experiments/gradients.py":
+    if job.script == "experiments/gradients.py":
         return (results / "gradients.json").exists()
-    file = results / f"{name}_seed{seed}.json"
-    if not file.exists():
-        return False
-    record = json.loads(file.read_text())
-    return [record["script"], record["flags"], record["stages"]] == [script, list(flags), list(stages)]
+    file = results / f"{job.name}_seed{job.seed}.json"
+    record = json.loads(file.read_text()) if file.exists() else None
+    return record and [record["script"], record["flags"], record["stages"]] == [job.script, job.flags, list(job.stages)]
 
 
 def main(args):
@@ -263,18 +263,24 @@ def main(args):
     began, jobs = time.time(), plan(args.out)
     if args.quick:
         tiny = {"opd_merge": (1, 2), "merge_mix": (2,), "merged": ()}
-        jobs = [(*job[:5], tiny[job[1]], job[6]) for job in jobs if job[1] in tiny and job[2] == 0]
-    todo = [job for job in jobs if not recorded(job, args.results) and (not args.only or job[0] in args.only)]
-    prompts = args.out / "prompts" / "all.txt"
+        jobs = [job._replace(stages=tiny[job.name]) for job in jobs if job.name in tiny and job.seed == 0]
+    todo = [job for job in jobs if not recorded(job, args.results) and (not args.only or job.part in args.only)]
+    if args.report:
+        todo = []
+    prompts = args.out / "prompts" / "all.txt"  # of all tasks, for routing_all
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(Path(f"toy/prompts/{task}_train.txt").read_text() for task in TASKS))
-    for n, job in enumerate(todo if not args.report else ()):
+    for n, job in enumerate(todo):
         hours = (time.time() - began) / 3600
         if hours > args.budget_hours:
-            print(f"{hours:.1f} hours gone: stopped before {job[1]}; the same command goes on", flush=True)
+            print(f"{hours:.1f} hours gone: stopped before {job.name}; the same command goes on", flush=True)
             break
         left = f"some {hours / n * (len(todo) - n):.1f} hours left" if n else "time left unknown"
-        print(f"{time.strftime('%H:%M')} {n + 1} of {len(todo)}: {job[0]}, {job[1]} seed {job[2]}; {left}", flush=True)
+        print(f"{time.strftime('%H:%M')} {n + 1} of {len(todo)}: {job.part}, {job.name} seed {job.seed}; {left}", flush=True)
+        for start in jobs:  # recorded, but its adapter is not here: what another run starts from
+            folder = f"{args.out}/{start.name}_seed{start.seed}/adapter"
+            if folder in job.flags and not Path(folder).exists():
+                run_job(start, args)
         run_job(job, args)
     report.write(args.results)
 

@@ -229,9 +229,15 @@ def pair(name):
     return " and ".join(COLUMNS[task][0] for task in name.split("-"))
 
 
+def at_stage(name):
+    """ "distillation: Flow-OPD, iteration 40" -> ("OPD", 40); the merged start is iteration 0."""
+    return "GRPO" if name.startswith("grpo") else "OPD", int(name.rsplit(" ", 1)[1]) if "iteration" in name else 0
+
+
 def cosines(runs, found):
     """Cosines of the tasks' gradients: as every iteration of the main job logged them, and as gradients.py measured them."""
-    measured = found["tasks"] if found else {}
+    measured = {at_stage(name): m for name, m in (found["tasks"] if found else {}).items()}
+    measured = dict(sorted(measured.items(), key=lambda item: (item[0][0] == "GRPO", item[0][1])))
 
     def logged(name, low, high):
         lines = [r for record in runs.get("opd_merge", ()) for r in record["curve"] if low <= r["iteration"] < high]
@@ -242,7 +248,7 @@ def cosines(runs, found):
     ]
     for t in TASKS:
         lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(f"{m['reliability'][t]:+.2f}" for m in measured.values())])
-    return markdown(["", "main job, iterations 0 to 9", "70 to 79", *measured], lines)
+    return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
 
 
 def until(runs, name, share):
@@ -295,6 +301,7 @@ def figure(path, panels, width=4.2):
     size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
     picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
     names = list(dict.fromkeys(line[0] for panel in panels for line in panel[4]))  # one colour in all panels
+    told = set()
     for axis, (title, xlabel, ylabel, log, lines, level) in zip(axes[0], panels):
         for label, x, y, band in lines:
             colour = PALETTE[names.index(label)]
@@ -306,13 +313,19 @@ def figure(path, panels, width=4.2):
         for height, label in level.items():
             axis.axhline(label, color="gray", linewidth=0.9, linestyle="--")
             axis.annotate(height, (0.99, label), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        axis.set_xscale("log" if "x" in log else "linear")
+        if "x" in log:
+            ticks = sorted({v for line in lines for v in line[1]})
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
+            axis.minorticks_off()
         axis.set_yscale("log" if "y" in log else "linear")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.title.set_fontsize(10)
         axis.margins(y=0.08)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if not {line[0] for line in lines} <= told:
+            axis.legend(fontsize=7)
+        told |= {line[0] for line in lines}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=100)
     plt.close(picture)
@@ -394,9 +407,8 @@ def figures(runs, found, folder):
     main, mixed = runs.get("opd_merge", []), []
     lines = [(pair(p), *over_seeds(main, f"cosine/{p}")) for p in PAIRS if main]
     if found:
-        kinds = {k: m for k, m in found["tasks"].items() if k.startswith("grpo")}
-        x = [int(k.rsplit(" ", 1)[1]) if "iteration" in k else 0 for k in kinds]
-        mixed = [(pair(p), x, [m["cosine"][p] for m in kinds.values()], None) for p in PAIRS]
+        kinds = {at_stage(k)[1]: m["cosine"] for k, m in found["tasks"].items() if k.startswith("grpo")}
+        mixed = [(pair(p), list(kinds), [cosine[p] for cosine in kinds.values()], None) for p in PAIRS]
     draw("interference", ("Flow-OPD from merge, three seeds", "iteration", "cosine of two tasks' gradients", "", lines, {}),
          ("merge + GRPO-Mix", "iteration", "cosine of two tasks' gradients", "", mixed, {}))  # fmt: skip
 
