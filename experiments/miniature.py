@@ -192,7 +192,7 @@ def cost(run, minutes):
 
 
 def curve(run):
-    """metrics.jsonl, thinned to some 40 lines: KL of every task, cosines of their gradients, rewards, seconds since the start."""
+    """metrics.jsonl, thinned to some 40 lines: KL of each task, cosines of their gradients, rewards, seconds so far."""
     log, seconds, lines = common.read_log(run), 0.0, []
     for n, line in enumerate(log):
         seconds += line["seconds"]

@@ -251,23 +251,19 @@ def cosines(runs, found):
     return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
 
 
-def until(runs, name, share):
+def minutes(runs, name, share=0.97):
     """CPU minutes until the Average first reaches `share` of the oracle, on a straight line between stages; mean over seeds."""
-    times = []
-    for record in [r for r in runs.get(name, ()) if len(r["stages"]) > 1]:
+    staged, times = [r for r in runs.get(name, ()) if len(r["stages"]) > 1], []
+    if not staged or not {"oracle", "merged"} <= set(runs):
+        return MISSING
+    for record in staged:
         x, y, _ = stage_curve(record, scores(runs["merged"][0])["average"])
         goal = share * value(runs, "oracle", "average")[0]
-        n = next((n for n in range(len(y)) if y[n] >= goal), None)
+        n = next((n for n in range(1, len(y)) if y[n] >= goal), None)
         if n is None:
-            return math.inf
+            return f"not within {x[-1]:.1f} ({max(y):.4f} at best)"
         times.append(x[n - 1] + (x[n] - x[n - 1]) * (goal - y[n - 1]) / (y[n] - y[n - 1]))
-    return statistics.mean(times) if times else math.nan
-
-
-def minutes(runs, name, share=0.97):
-    """The same in words."""
-    at = until(runs, name, share)
-    return MISSING if math.isnan(at) else "not reached" if at == math.inf else f"{at:.1f}"
+    return f"{statistics.mean(times):.1f}"
 
 
 def to_best(runs, name):
