@@ -100,6 +100,8 @@ def plan(out):
     opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80), how="small")
     opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
     small("ablations", "routing_all", "--prompts", *(f"{task}={out}/prompts/all.txt" for task in TASKS))
+    opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
+    opd("main", "opd_sft", 0, *SMALL, *rows["opd_sft"])
     opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
     small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
     small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
@@ -107,8 +109,6 @@ def plan(out):
         for objective in ("ppo", "kl"):
             flags = (*EIGHTS, "--objective", objective, "--updates", updates)
             opd("staleness", f"{objective}_updates{updates}", 0, *flags, how="small")
-    opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
-    opd("main", "opd_sft", 0, *SMALL, *rows["opd_sft"])
     mix("main", "sft_mix", 0, *weighted, "--init", sft)
     opd("MAR", "mar0.1", 0, *SMALL, "--mar_weight", "0.1")
     opd("MAR", "anchor_base", 0, *SMALL, "--anchor", "base")
