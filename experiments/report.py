@@ -222,6 +222,31 @@ def gradients(runs, found):
     return markdown(["", *(f"cosine, {b} images" for b in last["kl"]["cosine"]), "length", "variance"], lines)
 
 
+def of_objective(found, name):
+    return found["objectives"][name][-1] if found else None
+
+
+def cosine(runs, found, name, batch=None):
+    """Of an objective's gradient to the exact one; batch: images, default as many as there are."""
+    last = of_objective(found, name)
+    return f"{last['cosine'][str(batch or max(last['cosine'], key=int))]:.2f}" if last else MISSING
+
+
+def length(runs, found, name):
+    last = of_objective(found, name)
+    return f"{last['length']:.3f}" if last else MISSING
+
+
+def times(runs, found, name, other):
+    """How many times another objective's variance."""
+    a, b = of_objective(found, name), of_objective(found, other)
+    return f"{a['variance'] / b['variance']:,.{0 if a['variance'] > 100 * b['variance'] else 1}f}" if a else MISSING
+
+
+def measured(runs, found, stage, tasks):
+    return f"{found['tasks'][stage]['cosine'][tasks]:+.2f}" if found else MISSING
+
+
 PAIRS = [f"{a}-{b}" for n, a in enumerate(TASKS) for b in TASKS[n + 1 :]]
 
 
@@ -434,7 +459,10 @@ def write(results):
     runs = load(results)
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
-    of_runs, of_both = (score, gap, differences, ratio, table, stages, minutes, to_best, hours), (gradients, cosines)
+    of_runs, of_both = (
+        (score, gap, differences, ratio, table, stages, minutes, to_best, hours),
+        (gradients, cosine, length, times, measured, cosines),
+    )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
     calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
     calls["found"] = found or {"units": 0, "routing": math.nan}
