@@ -166,8 +166,8 @@ def call(command, log, threads):
 
 
 def evaluate(adapters, num_prompts, outside, folder, log, threads):
-    """Score {name: adapter} by evaluate.py, on `num_prompts` test prompts a task (0: all) and by the held-out scores; `outside`:
-    on prompts out of distribution too. -> {name: {metric: {"mean", "se", "n"}}}."""
+    """Score {name: adapter} by evaluate.py on `num_prompts` test prompts a task (0: all), also by the held-out scores;
+    `outside`: and on prompts out of distribution. -> {name: {metric: {"mean", "se", "n"}}}."""
     from experiments import heldout
 
     files = heldout.write_prompts(folder.parent / "prompts")

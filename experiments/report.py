@@ -90,11 +90,14 @@ MISSING = "not run yet"
 
 
 def load(results):
-    """{run's name: [record of each seed, in order]}; the oracle is put together from the teachers."""
+    """{run's name: [record of each seed, in order]}; the oracle is put together from the teachers, and C' at its default learning
+    rate is the row opd_small under another name."""
     runs = {}
     for file in sorted(results.glob("*_seed*.json")):
         record = json.loads(file.read_text())
         runs.setdefault(record["name"], []).append(record)
+    if "opd_small" in runs:
+        runs["ppo_lr1e-3"] = runs["opd_small"]
     if all(task in runs for task in TASKS):
         own = {task: scores(runs[task][0])[task] for task in TASKS}
         mean = sum(own[t]["mean"] / SCALES[t] for t in TASKS) / 4
@@ -302,7 +305,7 @@ def to_best(runs, name):
 
 
 def hours(runs):
-    costs = [r["compute"] for records in runs.values() for r in records if "compute" in r]
+    costs = [r["compute"] for name in runs if name != "ppo_lr1e-3" for r in runs[name] if "compute" in r]
     return f"{len(costs)} trainings, {sum(c['cpu_minutes'] for c in costs) / 60:.1f} hours of CPU time"
 
 
