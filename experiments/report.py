@@ -1,12 +1,14 @@
 """RESULTS.md and its figures from results/*.json alone: python experiments/miniature.py --report
 
-The prose is RESULTS.template.md; what stands there in double braces is a call of one of the functions below.
+The prose is RESULTS.template.md. What stands there in double braces is the name of a function below and its arguments, as on a
+command line: {{score opd_merge variety}}, {{table "base ocr" "geneval average"}}.
 """
 
 import functools
 import json
 import math
 import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -74,7 +76,8 @@ LABELS = {
     "ppo_updates8_clip0.02": "C' ppo, clip 0.02, 8 updates",
 }
 LABELS |= {f"{n}_updates{u}": f"{OBJECTIVES[n]}, {u} update{'s' * (u > 1)}" for n in ("ppo", "kl") for u in (1, 2, 4, 8)}
-LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTIVES.items() for lr in ("3e-4", "1e-3", "3e-3")}
+RATES = ("3e-4", "1e-3", "3e-3")
+LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTIVES.items() for lr in RATES}
 # What the shipped adapters cost by their flags in toy.py: iterations, images an iteration, passes of an image.
 SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
            "deqa": (110, 128, 21)}  # fmt: skip
@@ -90,8 +93,8 @@ MISSING = "not run yet"
 
 
 def load(results):
-    """{run's name: [record of each seed, in order]}; the oracle is put together from the teachers, and C' at its default learning
-    rate is the row opd_small under another name."""
+    """{run's name: [record of each seed, in order]}. The oracle is put together from the teachers; C' at the default learning
+    rate is opd_small under another name."""
     runs = {}
     for file in sorted(results.glob("*_seed*.json")):
         record = json.loads(file.read_text())
@@ -180,11 +183,6 @@ def differences(runs, pairs):
     return "\n".join(lines).replace("*", "")
 
 
-def ratio(runs, name, other, metric="average"):
-    a, b = value(runs, name, metric), value(runs, other, metric)
-    return f"{a[0] / b[0]:.1%}" if a and b else MISSING
-
-
 def table(runs, names, metrics, against=None):
     """A row for every run of `names`, a column for every metric; `against`: and the Average's difference to that run."""
     metrics, lines = metrics.split(), []
@@ -196,6 +194,12 @@ def table(runs, names, metrics, against=None):
     return markdown(head, lines)
 
 
+def learning_rates(runs, metrics):
+    """The same for every objective at every learning rate of the grid that has run."""
+    names = [f"{objective}_lr{lr}" for objective in OBJECTIVES for lr in RATES]
+    return table(runs, " ".join(name for name in names if name in runs), metrics)
+
+
 def markdown(head, lines):
     return "\n".join(
         ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in lines)]
@@ -204,7 +208,7 @@ def markdown(head, lines):
 
 def stages(runs, name, seed, metrics):
     """A run's scores at every iteration it was scored at."""
-    record = next((r for r in runs.get(name, ()) if r["seed"] == seed), None)
+    record = next((r for r in runs.get(name, ()) if r["seed"] == int(seed)), None)
     if not record:
         return MISSING
     metrics = metrics.split()
@@ -229,10 +233,10 @@ def of_objective(found, name):
     return found["objectives"][name][-1] if found else None
 
 
-def cosine(runs, found, name, batch=None):
-    """Of an objective's gradient to the exact one; batch: images, default as many as there are."""
+def cosine(runs, found, name, batch):
+    """Of an objective's gradient over so many images to the exact one."""
     last = of_objective(found, name)
-    return f"{last['cosine'][str(batch or max(last['cosine'], key=int))]:.2f}" if last else MISSING
+    return f"{last['cosine'][batch]:.2f}" if last else MISSING
 
 
 def length(runs, found, name):
@@ -248,6 +252,14 @@ def times(runs, found, name, other):
 
 def measured(runs, found, stage, tasks):
     return f"{found['tasks'][stage]['cosine'][tasks]:+.2f}" if found else MISSING
+
+
+def images(runs, found):
+    return str(found["units"] * found["unit"]) if found else MISSING
+
+
+def routing(runs, found):
+    return f"{found['routing']:.0e}" if found else MISSING
 
 
 PAIRS = [f"{a}-{b}" for n, a in enumerate(TASKS) for b in TASKS[n + 1 :]]
@@ -304,9 +316,26 @@ def to_best(runs, name):
     return f"{statistics.mean(found):.1f}" if found else MISSING
 
 
+def trainings(runs):
+    """Every record of a training once."""
+    return [r for name in runs if name != "ppo_lr1e-3" for r in runs[name] if "compute" in r]
+
+
 def hours(runs):
-    costs = [r["compute"] for name in runs if name != "ppo_lr1e-3" for r in runs[name] if "compute" in r]
+    costs = [r["compute"] for r in trainings(runs)]
     return f"{len(costs)} trainings, {sum(c['cpu_minutes'] for c in costs) / 60:.1f} hours of CPU time"
+
+
+def parts(runs):
+    """What has been trained for every part, and what that took."""
+    lines = []
+    for part in dict.fromkeys(r["part"] for r in trainings(runs)):
+        records = [r for r in trainings(runs) if r["part"] == part]
+        seeds = [sum(r["name"] == name for r in records) for name in dict.fromkeys(r["name"] for r in records)]
+        cpu = sum(r["compute"]["cpu_minutes"] for r in records) / 60
+        by_seeds = ", ".join(f"{seeds.count(n)} with {n} seed{'s' * (n > 1)}" for n in sorted(set(seeds), reverse=True))
+        lines.append([part, by_seeds, str(len(records)), f"{cpu:.2f}"])
+    return markdown(["part", "rows", "trainings", "hours on one core"], lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -415,7 +444,7 @@ def figures(runs, found, folder):
     bars = [n for n in OBJECTIVES if n != "trajectory"]
     points = []
     for n in bars:
-        got = [(float(lr), value(runs, f"{n}_lr{lr}", "average")) for lr in ("3e-4", "1e-3", "3e-3")]
+        got = [(float(lr), value(runs, f"{n}_lr{lr}", "average")) for lr in RATES]
         got = [(x, *v) for x, v in got if v]
         points += [(OBJECTIVES[n], *zip(*got))] if got else []
     draw("objectives", ("learning rate 1e-3", "iteration (32 images each)", "KL to the routed teacher", "y", lines, {}),
@@ -463,14 +492,13 @@ def write(results):
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
     of_runs, of_both = (
-        (score, gap, differences, ratio, table, stages, minutes, to_best, hours),
-        (gradients, cosine, length, times, measured, cosines),
+        (score, gap, differences, table, learning_rates, stages, minutes, to_best, hours, parts),
+        (gradients, cosine, length, times, measured, images, routing, cosines),
     )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
     calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
-    calls["found"] = found or {"units": 0, "routing": math.nan}
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
-    text = re.sub(r"\{\{(.+?)\}\}", lambda call: str(eval(call[1], calls)), template, flags=re.DOTALL)
+    text = re.sub(r"\{\{(\w+)(.*?)\}\}", lambda call: calls[call[1]](*shlex.split(call[2])), template, flags=re.S)
     (results.parent / "RESULTS.md").write_text(text)
     figures(runs, found, results.parent / "figures")
     print(f"{sum(map(len, runs.values()))} records -> {results.parent}/RESULTS.md and figures/")
