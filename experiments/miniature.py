@@ -97,7 +97,7 @@ def plan(out):
     jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", [], ()))
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
-    opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80))
+    opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80, 100, 120))
 
     # One seed of every other question.
     small("ablations", "routing_all", "--prompts", *(f"{task}={out}/prompts/all.txt" for task in TASKS))

@@ -81,6 +81,7 @@ LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTI
 # What the shipped adapters cost by their flags in toy.py: iterations, images an iteration, passes of an image.
 SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
            "deqa": (110, 128, 21)}  # fmt: skip
+MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test reward
 # Okabe and Ito's palette, told apart by colour-blind eyes; and a marker each.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
@@ -132,7 +133,8 @@ def scores(record, stage=None):
 
 
 def value(runs, name, metric):
-    """(mean, standard error): over seeds if there are several, else over test prompts. None where there is no run."""
+    """(mean, standard error) or None where there is no run. One seed: the error over test prompts. n seeds: that over seeds,
+    but not less than that over prompts / sqrt(n), for two or three seeds may lie close together by chance."""
     records = runs.get(name, [])
     if metric in ("images", "passes", "cpu_minutes"):
         if name in SHIPPED and metric != "cpu_minutes":
@@ -143,10 +145,11 @@ def value(runs, name, metric):
     if metric == "seeds":
         return (sum("compute" in r for r in records), 0.0) if any("compute" in r for r in records) else None
     found = [scores(r)[metric] for r in records if metric in scores(r)]
+    if not found:
+        return None
     means = [f["mean"] for f in found]
-    if len(found) < 2:
-        return (found[0]["mean"], found[0]["se"]) if found else None
-    return statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.mean(means), max(spread, statistics.mean(f["se"] for f in found)) / len(means) ** 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,29 +294,43 @@ def cosines(runs, found):
     return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
 
 
-def minutes(runs, name, share=0.97):
-    """CPU minutes until the Average first reaches `share` of the oracle, on a straight line between stages; mean over seeds."""
-    staged, times = [r for r in runs.get(name, ()) if len(r["stages"]) > 1], []
-    if not staged or not {"oracle", "merged"} <= set(runs):
-        return MISSING
-    for record in staged:
+def reached(runs, name, goal):
+    """CPU minutes until each seed's Average first reaches `goal`, on a straight line between its stages: [minutes or None]."""
+    out = []
+    for record in (r for r in runs.get(name, ()) if len(r["stages"]) > 1):
         x, y, _ = stage_curve(record, scores(runs["merged"][0])["average"])
-        goal = share * value(runs, "oracle", "average")[0]
         n = next((n for n in range(1, len(y)) if y[n] >= goal), None)
-        if n is None:
-            return f"not within {x[-1]:.1f} ({max(y):.4f} at best)"
-        times.append(x[n - 1] + (x[n] - x[n - 1]) * (goal - y[n - 1]) / (y[n] - y[n - 1]))
-    return f"{statistics.mean(times):.1f}"
+        out.append(x[n - 1] + (x[n] - x[n - 1]) * (goal - y[n - 1]) / (y[n] - y[n - 1]) if n else None)
+    return out
 
 
-def to_best(runs, name):
-    """CPU minutes of a GRPO run until its best test reward."""
-    found = []
-    for record in runs.get(name, ()):
-        best = max((line for line in record["curve"] if "test" in line), key=lambda line: line["test"])
-        cost = record["compute"]
-        found.append(best["seconds"] / 60 * cost["cpu_minutes"] / cost["wall_minutes"])
-    return f"{statistics.mean(found):.1f}" if found else MISSING
+def minutes(runs, name):
+    """CPU minutes to 97 % of the oracle, one number per seed."""
+    if not {"oracle", "merged", name} <= set(runs):
+        return MISSING
+    found = reached(runs, name, 0.97 * value(runs, "oracle", "average")[0])
+    total = value(runs, name, "cpu_minutes")[0]
+    return ", ".join(f"{m:.1f}" if m else f"not in {total:.1f}" for m in found) or MISSING
+
+
+def speedup(runs, slow, fast):
+    """How many times longer `slow` takes to the best Average that it reaches, means over seeds."""
+    if not {"merged", slow, fast} <= set(runs):
+        return MISSING
+    best = statistics.mean(max(stage_curve(r, scores(runs["merged"][0])["average"])[1]) for r in runs[slow])
+    times = [[m for m in reached(runs, name, best) if m] for name in (slow, fast)]
+    if not all(times):
+        return MISSING
+    long, short = map(statistics.mean, times)
+    return f"{long:.1f} against {short:.1f} minutes, {long / short:.1f} times"
+
+
+def mix_minutes(runs):
+    """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an iteration of the same size took here."""
+    if "merge_mix" not in runs:
+        return MISSING
+    one = statistics.mean(r["compute"]["cpu_minutes"] / r["compute"]["images"] for r in runs["merge_mix"])
+    return f"{one * MIX_BEST * SHIPPED['grpo_mix'][1]:.1f}"
 
 
 def trainings(runs):
@@ -492,7 +509,7 @@ def write(results):
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
     of_runs, of_both = (
-        (score, gap, differences, table, learning_rates, stages, minutes, to_best, hours, parts),
+        (score, gap, differences, table, learning_rates, stages, minutes, speedup, mix_minutes, hours, parts),
         (gradients, cosine, length, times, measured, images, routing, cosines),
     )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
