@@ -2,18 +2,18 @@
 
     python experiments/miniature.py                       # whatever has not been run yet, in the order of importance
     python experiments/miniature.py --only main           # one part
-    python experiments/miniature.py --budget_hours 2      # no new run after two hours; the same command goes on
+    python experiments/miniature.py --budget_hours 2      # starts no run after two hours; the same command goes on
     python experiments/miniature.py --report              # RESULTS.md and the figures from what is recorded, no run
     python experiments/miniature.py --quick               # a tiny version of three runs, to see that all of it works
 
 A run is a stock script with flags, in a process of its own; evaluate.py scores what it trained, also by what no teacher was
 trained on (heldout.py). What is kept of it is results/NAME_seedN.json: flags, scores, a thinned curve, what it cost. A run
-whose file has the same flags is not repeated. gradients.py measures gradients; report.py writes RESULTS.md.
+whose file has the same flags is not repeated: delete the file to score it again, NAME_seedN.stages too to train it again.
+gradients.py measures gradients; report.py writes RESULTS.md. Ctrl-C loses the run under way and nothing else.
 
 Seeds vary the student's training; base, teachers, merged start, test prompts and test noise are those of toy/.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
-from cli import TASKS, Help, save_json
+from cli import TASKS, Help, Parser, at_least, finite, save_json
 from experiments import report
 
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
@@ -53,13 +53,13 @@ class Job(NamedTuple):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     flag = parser.add_argument
     flag("--only", nargs="+", choices=PARTS, metavar="PART", help=f"run these parts alone: {', '.join(PARTS)}")
-    flag("--budget_hours", type=float, default=100, help="start no run after so many hours")
-    flag("--threads", type=int, default=1, help="CPU threads of a run; more or fewer may change last digits")
+    flag("--budget_hours", type=finite, default=100, help="hours after which no run is started")
+    flag("--threads", type=at_least(1), default=1, help="CPU threads of a run; more or fewer may change last digits")
     flag("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs themselves")
-    flag("--results", type=Path, default=Path("experiments/results"), help="what is kept; RESULTS.md is written beside it")
+    flag("--results", type=Path, default=Path("experiments/results"), help="folder of what is kept; RESULTS.md is beside it")
     flag("--report", action="store_true", help="run nothing, write RESULTS.md and the figures")
     flag("--quick", action="store_true", help="tiny versions of three runs, into runs/miniature_quick")
     args = parser.parse_args()
@@ -94,7 +94,8 @@ def plan(out):
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
     for objective in ("ode", "ppo"):
         small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
-    jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", [], ()))
+    along = [f"{out}/opd_merge_seed2.stages", f"{out}/merge_mix_seed0.stages"]
+    jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", along, ()))
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
     opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80, 100, 120))
@@ -230,13 +231,12 @@ def run_job(job, args):
     run, log = args.out / f"{job.name}_seed{job.seed}", args.out / f"{job.name}_seed{job.seed}.log"
     record = job._asdict()
     if job.script == "experiments/gradients.py":  # keeps its own record
-        return call([job.script, "--runs", args.out, "--results", args.results], log, args.threads)
+        return call([job.script, *job.flags, "--results", args.results], log, args.threads)
     if job.stages:
         adapters, done = train(job, run, args)
-        minutes = {
-            kind: round(sum(both[n] for both in done.values()), 2) for n, kind in enumerate(("wall_minutes", "cpu_minutes"))
-        }
-        record |= {"compute": cost(run, minutes | {"threads": args.threads}), "stage_minutes": done, "curve": curve(run)}
+        wall, cpu = (round(sum(column), 2) for column in zip(*done.values()))
+        minutes = {"wall_minutes": wall, "cpu_minutes": cpu, "threads": args.threads}
+        record |= {"compute": cost(run, minutes), "stage_minutes": done, "curve": curve(run)}
     elif job.script:
         call([job.script, *job.flags, "--out", run / "adapter", "--overwrite"], log, args.threads)
         adapters = {"final": run / "adapter"}
@@ -266,13 +266,13 @@ def recorded(job, results):
 
 def main(args):
     os.chdir(ROOT)
+    if args.report:
+        return report.write(args.results)
     began, jobs = time.time(), plan(args.out)
     if args.quick:
         tiny = {"opd_merge": (1, 2), "merge_mix": (2,), "merged": ()}
         jobs = [job._replace(stages=tiny[job.name]) for job in jobs if job.name in tiny and job.seed == 0]
     todo = [job for job in jobs if not recorded(job, args.results) and (not args.only or job.part in args.only)]
-    if args.report:
-        todo = []
     prompts = args.out / "prompts" / "all.txt"  # of all tasks, for routing_all
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(Path(f"toy/prompts/{task}_train.txt").read_text() for task in TASKS))
@@ -283,13 +283,16 @@ def main(args):
             break
         left = f"some {hours / n * (len(todo) - n):.1f} hours left" if n else "time left unknown"
         print(f"{time.strftime('%H:%M')} {n + 1} of {len(todo)}: {job.part}, {job.name} seed {job.seed}; {left}", flush=True)
-        for start in jobs:  # recorded, but its adapter is not here: what another run starts from
-            folder = f"{args.out}/{start.name}_seed{start.seed}/adapter"
-            if folder in job.flags and not Path(folder).exists():
+        for start in jobs:  # what this job starts from: recorded by another clone perhaps, and not in this one's runs/
+            made = [f"{args.out}/{start.name}_seed{start.seed}{end}" for end in ("/adapter", ".stages")]
+            if any(path in job.flags and not Path(path).exists() for path in made):
                 run_job(start, args)
         run_job(job, args)
     report.write(args.results)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
