@@ -126,9 +126,9 @@ def plan(out):
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
         small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
     mix("main", "mix_short", 0, *weighted)
-    for seed in (1, 2):
-        small("objectives", "kl_lr1e-3", "--objective", "kl", seed=seed)
-        small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=seed)
+    for seed, at in ((1, quarters), (2, (80,))):
+        opd("objectives", "kl_lr1e-3", seed, *SMALL, "--objective", "kl", at=at)
+        opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
     mix("main", "sft_mix", 0, *weighted, "--init", sft)
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
     for name, flags in (("late", ("--train_steps", "3,4")), ("steps10", ("--steps", "10")), ("noise0.3", ("--noise", "0.3")),

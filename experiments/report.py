@@ -85,6 +85,7 @@ MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test rewar
 # Okabe and Ito's palette, told apart by colour-blind eyes; and a marker each.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
+STYLES = ("-", "-", "-", "--", "-", "-.", ":")  # where two lines lie on each other, the lower one shows through
 MISSING = "not run yet"
 
 
@@ -361,25 +362,32 @@ def parts(runs):
 
 
 def figure(path, panels, width=4.2):
-    """panels: [(title, x label, y label, log axes, [(label, x, y, half width of the band or None)], {x: note})]"""
+    """panels: [(title, x label, y label, log axes, [(label, x, y, half width of the band or None)], {note: height})].
+    Where x are words, points with error bars side by side instead of lines with bands."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    same = len({panel[2] for panel in panels}) < len(panels)  # one quantity, one scale
+    same = len({panel[2] for panel in panels}) == 1  # one quantity, one scale
     size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
     picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
     names = list(dict.fromkeys(line[0] for panel in panels for line in panel[4]))  # one colour in all panels
     told = set()
     for axis, (title, xlabel, ylabel, log, lines, level) in zip(axes[0], panels):
-        for label, x, y, band in lines:
-            colour = PALETTE[names.index(label)]
-            marker = {"marker": MARKERS[names.index(label)], "markersize": 4} if len(x) < 15 else {}
-            axis.plot(x, y, color=colour, label=label, linewidth=1.4, **marker)
+        for n, (label, x, y, band) in enumerate(lines):
+            at = names.index(label)
+            look = {"color": PALETTE[at], "linewidth": 1.4, "label": label}
+            look |= {"marker": MARKERS[at], "markersize": 4} if len(x) < 15 else {}
+            if isinstance(x[0], str):
+                beside = [place + 0.15 * (n - (len(lines) - 1) / 2) for place in range(len(x))]
+                axis.errorbar(beside, y, band, linestyle="", capsize=2, **look)
+                axis.set_xticks(range(len(x)), x)
+                continue
+            axis.plot(x, y, linestyle=STYLES[at], **look)
             if band:
                 low, high = [v - b for v, b in zip(y, band)], [v + b for v, b in zip(y, band)]
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=PALETTE[at], alpha=0.2, linewidth=0)
         for height, label in level.items():
             axis.axhline(label, color="gray", linewidth=0.9, linestyle="--")
             axis.annotate(height, (0.99, label), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
@@ -427,10 +435,28 @@ def stage_curve(record, start):
     return x, y, se
 
 
-def mean_kl(record):
-    """The record with one KL a line, the mean over its tasks."""
-    kls = [[v for k, v in line.items() if k.startswith("kl/")] for line in record["curve"]]
-    return record | {"curve": [line | {"kl": statistics.mean(k)} for line, k in zip(record["curve"], kls)]}
+def mean_kl(records):
+    """The records with one KL a line, the mean over its tasks."""
+    merge = lambda line: line | {"kl": statistics.mean(v for k, v in line.items() if k.startswith("kl/"))}
+    return [record | {"curve": [merge(line) for line in record["curve"]]} for record in records]
+
+
+def average_line(runs, name, label, x="minutes"):
+    """[the Average of a run's stages, mean over the seeds that were scored at several] or [], as lines of a figure."""
+    start = scores(runs["merged"][0])["average"]
+    staged = [r for r in runs.get(name, ()) if len(r["stages"]) > 1]
+    if not staged:
+        return []
+    x_minutes, y, se = (
+        [statistics.mean(column) for column in zip(*part)] for part in zip(*(stage_curve(r, start) for r in staged))
+    )
+    return [(label, x_minutes if x == "minutes" else [0, *staged[0]["stages"]], y, se)]
+
+
+def to_teacher(runs, found):
+    """{task: (score, error)} -> both over the score of the task's own teacher: (scores, errors), in the order of TASKS."""
+    goals = [value(runs, t, t)[0] for t in TASKS]
+    return [found[t][0] / goal for t, goal in zip(TASKS, goals)], [found[t][1] / goal for t, goal in zip(TASKS, goals)]
 
 
 def figures(runs, found, folder):
@@ -441,31 +467,29 @@ def figures(runs, found, folder):
         if panels:
             figure(folder / f"{name}.png", panels, width)
 
-    def average_curve(name, label):
-        staged = [stage_curve(r, scores(runs["merged"][0])["average"]) for r in runs.get(name, ()) if len(r["stages"]) > 1]
-        return [(label, *([statistics.mean(column) for column in zip(*part)] for part in zip(*staged)))] if staged else []
+    complete = {"oracle", "merged", "base"} <= set(runs)  # what the scores of others are compared with
+    main = runs.get("opd_merge", [])
 
-    top = value(runs, "oracle", "average")
-    if top:
-        lines = average_curve("opd_small", "Flow-OPD, 32 images an iteration")
-        lines += average_curve("opd_merge", "Flow-OPD, 128 images an iteration")
-        lines += average_curve("published_schedule", "published schedule, 32 images an iteration")
-        lines += average_curve("merge_mix", "merge + GRPO-Mix, 192 images an iteration")
-        levels = {"oracle": top[0], "97 % of the oracle": 0.97 * top[0]}
-        draw("average", ("", "CPU minutes of training, one thread", "Average", "", lines, levels), width=6)
+    if complete:
+        names = {"opd_small": "Flow-OPD, 32 images an iteration", "opd_merge": "Flow-OPD, 128 images an iteration",
+                 "published_schedule": "published schedule, 32 images an iteration",
+                 "merge_mix": "merge + GRPO-Mix, 192 images an iteration"}  # fmt: skip
+        lines = [line for name, label in names.items() for line in average_line(runs, name, label)]
+        top = value(runs, "oracle", "average")[0]
+        levels = {"oracle": top, "97 % of the oracle": 0.97 * top}
+        draw("average", ("", "CPU minutes of training, one thread", "Average (0 to 1)", "", lines, levels), width=6)
 
     six = [n for n in OBJECTIVES if n != "ode"]  # whose KL is another quantity, on other states
-    lines = [
-        (OBJECTIVES[n], *over_seeds([mean_kl(r) for r in runs[f"{n}_lr1e-3"]], "kl")) for n in six if f"{n}_lr1e-3" in runs
-    ]
-    bars = [n for n in OBJECTIVES if n != "trajectory"]
+    lines = [(OBJECTIVES[n], *over_seeds(mean_kl(runs[f"{n}_lr1e-3"]), "kl")) for n in six if f"{n}_lr1e-3" in runs]
     points = []
-    for n in bars:
-        got = [(float(lr), value(runs, f"{n}_lr{lr}", "average")) for lr in RATES]
-        got = [(x, *v) for x, v in got if v]
-        points += [(OBJECTIVES[n], *zip(*got))] if got else []
+    for n in OBJECTIVES:
+        got = [(float(lr), *value(runs, f"{n}_lr{lr}", "average")) for lr in RATES if f"{n}_lr{lr}" in runs]
+        points += [(OBJECTIVES[n], *zip(*got))] if got and n != "ppo-public-code" else []  # B lies on D
+    best = {"opd_small": OBJECTIVES["ppo"], "kl_lr1e-3": OBJECTIVES["kl"], "ode_lr3e-3": OBJECTIVES["ode"]}
+    curves = [line for n, label in best.items() for line in average_line(runs, n, label, "iterations")] if complete else []
     draw("objectives", ("learning rate 1e-3", "iteration (32 images each)", "KL to the routed teacher", "y", lines, {}),
-         ("after 80 iterations", "learning rate", "Average", "x", points, {}))  # fmt: skip
+         ("after 80 iterations", "learning rate", "Average (0 to 1)", "x", points, {}),
+         ("best learning rate", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
 
     if found:
         at = found["objectives"]
@@ -474,32 +498,40 @@ def figures(runs, found, folder):
         draw("gradients", ("all five steps", "images in the batch", "cosine to the exact gradient", "x", by_batch, {}),
              ("one image", "time t of the step, 1 = noise", "variance / exact gradient squared", "y", by_step, {}))  # fmt: skip
 
-    main, mixed = runs.get("opd_merge", []), []
-    lines = [(pair(p), *over_seeds(main, f"cosine/{p}")) for p in PAIRS if main]
+    logged, mixed = [(pair(p), *over_seeds(main, f"cosine/{p}")) for p in PAIRS if main], []
     if found:
         kinds = {at_stage(k)[1]: m["cosine"] for k, m in found["tasks"].items() if k.startswith("grpo")}
         mixed = [(pair(p), list(kinds), [cosine[p] for cosine in kinds.values()], None) for p in PAIRS]
-    draw("interference", ("Flow-OPD from merge, three seeds", "iteration", "cosine of two tasks' gradients", "", lines, {}),
-         ("merge + GRPO-Mix", "iteration", "cosine of two tasks' gradients", "", mixed, {}))  # fmt: skip
+    draw("interference", ("Flow-OPD from merge, three seeds", "iteration", "cosine of two tasks' gradients", "", logged, {}),
+         ("merge + GRPO-Mix, one seed", "iteration", "cosine of two tasks' gradients", "", mixed, {}))  # fmt: skip
 
     lines, relative = [(COLUMNS[t][0], *over_seeds(main, f"kl/{t}")) for t in TASKS if main], []
     staged = [r for r in main if len(r["stages"]) > 1]
-    for t in TASKS if staged and top else ():
-        got = [scores(runs["merged"][0])[t], *(scores(staged[0], s)[t] for s in staged[0]["stages"])]
-        goal = value(runs, t, t)[0]
-        x = [0, *staged[0]["stages"]]
-        relative.append((COLUMNS[t][0], x, [g["mean"] / goal for g in got], [g["se"] / goal for g in got]))
+    if staged and complete:
+        at = [scores(runs["merged"][0]), *(scores(staged[0], stage) for stage in staged[0]["stages"])]
+        y, se = zip(*(to_teacher(runs, {t: (one[t]["mean"], one[t]["se"]) for t in TASKS}) for one in at))  # (stages, tasks)
+        relative = [(COLUMNS[t][0], [0, *staged[0]["stages"]], *part) for t, *part in zip(TASKS, zip(*y), zip(*se))]
     draw("tasks", ("three seeds", "iteration", "KL to the routed teacher", "y", lines, {}),
          ("seed 2", "iteration", "score / score of the task's own teacher", "", relative, {}))  # fmt: skip
 
-    for record in runs.get("teacher_pickscore", ()) if "base" in runs else ():
-        base, lines = scores(runs["base"][0]), []
+    rows = {
+        "merged": "merged start",
+        "opd_small": "own teacher for every prompt",
+        "routing_all": "all teachers for every prompt",
+    }
+    if complete and set(rows) <= set(runs):
+        heads = [COLUMNS[t][0] for t in TASKS]
+        lines = [(label, heads, *to_teacher(runs, {t: value(runs, n, t) for t in TASKS})) for n, label in rows.items()]
+        draw("routing", ("", "task", "score / score of its own teacher", "", lines, {}), width=6)
+
+    for record in runs.get("teacher_pickscore", ()) if complete else ():
+        lines = []
         for metric in ("pickscore", "deqa", "edges", "noise", "distance", "variety"):
-            y = [1, *(scores(record, s)[metric]["mean"] / base[metric]["mean"] for s in record["stages"])]
-            lines.append(
-                ("PickScore, the reward" if metric == "pickscore" else COLUMNS[metric][0], [0, *record["stages"]], y, None)
-            )
-        draw("hacking", ("", "GRPO iteration (192 images each)", "relative to the base", "y", lines, {}), width=6)
+            at = [scores(runs["base"][0])[metric], *(scores(record, stage)[metric] for stage in record["stages"])]
+            label = "PickScore, the reward" if metric == "pickscore" else COLUMNS[metric][0]
+            relative = [[one[k] / at[0]["mean"] for one in at] for k in ("mean", "se")]
+            lines.append((label, [0, *record["stages"]], *relative))
+        draw("hacking", ("", "GRPO iteration (192 images each)", "score / score of the base", "y", lines, {}), width=6)
 
 
 def write(results):
