@@ -122,14 +122,18 @@ def plan(out):
 
     # More seeds, then more rows.
     opd("main", "opd_small", 2, *SMALL, at=quarters)
+    for seed, at in ((1, quarters), (2, (80,))):
+        opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
+    for seed in (1, 2):
+        small("main", "opd_sft", "--init", sft, seed=seed)
     for seed in (1, 2):
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
         small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
     mix("main", "mix_short", 0, *weighted)
+    mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    small("objectives", "kl_lr3e-3", "--objective", "kl", "--lr", "3e-3")
     for seed, at in ((1, quarters), (2, (80,))):
         opd("objectives", "kl_lr1e-3", seed, *SMALL, "--objective", "kl", at=at)
-        opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
-    mix("main", "sft_mix", 0, *weighted, "--init", sft)
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
     for name, flags in (("late", ("--train_steps", "3,4")), ("steps10", ("--steps", "10")), ("noise0.3", ("--noise", "0.3")),
                         ("noise1.2", ("--noise", "1.2")), ("early", ("--train_steps", "0,1,2")),
@@ -138,12 +142,11 @@ def plan(out):
     small("ablations", "groups2", "--prompts_per_iteration", "16", "--group_size", "2")
     for seed in (1, 2):
         small("main", "opd_base", "--init", "base", seed=seed)
-        small("main", "opd_sft", "--init", sft, seed=seed)
     opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02")
     for updates in ("2", "4"):
         for objective in ("ppo", "kl"):
             opd("staleness", f"{objective}_updates{updates}", 0, *EIGHTS, "--objective", objective, "--updates", updates)
-    for objective, lr in (("kl", "3e-3"), ("ppo-public-code", "3e-3"), ("ppo", "3e-4"), ("kl", "3e-4"), ("ode", "3e-4")):
+    for objective, lr in (("ppo-public-code", "3e-3"), ("ppo", "3e-4"), ("kl", "3e-4"), ("ode", "3e-4")):
         small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
     mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--final", "best", at=(240,))
     for rank in ("2", "16"):

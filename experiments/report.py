@@ -176,15 +176,15 @@ def gap(runs, name, other, metric="average"):
 
 
 def differences(runs, pairs):
-    """A list of gaps in Average: what is ahead of what, or not to be told apart at two standard errors."""
+    """A table of gaps in Average, "one:other two:other": ahead, behind, or not to be told apart at two standard errors."""
     lines = []
-    for name, other in (p.split("-") for p in pairs.split()):
+    for name, other in (p.split(":") for p in pairs.split()):
         a, b = value(runs, name, "average"), value(runs, other, "average")
         if a and b:
             clear = abs(a[0] - b[0]) > 2 * math.hypot(a[1], b[1])
             word = "not to be told apart" if not clear else "ahead" if a[0] > b[0] else "behind"
-            lines.append(f"- {LABELS[name]} minus {LABELS[other]}: {gap(runs, name, other)}, {word}")
-    return "\n".join(lines).replace("*", "")
+            lines.append([LABELS[name], LABELS[other], gap(runs, name, other), word])
+    return markdown(["", "minus", "difference in Average", ""], lines)
 
 
 def table(runs, names, metrics, against=None):
