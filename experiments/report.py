@@ -220,6 +220,11 @@ def stages(runs, name, seed, metrics):
     return markdown(["iteration", *(COLUMNS[m][0] for m in metrics)], at)
 
 
+def picture(folder, name, text):
+    """A figure, if there was data for it."""
+    return f"![{text}](figures/{name}.png)" if (folder / f"{name}.png").exists() else MISSING
+
+
 def gradients(runs, found):
     """Every objective's gradient over all five steps beside the exact one."""
     if not found:
@@ -254,8 +259,12 @@ def times(runs, found, name, other):
     return f"{a['variance'] / b['variance']:,.{0 if a['variance'] > 100 * b['variance'] else 1}f}" if a else MISSING
 
 
+def signed(cosine):
+    return f"{round(cosine, 2) + 0.0:+.2f}"  # no -0.00
+
+
 def measured(runs, found, stage, tasks):
-    return f"{found['tasks'][stage]['cosine'][tasks]:+.2f}" if found else MISSING
+    return signed(found["tasks"][stage]["cosine"][tasks]) if found else MISSING
 
 
 def images(runs, found):
@@ -285,13 +294,13 @@ def cosines(runs, found):
 
     def logged(name, low, high):
         lines = [r for record in runs.get("opd_merge", ()) for r in record["curve"] if low <= r["iteration"] < high]
-        return f"{statistics.mean(r[f'cosine/{name}'] for r in lines):+.2f}" if lines else "–"
+        return signed(statistics.mean(r[f"cosine/{name}"] for r in lines)) if lines else "–"
 
     lines = [
-        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(f"{m['cosine'][p]:+.2f}" for m in measured.values())] for p in PAIRS
+        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(signed(m["cosine"][p]) for m in measured.values())] for p in PAIRS
     ]
     for t in TASKS:
-        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(f"{m['reliability'][t]:+.2f}" for m in measured.values())])
+        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(signed(m["reliability"][t]) for m in measured.values())])
     return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
 
 
@@ -546,8 +555,9 @@ def write(results):
     )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
     calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
+    calls["picture"] = functools.partial(picture, results.parent / "figures")
+    figures(runs, found, results.parent / "figures")
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
     text = re.sub(r"\{\{(\w+)(.*?)\}\}", lambda call: calls[call[1]](*shlex.split(call[2])), template, flags=re.S)
     (results.parent / "RESULTS.md").write_text(text)
-    figures(runs, found, results.parent / "figures")
     print(f"{sum(map(len, runs.values()))} records -> {results.parent}/RESULTS.md and figures/")
