@@ -12,7 +12,7 @@ import torch
 
 import losses
 import toy
-from experiments import heldout, miniature, report
+from experiments import heldout, miniature, records, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,8 @@ def test_records_are_of_the_plan():
     assert len(jobs) == len(miniature.plan(Path("runs/miniature")))  # no two runs of one name
     for file in (ROOT / "experiments" / "results").glob("*_seed*.json"):
         assert miniature.recorded(jobs[file.stem], file.parent), file.stem
-    assert {job.name for job in jobs.values()} - {"gradients", "base", "teacher_pickscore"} <= set(report.LABELS)
+    assert {job.name for job in jobs.values()} - {"gradients", "base", "teacher_pickscore"} <= set(records.LABELS)
+    assert all(str(iterations) in toy.ADAPTERS[name] for name, (iterations, *_) in records.SHIPPED.items())
 
 
 def test_the_scripts_accept_every_planned_command(tmp_path, monkeypatch):
