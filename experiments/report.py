@@ -190,12 +190,17 @@ def speedup(runs, slow, fast):
     return f"{long:.1f} against {short:.1f} minutes, {long / short:.1f} times"
 
 
-def mix_minutes(runs):
-    """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an iteration of the same size took here."""
-    if "merge_mix" not in runs:
+def mix_minutes(runs, against=None):
+    """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an image took here in merge_mix; `against`: how many
+    times the minutes of that run to 97 % of the oracle."""
+    if "merge_mix" not in runs or (against and against not in runs):
         return MISSING
     one = statistics.mean(r["compute"]["cpu_minutes"] / r["compute"]["images"] for r in runs["merge_mix"])
-    return f"{one * MIX_BEST * SHIPPED['grpo_mix'][1]:.1f}"
+    long = one * MIX_BEST * SHIPPED["grpo_mix"][1]
+    if not against:
+        return f"{long:.1f}"
+    found = [m for m in reached(runs, against, 0.97 * value(runs, "oracle", "average")[0]) if m]
+    return f"{long / statistics.mean(found):.1f} times" if found else MISSING
 
 
 def hours(runs):
