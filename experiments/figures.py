@@ -18,6 +18,7 @@ def figure(path, panels, width=4.2):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     same = len({panel[2] for panel in panels}) == 1  # one quantity, one scale
     size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
@@ -46,7 +47,12 @@ def figure(path, panels, width=4.2):
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
             axis.minorticks_off()
-        axis.set_yscale("log" if "y" in log else "linear")
+        if "y" in log:  # 0.2 and not 2 x 10^-1
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+            axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if high < 1000 * low else "")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.title.set_fontsize(10)
         axis.margins(y=0.08)
