@@ -49,10 +49,11 @@ def figure(path, panels, width=4.2):
             axis.minorticks_off()
         if "y" in log:  # 0.2 and not 2 x 10^-1
             axis.set_yscale("log")
-            low, high = axis.get_ylim()
+            values = [v for line in lines for v in line[2]]
+            few = max(values) < 1000 * min(values)  # decades
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
             axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
-            axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if high < 1000 * low else "")
+            axis.yaxis.set_minor_formatter(lambda v, _, few=few: f"{v:g}" if few else "")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.title.set_fontsize(10)
         axis.margins(y=0.08)
