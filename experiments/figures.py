@@ -134,7 +134,8 @@ def draw_all(runs, found, folder):
         points += [(OBJECTIVES[n], *zip(*got))] if got and n != "ppo-public-code" else []  # B lies on D
     best = {"opd_small": OBJECTIVES["ppo"], "kl_lr1e-3": OBJECTIVES["kl"], "ode_lr3e-3": OBJECTIVES["ode"]}
     curves = [line for n, label in best.items() for line in average_line(runs, n, label, "iterations")] if complete else []
-    draw("objectives", ("learning rate 1e-3", "iteration (32 images each)", "KL to the routed teacher", "y", lines, {}),
+    draw("objectives",
+         ("learning rate 1e-3", "iteration (32 images each)", "KL to own teacher, nats / dimension", "y", lines, {}),
          ("after 80 iterations", "learning rate", "Average (0 to 1)", "x", points, {}),
          ("best learning rate", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
 
@@ -158,7 +159,7 @@ def draw_all(runs, found, folder):
         at = [scores(runs["merged"][0]), *(scores(staged[0], stage) for stage in staged[0]["stages"])]
         y, se = zip(*(to_teacher(runs, {t: (one[t]["mean"], one[t]["se"]) for t in TASKS}) for one in at))  # (stages, tasks)
         relative = [(COLUMNS[t][0], [0, *staged[0]["stages"]], *part) for t, *part in zip(TASKS, zip(*y), zip(*se))]
-    draw("tasks", ("three seeds", "iteration", "KL to the routed teacher", "y", lines, {}),
+    draw("tasks", ("three seeds", "iteration", "KL to own teacher, nats / dimension", "y", lines, {}),
          ("seed 2", "iteration", "score / score of the task's own teacher", "", relative, {}))  # fmt: skip
 
     rows = {

@@ -120,26 +120,28 @@ def plan(out):
     taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
     mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60))
 
-    # More seeds, then more rows.
+    # More seeds and more rows in turn.
+    extra = {"late": ("--train_steps", "3,4"), "noise0.3": ("--noise", "0.3"), "steps10": ("--steps", "10"),
+             "noise1.2": ("--noise", "1.2"), "early": ("--train_steps", "0,1,2"), "random2": ("--train_steps", "random:2"),
+             "groups2": ("--prompts_per_iteration", "16", "--group_size", "2")}  # fmt: skip
     opd("main", "opd_small", 2, *SMALL, at=quarters)
     for seed, at in ((1, quarters), (2, (80,))):
         opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
-    for seed in (1, 2):
-        small("main", "opd_sft", "--init", sft, seed=seed)
-    for seed in (1, 2):
-        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
-        small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
-    mix("main", "mix_short", 0, *weighted)
-    mix("main", "sft_mix", 0, *weighted, "--init", sft)
     small("objectives", "kl_lr3e-3", "--objective", "kl", "--lr", "3e-3")
+    mix("main", "mix_short", 0, *weighted)
+    small("main", "opd_sft", "--init", sft, seed=1)
+    for name in ("late", "noise0.3", "steps10"):
+        small("ablations", name, *extra.pop(name))
+    for seed in (1, 2):
+        small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
+        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
+    mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    small("main", "opd_sft", "--init", sft, seed=2)
+    for name, flags in extra.items():
+        small("ablations", name, *flags)
     for seed, at in ((1, quarters), (2, (80,))):
         opd("objectives", "kl_lr1e-3", seed, *SMALL, "--objective", "kl", at=at)
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
-    for name, flags in (("late", ("--train_steps", "3,4")), ("steps10", ("--steps", "10")), ("noise0.3", ("--noise", "0.3")),
-                        ("noise1.2", ("--noise", "1.2")), ("early", ("--train_steps", "0,1,2")),
-                        ("random2", ("--train_steps", "random:2"))):  # fmt: skip
-        small("ablations", name, *flags)
-    small("ablations", "groups2", "--prompts_per_iteration", "16", "--group_size", "2")
     for seed in (1, 2):
         small("main", "opd_base", "--init", "base", seed=seed)
     opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02")
