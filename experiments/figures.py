@@ -119,6 +119,7 @@ def draw_all(runs, found, folder):
 
     if complete:
         names = {"opd_small": "Flow-OPD, 32 images an iteration", "opd_merge": "Flow-OPD, 128 images an iteration",
+                 "ode_lr3e-3": "Flow-OPD, 32 images, objective F at 3e-3",
                  "published_schedule": "published schedule, 32 images an iteration",
                  "merge_mix": "merge + GRPO-Mix, 192 images an iteration"}  # fmt: skip
         lines = [line for name, label in names.items() for line in average_line(runs, name, label)]
@@ -137,7 +138,7 @@ def draw_all(runs, found, folder):
     draw("objectives",
          ("learning rate 1e-3", "iteration (32 images each)", "KL to own teacher, nats / dimension", "y", lines, {}),
          ("after 80 iterations", "learning rate", "Average (0 to 1)", "x", points, {}),
-         ("best learning rate", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
+         ("C', D at 1e-3, F at 3e-3", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
 
     if found:
         at = found["objectives"]

@@ -132,10 +132,10 @@ def plan(out):
     small("main", "opd_sft", "--init", sft, seed=1)
     for name in ("late", "noise0.3", "steps10"):
         small("ablations", name, *extra.pop(name))
+    mix("main", "sft_mix", 0, *weighted, "--init", sft)
     for seed in (1, 2):
         small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
-    mix("main", "sft_mix", 0, *weighted, "--init", sft)
     small("main", "opd_sft", "--init", sft, seed=2)
     for name, flags in extra.items():
         small("ablations", name, *flags)

@@ -52,6 +52,11 @@ def gap(runs, name, other, metric="average"):
     return shown((a[0] - b[0], math.hypot(a[1], b[1])), COLUMNS[metric][1], "+") if a and b else MISSING
 
 
+def ratio(runs, name, other, metric):
+    a, b = value(runs, name, metric), value(runs, other, metric)
+    return f"{a[0] / b[0]:.0%}" if a and b else MISSING
+
+
 def differences(runs, pairs):
     """A table of gaps in Average, "one:other two:other": ahead, behind, or not to be told apart at two standard errors."""
     lines = []
@@ -227,7 +232,7 @@ def write(results):
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
     of_runs, of_both = (
-        (score, gap, differences, table, learning_rates, stages, minutes, speedup, mix_minutes, hours, parts),
+        (score, gap, ratio, differences, table, learning_rates, stages, minutes, speedup, mix_minutes, hours, parts),
         (gradients, cosine, length, times, measured, images, routing, cosines),
     )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
