@@ -129,14 +129,14 @@ def plan(out):
         opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
     small("objectives", "kl_lr3e-3", "--objective", "kl", "--lr", "3e-3")
     mix("main", "mix_short", 0, *weighted)
-    small("main", "opd_sft", "--init", sft, seed=1)
+    for seed in (1, 2):
+        small("main", "opd_sft", "--init", sft, seed=seed)
     for name in ("late", "noise0.3", "steps10"):
         small("ablations", name, *extra.pop(name))
     mix("main", "sft_mix", 0, *weighted, "--init", sft)
     for seed in (1, 2):
         small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
         mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
-    small("main", "opd_sft", "--init", sft, seed=2)
     for name, flags in extra.items():
         small("ablations", name, *flags)
     for seed, at in ((1, quarters), (2, (80,))):
