@@ -49,7 +49,8 @@ def score(runs, name, metric="average"):
 def gap(runs, name, other, metric="average"):
     """The difference of two runs, "+0.0120 ± 0.0040"; the two errors are added as if independent."""
     a, b = value(runs, name, metric), value(runs, other, metric)
-    return shown((a[0] - b[0], math.hypot(a[1], b[1])), COLUMNS[metric][1], "+") if a and b else MISSING
+    digits = COLUMNS[metric][1]
+    return shown((round(a[0] - b[0], digits) + 0.0, math.hypot(a[1], b[1])), digits, "+") if a and b else MISSING  # no -0.00
 
 
 def ratio(runs, name, other, metric):
