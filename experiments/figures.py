@@ -138,7 +138,7 @@ def draw_all(runs, found, folder):
     draw("objectives",
          ("learning rate 1e-3", "iteration (32 images each)", "KL to own teacher, nats / dimension", "y", lines, {}),
          ("after 80 iterations", "learning rate", "Average (0 to 1)", "x", points, {}),
-         ("C', D at 1e-3, F at 3e-3", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
+         ("while they train", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
 
     if found:
         at = found["objectives"]
