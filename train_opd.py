@@ -375,7 +375,7 @@ def main(args):
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in a velocity, a loss or a gradient; all processes see the same sum
+            if bad_steps:  # NaN or infinity in what led to this gradient; all processes see the same sum
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             else:
                 optimizer.step()
