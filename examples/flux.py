@@ -72,11 +72,12 @@ def main(args):
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / args.steps, args.steps).tolist(), mu=MU)
     grid = scheduler.sigmas.tolist()  # T + 1 values, 1 ... 0
 
-    # Adapters: the student begins as the base (B = 0), the teachers' B is random, so that there is something to learn.
-    for name in ("left", "right", "student"):
-        transformer.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights="gaussian"), name)
+    # Adapters of any rank: the student begins as the base (B = 0); the teachers' B is random, so there is something to learn.
+    for name, rank in {"left": 4, "right": 4, "student": 16}.items():
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights="gaussian")
+        transformer.add_adapter(lora, name)
     for name, weight in transformer.named_parameters():
-        if "lora_B" in name and "student" not in name:
+        if ".lora_B.left" in name or ".lora_B.right" in name:
             torch.nn.init.normal_(weight, std=0.3)
     transformer.set_adapter("student")  # peft: this one is active and carries gradient, the others do not
     student = [weight for name, weight in transformer.named_parameters() if "student" in name]
@@ -126,10 +127,10 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=140)
     parser.add_argument("--samples", type=int, default=8, help="per task and iteration (default 8)")
     parser.add_argument("--steps", type=int, default=6, help="of a rollout (default 6)")
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/flux", help="folder of the student's LoRA (runs/flux)")
     main(parser.parse_args())
