@@ -18,13 +18,14 @@ Against train_opd.py, which trains SD3:
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not needed once sde.py and losses.py are copied beside this
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from peft import LoraConfig
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
 from losses import mar, opd_ppo
@@ -73,6 +74,9 @@ def main(args):
     grid = scheduler.sigmas.tolist()  # T + 1 values, 1 ... 0
 
     # Adapters of any rank: the student begins as the base (B = 0); the teachers' B is random, so there is something to learn.
+    warnings.filterwarnings(
+        "ignore", message="Already found a `peft_config`"
+    )  # peft is surprised by several; they are the point
     for name, rank in {"left": 4, "right": 4, "student": 16}.items():
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights="gaussian")
         transformer.add_adapter(lora, name)
@@ -121,7 +125,10 @@ def main(args):
         bar.set_postfix(kl=f"{kl:.2e}")
     print(f"KL to the teachers: {kls[0]:.2e} -> {kls[-1]:.2e}")
     print(f"latents for the VAE: {tuple(unpack(path.x[-1], H, W).shape)}")
-    transformer.save_lora_adapter(args.out, adapter_name="student")
+    # Not transformer.save_lora_adapter: pipe.load_lora_weights would load nothing from it, and say nothing.
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["student"].to_dict().items()}
+    layers = get_peft_model_state_dict(transformer, adapter_name="student")
+    FluxPipeline.save_lora_weights(args.out, layers, transformer_lora_adapter_metadata=config)
     print(f"the student's LoRA: {args.out}/pytorch_lora_weights.safetensors")
 
 

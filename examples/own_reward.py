@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not needed once 
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
 
@@ -92,9 +92,11 @@ def main(args):
     picture = torch.cat([before, paint()], dim=1)  # (3, 2 H, 8 W): before above, after below
     picture = Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy())
     picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST).save(out / "before_after.png")
-    transformer.save_lora_adapter(out, weight_name="adapter.safetensors")
+    # Not transformer.save_lora_adapter: pipe.load_lora_weights would load nothing from it, and say nothing.
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
+    pipe.save_lora_weights(out, get_peft_model_state_dict(transformer), transformer_lora_adapter_metadata=config)
     print(f"reward: {history[0]:.3f} (standard deviation {spread:.3f}) -> {history[-1]:.3f}")
-    print(f"pictures: {out}/before_after.png (above: before); LoRA: {out}/adapter.safetensors")
+    print(f"pictures: {out}/before_after.png (above: before); LoRA, for pipe.load_lora_weights: {out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -104,6 +106,12 @@ def test_flux_packs_as_diffusers_does_and_learns(example, tmp_path):
 def test_own_reward_runs(example, tmp_path):
     example("own_reward", "--iterations", 1, "--group_size", 2, "--steps", 3, "--out", tmp_path)
     assert Image.open(tmp_path / "before_after.png").size == (8 * 32 * 4, 2 * 32 * 4)
+    pipe = StableDiffusion3Pipeline.from_pretrained("toy")
+    pipe.load_lora_weights(tmp_path)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    for name, weight in get_peft_model_state_dict(pipe.transformer, adapter_name="default_0").items():
+        torch.testing.assert_close(weight, saved.pop(f"transformer.{name}"))
+    assert not saved and pipe.transformer.peft_config["default_0"].lora_alpha == 32
 
 
 @pytest.mark.slow
