@@ -316,7 +316,8 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
     guidance = dict.fromkeys(models, args.guidance) | {"student": args.student_guidance}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=run) as own:
+        folder = common.gather(own)[0]  # rank 0's, where all see it: the grid takes pictures that other ranks painted
         how = (args.eval_steps, guidance, folder, 0, args.micro_batch, args.size, rank, world)
         scores, failed, files = score_models(pipe, text, models, tests, scorers, *how)
         if rank > 0:
