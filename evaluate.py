@@ -27,33 +27,13 @@ import json
 import math
 from pathlib import Path
 
-from cli import (
-    ADAPTER,
-    TASKS,
-    at_least,
-    check_adapter,
-    check_folder,
-    check_model,
-    check_prompt,
-    fail,
-    fetch,
-    find_images,
-    finite,
-    make_parser,
-    model_flags,
-    one_line,
-    pairs,
-    positive,
-    prompt_files,
-    read_json,
-    read_prompts,
-    save_json,
-)
+import cli
+from cli import TASKS, at_least, fail, finite, one_line, pairs, positive
 
 
 def parse_args():
-    parser = make_parser(__doc__)
-    model_flags(parser)
+    parser = cli.make_parser(__doc__)
+    cli.model_flags(parser)
     flag = parser.add_argument
     flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
@@ -87,11 +67,11 @@ def parse_args():
         if args.scores_only and not Path(path).is_dir():
             fail(f"{flag} {path}: not a folder of images")
         if not args.scores_only and path != "base":
-            check_adapter(path, flag)
+            cli.check_adapter(path, flag)
         models[name] = path
     args.models = models
     if not args.scores_only:
-        check_model(args.model)
+        cli.check_model(args.model)
     args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in models:
@@ -103,10 +83,10 @@ def parse_args():
     for task in set(given) - set(args.tasks):
         fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
     for prompt in args.prompt or ():
-        check_prompt(prompt, "--prompt")
+        cli.check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
-    args.prompts = prompt_files(given, args.tasks, "test") if paints else given
-    check_folder(args.out)
+    args.prompts = cli.prompt_files(given, args.tasks, "test") if paints else given
+    cli.check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
         fail(f"--out {args.out} holds a run or an evaluation: choose another folder, or --overwrite the evaluation")
@@ -216,7 +196,7 @@ def find_tests(args):
     tests, files = {}, {name: {} for name in args.models}
     for task in args.tasks:
         for name, path in args.models.items():
-            files[name][task], *test = find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
+            files[name][task], *test = cli.find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
             if tests.setdefault(task, test) != test:
                 fail(f"--scores_only {path}: not the {task} prompts, or not as many images of each, as in the first folder")
     return tests, files
@@ -305,7 +285,7 @@ def picture_grid(path, images, prompts, scores=None):
 def read_recorded(model):
     """The flags and results in MODEL/results.json; none where it is not there, or of another make: it may be a stranger's."""
     try:
-        recorded = read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
+        recorded = cli.read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
         cells = lambda row: {m: {"mean": float(c["mean"]), "se": float(c["se"]), "n": c.get("n")} for m, c in row.items()}
         return {**recorded["flags"]}, {one_line(name): cells(row) for name, row in recorded["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -343,7 +323,7 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         if "average" in results.get("oracle", ()) and results["oracle"]["average"]["mean"] and not changed:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
-    save_json(run / "results.json", {"flags": vars(args), "results": live})
+    cli.save_json(run / "results.json", {"flags": vars(args), "results": live})
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
 
 
@@ -389,7 +369,7 @@ def paint_tests(args, tests, device, rank, world):
     how |= {"seed": args.seed, "steps": args.steps, "size": args.size}
     about = {}
     for name, path in args.models.items():
-        adapter = path if path == "base" else common.sha256(fetch(path, "--models", ADAPTER))
+        adapter = path if path == "base" else common.sha256(cli.fetch(path, "--models", cli.ADAPTER))
         about[name] = how | {"adapter": adapter, "guidance": guidance[name]}
     files, todo = image_files(Path(args.out) / "images", tests, about, rank, world)
     own = [tests[task][0][j] for (_, task), marks in todo.items() for j in marks]
@@ -426,7 +406,7 @@ def main(args):
     if args.scores_only:
         tests, files = find_tests(args)
     else:
-        tests = {task: [p[: args.num_prompts or None] for p in read_prompts(file)] for task, file in args.prompts.items()}
+        tests = {task: [p[: args.num_prompts or None] for p in cli.read_prompts(file)] for task, file in args.prompts.items()}
     for task, metrics in scorers.items():
         check_prompts(metrics[task], *tests[task], f"test prompts of {task}")
     if not args.scores_only:
@@ -442,7 +422,7 @@ def main(args):
         if not any(scores.values()):
             print(text.split("\n\n", 1)[1], flush=True)
             fail(f"--rewards {args.rewards}: nothing could be scored, for the reasons above; the images are kept")
-        save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
+        cli.save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
         (out / "table.md").write_text(text + "\n")
         save_grid(out / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
         save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))
