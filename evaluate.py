@@ -41,7 +41,7 @@ def parse_args():
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
-    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    cli.reward_flags(flag)
     flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
@@ -56,18 +56,18 @@ def parse_args():
         fail("--prompt paints and --scores_only does not: choose one")
     if args.published and args.rewards == "toy":
         fail("--published: the miniature's scorers are not the paper's; give --rewards rewards")
-    flag, models = "--scores_only" if args.scores_only else "--models", {}
+    source, models = "--scores_only" if args.scores_only else "--models", {}
     for item in args.scores_only or args.models:
         name, equals, path = item.partition("=")
         name, path = (name, path) if equals else (Path(item.rstrip("/")).name, item)
         if name in models:
-            fail(f"{flag}: two models are called {name!r}; write NAME=PATH")
+            fail(f"{source}: two models are called {name!r}; write NAME=PATH")
         if Path(name).name != name or name == "..":
-            fail(f"{flag} {item}: the name becomes a folder's, so it holds no slash; write NAME={path}")
+            fail(f"{source} {item}: the name becomes a folder's, so it holds no slash; write NAME={path}")
         if args.scores_only and not Path(path).is_dir():
-            fail(f"{flag} {path}: not a folder of images")
+            fail(f"--scores_only {path}: not a folder of images")
         if not args.scores_only and path != "base":
-            cli.check_adapter(path, flag)
+            cli.check_adapter(path, "--models")
         models[name] = path
     args.models = models
     if not args.scores_only:
@@ -118,6 +118,10 @@ def load_rewards(module, device="cpu"):
         rewards = dict(importlib.import_module(module).REWARDS)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         fail(f"--rewards {module}: no module with REWARDS in it ({error})")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--reward_device {device}: {cli.reason(error)}")
     for scorer in rewards.values():
         if hasattr(scorer, "device"):
             scorer.device = device
@@ -328,7 +332,9 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
 
 
 def save_grid(path, scores, files, tests, rows):
-    """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score."""
+    """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score; no file
+    where there is none, not even an older one."""
+    Path(path).unlink(missing_ok=True)
     places = [(task, j) for task in tests for j in rows.get(task, ())]
     marks = {n: [row[task][j] if task in row else math.nan for task, j in places] for n, row in scores.items()}
     images = {name: read_pictures([files[name][task][j] for task, j in places]) for name in scores}
@@ -402,13 +408,13 @@ def main(args):
             print(f"{len(args.prompt)} prompts x {len(columns)} models -> {out}/prompts.png")
         return common.stop_processes()
 
-    scorers = load_scorers(args.rewards, args.tasks, device)
+    scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device)
     if args.scores_only:
         tests, files = find_tests(args)
     else:
         tests = {task: [p[: args.num_prompts or None] for p in cli.read_prompts(file)] for task, file in args.prompts.items()}
     for task, metrics in scorers.items():
-        check_prompts(metrics[task], *tests[task], f"test prompts of {task}")
+        check_prompts(metrics[task], *tests[task], args.prompts.get(task, f"prompts of {task}"))
     if not args.scores_only:
         files = paint_tests(args, tests, device, rank, world)  # the model is gone before the first scorer comes
     scores, failed = score_files(files, tests, scorers, args.batch, rank, world)

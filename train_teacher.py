@@ -26,7 +26,7 @@ def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    cli.reward_flags(flag)
     flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="where a scorer fails: stop, or say so and "
          "skip the update, as after a NaN gradient (--max_bad_steps)")  # fmt: skip
@@ -136,10 +136,9 @@ from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, pai
 from sde import kl_weight, log_prob, rollout, step
 
 
-def make_reward(args, device):
+def make_reward(args, scorers):
     """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range.
     An error is never a score: it stops the run, or with --on_reward_error skip gives nan, which skips the update."""
-    scorers = load_rewards(args.rewards, device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
             fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
@@ -169,7 +168,8 @@ def make_reward(args, device):
 def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
-    reward_of = make_reward(args, device)
+    scorers = load_rewards(args.rewards, args.reward_device or device)
+    reward_of = make_reward(args, scorers)
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
@@ -188,9 +188,11 @@ def main(args):
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
-    for task, (prompts, metadata) in (*train.items(), *tests.items()):
-        for name in args.reward or [task]:
-            check_prompts(load_rewards(args.rewards, device)[name], prompts, metadata, f"prompts of {task}")
+    tests = tests if args.eval_every else {}
+    for flag, files, sets in (("--prompts", args.prompts, train), ("--test_prompts", args.test_prompts, tests)):
+        for task, (prompts, metadata) in sets.items():
+            for name in args.reward or [task]:
+                check_prompts(scorers[name], prompts, metadata, f"{flag} {files[task]}")
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     if rank == 0:
         common.print_batch(args, args.window or args.steps - 1, world)
@@ -205,7 +207,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
-    harmless += " on_reward_error compile"
+    harmless += " on_reward_error reward_device compile"
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [("init", cli.fetch(args.init, "", cli.ADAPTER))] if args.init != "base" else []
     files += [(f"prompts {task}", file) for task, file in args.prompts.items()]

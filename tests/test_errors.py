@@ -400,6 +400,7 @@ TABLE = {
         ("--scores_only nowhere", "nowhere"),
         ("--models a/b=base", "a/b"),
         ("--published", "--rewards rewards"),
+        ("--reward_device zebra --tasks ocr", "--reward_device zebra: "),
         ("--rewards rewards --tasks ocr", "quotes no text"),
         ("--rewards rewards --tasks geneval", '"tag"'),
         ("--out used", "--out used"),
