@@ -186,7 +186,9 @@ class Saver:
             for k, p in self.student.items():
                 tensors |= {f"student.{k}": p, f"ema.{k}": self.ema[k]}
                 tensors |= {f"optimizer.{n}.{k}": v for n, v in self.optimizer.state.get(p, {}).items()}
-            self.ready = iterations, {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+            copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+            with self.saving:
+                self.ready = iterations, copies
 
     def save(self):
         """checkpoints/step_N: adapter/ (the average, for use) and the full training state; the oldest ones go (rank 0)."""
@@ -245,8 +247,9 @@ class Saver:
 
     def save_and_say(self):
         if self.rank == 0:
-            self.save()
-            what = f"saved after {self.ready[0]} iterations" if self.ready else "nothing to save yet"
+            with self.saving:  # the main thread goes on meanwhile, but keeps nothing newer
+                self.save()
+                what = f"saved after {self.ready[0]} iterations" if self.ready else "nothing to save yet"
             print(f"\nstopped; {what}; go on with the same command and --resume", file=sys.stderr, flush=True)
 
     def close(self):
