@@ -181,6 +181,14 @@ def locked(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
 
 
+def damaged(monkeypatch):
+    monkeypatch.setattr(checkpoint, "whole", lambda *_: False)
+
+
+def strange_state(monkeypatch):
+    monkeypatch.setattr(checkpoint, "read_json", lambda text: ["flags"])
+
+
 def small_disk(monkeypatch):
     full = shutil.disk_usage("/")._replace(free=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -303,7 +311,10 @@ TABLE = {
         (f"--out {'x' * 999}", "choose another folder"),
         ("--out new", "no permission", no_permission),
         ("--resume --overwrite", "choose one"),
-        (f"{TINY} --out run --resume run/checkpoints/step_9", "no checkpoint, or a damaged one"),
+        (f"{TINY} --out run --resume run/checkpoints/step_9", "not one of this run's checkpoints"),
+        (f"{TINY} --out run --resume run/samples", "not one of this run's checkpoints"),
+        (f"{TINY} --out run --resume run/checkpoints/step_1", "damaged", damaged),
+        (f"{TINY} --out run --resume", "state.json is not one that this code writes", strange_state),
         (f"{TINY} --out run --resume", "another process is writing into this run", locked),
         (f"{TINY} --out run --overwrite", "another process is writing into this run", locked),
         (TINY, "GB free", small_disk),
