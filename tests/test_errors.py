@@ -127,6 +127,16 @@ def place(tmp_path_factory):
     file = miniature(models / "nan", "text_encoder_2") / "model.safetensors"
     save_file({k: t * torch.nan for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
 
+    pictures = {
+        "list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n',
+        "large/0.png": (ROOT / "picture.png").read_bytes(),
+    }
+    for name in ("named/cat.png", "cut/0.png", "two/0/samples/0.png", "two/0/samples/1.png"):
+        pictures[name] = b"cut"
+    for name, content in pictures.items():
+        (place / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "pictures" / name).write_bytes(content)
+
     prompts = {"empty.txt": b" \n\n", "utf16.txt": "red circle".encode("utf-16"), "nul.txt": b"red\0circle", "list.json": b"[]"}
     prompts |= {"text.jsonl": b"red circle\n", "number.jsonl": b'{"prompt": 7}\n', "half.jsonl": b'{"prompt": "\\ud800"}\n'}
     prompts |= {"nested.jsonl": b"[" * 100_000, "metadata.jsonl": b"[]\n", "good.txt": b"red circle\nblue square\n"}
@@ -409,6 +419,13 @@ TABLE = {
         ("--models some/lora", "gated; accept its licence", hub(errors.GatedRepoError)),
         ("--prompt a --scores_only toy", "choose one"),
         ("--scores_only nowhere", "nowhere"),
+        ("--scores_only models", "no folder models/geneval"),
+        ("--scores_only pictures/list --tasks ocr", 'needs the "file_name"'),
+        ("--scores_only pictures/named --tasks ocr", "its name is no line number"),
+        ("--scores_only pictures/cut --tasks ocr", "0 image(s) 00001"),
+        ("--scores_only pictures/cut pictures/two --tasks ocr --num_prompts 1", "not the ocr prompts, or not as many images"),
+        ("--scores_only pictures/cut --tasks ocr --num_prompts 1", "cannot be decoded"),
+        ("--scores_only pictures/large --tasks ocr --num_prompts 1", "nothing could be scored"),  # no 32 x 32 pixels
         ("--models a/b=base", "a/b"),
         ("--published", "--rewards rewards"),
         ("--reward_device zebra --tasks ocr", "--reward_device zebra: "),
@@ -455,7 +472,7 @@ def test_mistakes_are_one_line_exit_code_2_and_nothing_written(place, monkeypatc
         arrange(monkeypatch)
     with contextlib.chdir(place), pytest.raises(SystemExit) as stopped:
         call(script, *flags)
-    err = re.sub(r"\r?training:[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
+    err = re.sub(r"\r?(training|scoring):[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
     lines = [line for line in err.splitlines() if line.strip()]
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
