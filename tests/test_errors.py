@@ -410,7 +410,7 @@ TABLE = {
         ("--size 0", "--size"),
         ("--size 33 --tasks ocr", "--size 33: this model paints multiples of 8 pixels, up to 32"),
         ("--size 64 --tasks ocr", "up to 32"),
-        ("--dtype fp16 --tasks ocr", "fp16 without CUDA", lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),
+        ("--dtype fp16 --tasks ocr", "fp16 without CUDA", lambda m: m.setattr(torch.cuda, "is_available", lambda: False)),
         ("--model some/model", "gated; accept its licence", hub(errors.GatedRepoError)),
         ("--model some/model@v9", "no revision 'v9' of some/model", hub(errors.RevisionNotFoundError)),
         ("--model some/model", "neither a directory here nor a model", hub(errors.RepositoryNotFoundError)),
