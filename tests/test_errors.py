@@ -430,6 +430,7 @@ TABLE = {
         ("--models a/b=base", "a/b"),
         ("--published", "--rewards rewards"),
         ("--reward_device zebra --tasks ocr", "--reward_device zebra: "),
+        ("--tasks ocr --prompts deqa=good.txt", "this run has ocr"),
         ("--rewards rewards --tasks ocr", "quotes no text"),
         ("--rewards rewards --tasks geneval", '"tag"'),
         ("--out used", "--out used"),
