@@ -133,6 +133,7 @@ from checks import self_checks
 from evaluate import ask, check_prompts, load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from rewards.monitors import colour_entropy, diversity, edge_density
 from sde import kl_weight, log_prob, rollout, step
 
 
@@ -296,7 +297,10 @@ def main(args):
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
         watch.lap("update")
 
-        # 5. Log.
+        # 5. Log. A reward that climbs while a monitor leaves its range of the first iterations is being cheated.
+        asked = [chosen[i // args.group_size][0] for i in mine]
+        for monitor in (edge_density, colour_entropy, diversity):
+            log[f"monitor/{monitor.name}"] = monitor(images.nan_to_num(), asked).nanmean().item() * len(mine) / samples
         log = common.sum_logs(log)  # all ranks participate
         log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
         log |= watch.result()
@@ -340,7 +344,7 @@ def main(args):
         best = args.final == "best" and args.eval_every
         publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
         panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
-        common.draw_curves(run, panels)
+        common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
         print(
             f"{args.iterations} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
             f"next: python evaluate.py --models base {run}/adapter"
