@@ -24,6 +24,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -132,6 +133,15 @@ def place(tmp_path_factory):
     prompts |= {"nested.jsonl": b"[" * 100_000, "metadata.jsonl": b"[]\n", "good.txt": b"red circle\nblue square\n"}
     for name, data in prompts.items():
         (place / name).write_bytes(data)
+
+    shots = {"few": ["0.png"], "named": ["cat.png"], "listed": ["0.png"]} | {n: ["0.png", "1.png"] for n in ("broken", "two")}
+    shots |= {"four": [f"{line}/samples/{n}.png" for line in "01" for n in "01"]}  # of the two prompts of good.txt
+    for name, files in shots.items():
+        for file in files:
+            (place / "shots" / name / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(place / "shots" / name / file)
+    (place / "shots/listed/metadata.jsonl").write_text('{"prompt": "red circle"}')
+    (place / "shots/broken/1.png").write_bytes(b"cut")
 
     for name in ("used", "full", "empty_run", "evaluated"):
         (place / name).mkdir()
@@ -263,6 +273,7 @@ TABLE = {
         (f"{TINY} --model models/cut --init toy/adapters/merged", "cannot be loaded as a Stable Diffusion 3 pipeline"),
         (f"{TINY} --model models/text --init toy/adapters/merged", "cannot load its text encoders"),
         (f"{TINY} --model models/nan --init toy/adapters/merged", "make nan of the prompt"),
+        (f"{TINY} --dtype fp16", "fp16 without CUDA is not supported"),
         (f"{TINY} --cache_embeddings file", "--cache_embeddings file is a file"),
         ("--noise 0", "--noise must be above 0"),
         ("--noise nan", "not a finite number"),
@@ -398,6 +409,13 @@ TABLE = {
         ("--models some/lora", "gated; accept its licence", hub(errors.GatedRepoError)),
         ("--prompt a --scores_only toy", "choose one"),
         ("--scores_only nowhere", "nowhere"),
+        ("--scores_only shots/two", "no folder shots/two/geneval"),
+        *((f"--tasks ocr --prompts ocr=good.txt --scores_only shots/{folders}", says) for folders, says in [
+            ("few", "0 image(s) 00001"), ("named", "its name is no line number"), ("listed", 'line 1 needs the "file_name"'),
+            ("broken", "shots/broken/1.png cannot be decoded"), ("two shots/four", "shots/four: not the ocr prompts"),
+        ]),
+        ("--tasks ocr --prompts geneval=good.txt", "unknown task 'geneval': this run has ocr"),
+        ("--tasks ocr --num_prompts 1 --steps 1 --out late", "nothing could be scored", broken_scorer),
         ("--models a/b=base", "a/b"),
         ("--published", "--rewards rewards"),
         ("--rewards rewards --tasks ocr", "quotes no text"),
@@ -443,7 +461,7 @@ def test_mistakes_are_one_line_exit_code_2_and_nothing_written(place, monkeypatc
         arrange(monkeypatch)
     with contextlib.chdir(place), pytest.raises(SystemExit) as stopped:
         call(script, *flags)
-    err = re.sub(r"\r?training:[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
+    err = re.sub(r"\r?(training|painting|scoring):[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
     lines = [line for line in err.splitlines() if line.strip()]
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
