@@ -3,14 +3,19 @@
 import argparse
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from test_scripts import OPD, call
 
 import adapters
+import cli
 import common
 import memory
 import model
@@ -129,6 +134,27 @@ def test_a_dry_run_prints_and_leaves_nothing(monkeypatch, tmp_path, capsys):
     for word in ("transformer, float32", "Adam", "rollout", "labels", "update", "pictures", "text encoders", "estimate"):
         assert word in out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_fetches_no_weight(monkeypatch, tmp_path, capsys):
+    """Of a model and an adapter on the hub the configuration alone: what is asked for is all that comes."""
+
+    def snapshot_download(name, revision=None, allow_patterns=None):
+        source = Path("toy/adapters/ocr" if name == "some/lora" else "toy")
+        for file in source.rglob("*"):
+            part = file.relative_to(source)
+            if file.is_file() and any(fnmatch(part, pattern) for pattern in allow_patterns):
+                (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / name / part)
+        return str(tmp_path / name)
+
+    cli.fetch.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    words = "--model some/model --teacher ocr=some/lora --init base --anchor some/lora --eval_prompts 0 --dry_run".split()
+    call(monkeypatch, "train_opd", *words)
+    cli.fetch.cache_clear()
+    assert "held all the time" in capsys.readouterr().out
+    assert (tmp_path / "some/model/transformer/config.json").is_file() and not list(tmp_path.rglob("*.safetensors"))
 
 
 def lacking(*_, **__):
