@@ -281,6 +281,7 @@ TABLE = {
         (f"{TINY} --model models/cut --init toy/adapters/merged", "cannot be loaded as a Stable Diffusion 3 pipeline"),
         (f"{TINY} --model models/text --init toy/adapters/merged", "cannot load its text encoders"),
         (f"{TINY} --model models/nan --init toy/adapters/merged", "make nan of the prompt"),
+        (f"{TINY} --dtype fp16", "fp16 without CUDA is not supported"),
         (f"{TINY} --cache_embeddings file", "--cache_embeddings file is a file"),
         ("--noise 0", "--noise must be above 0"),
         ("--noise nan", "not a finite number"),
@@ -474,7 +475,7 @@ def test_mistakes_are_one_line_exit_code_2_and_nothing_written(place, monkeypatc
         arrange(monkeypatch)
     with contextlib.chdir(place), pytest.raises(SystemExit) as stopped:
         call(script, *flags)
-    err = re.sub(r"\r?(training|scoring):[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
+    err = re.sub(r"\r?(training|painting|scoring):[^\r\n]*\]", "", capsys.readouterr().err)  # without a progress bar
     lines = [line for line in err.splitlines() if line.strip()]
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
