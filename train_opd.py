@@ -80,7 +80,7 @@ def parse_args():
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
-    flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
+    cli.reward_flags(flag)
     cli.run_flags(flag)
     flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
@@ -214,7 +214,7 @@ def main(args):
         return memory.dry_run(args)
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
-    scorers = load_scorers(args.rewards, tasks, device) if args.eval_prompts else {}  # now, not after the training
+    scorers = load_scorers(args.rewards, tasks, args.reward_device or device) if args.eval_prompts else {}  # fails now
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
@@ -261,7 +261,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch rollout_batch eval_prompts"
-    harmless += " eval_steps rewards cache_embeddings checkpointing compile dry_run"
+    harmless += " eval_steps rewards reward_device cache_embeddings checkpointing compile dry_run"
     loras = {f"teacher {task}": path for task, path in args.teacher.items()} | {"init": args.init, "anchor": args.anchor}
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [(role, cli.fetch(path, "", cli.ADAPTER)) for role, path in loras.items() if path != "base"]

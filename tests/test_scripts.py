@@ -177,6 +177,7 @@ def test_teacher_trains(monkeypatch, tmp_path, flags):
         assert all(line["grad_norm"] > 0 for line in log)
     assert len(log) == 2 and all(0 <= line["reward"] <= 1 for line in log) and any(k.startswith("test/") for k in log[-1])
     assert (tmp_path / "run/adapter/adapter_config.json").exists() and list((tmp_path / "run/samples").glob("*.png"))
+    assert all(0 < line[f"monitor/{name}"] < 9 for line in log for name in ("edge_density", "colour_entropy", "diversity"))
     if "--beta" in flags:
         assert all("kl_base" in line for line in log)
 
