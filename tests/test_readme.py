@@ -20,12 +20,13 @@ README = Path("README.md").read_text()
 # Files that are written by a run, fetched by the reader, or the reader's own.
 OUTSIDE = ("runs/", "data/", "OUT/", "DIR/", "dataset/", "prompts/", "FILE", "http")
 WRITTEN = "args.json metrics.jsonl curves.png table.md results.json grid.png differences.png metadata.jsonl 00000.png".split()
-WRITTEN += "adapter_config.json adapter_model.safetensors pytorch_lora_weights.safetensors model_index.json".split()
+WRITTEN += "adapter_config.json adapter_model.safetensors pytorch_lora_weights.safetensors model_index.json config.json".split()
 WRITTEN += "train.txt test.txt train_metadata.jsonl test_metadata.jsonl evaluation_metadata.jsonl my_rewards.py".split()
 
 
 def commands(text):
     """[words, …] of all `python FILE.py …` and torchrun lines in a text: in code blocks, indented, or between backticks."""
+    text = re.sub(r"\\\n\s*", " ", text)  # a command on several lines
     lines = re.findall(r"^ *((?:python3?|torchrun|srun) .*)$", text, re.M)
     lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`(?!`)", text)]
     parts = [part.strip() for line in lines for part in re.split(r"  +(?:#|->)", line)[0].split("&&")]
