@@ -297,7 +297,8 @@ def main(args):
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
         watch.lap("update")
 
-        # 5. Log. A reward that climbs while a monitor leaves its range of the first iterations is being cheated.
+        # 5. Log. A reward that climbs while a monitor leaves its range of the first iterations is being cheated. Diversity is
+        # that among the images of a prompt on one process.
         asked = [chosen[i // args.group_size][0] for i in mine]
         for monitor in (edge_density, colour_entropy, diversity):
             log[f"monitor/{monitor.name}"] = monitor(images.nan_to_num(), asked).nanmean().item() * len(mine) / samples

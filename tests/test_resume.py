@@ -242,15 +242,15 @@ TEACHER = [*OPD[:8], "--eval_every", 0, "--reward", "deqa"]
 
 @pytest.mark.parametrize("script,flags", [("train_opd", OPD), ("train_teacher", TEACHER)])
 def test_too_many_bad_updates_save_what_was_good_and_stop(monkeypatch, tmp_path, capsys, script, flags):
-    flags = [*flags, "--iterations", 8, "--max_bad_steps", 4, "--out"]
-    call(monkeypatch, script, *flags, tmp_path / "good", "--iterations", 1)
+    flags = [*flags, "--iterations", 4, "--max_bad_steps", 4, "--out"]
+    call(monkeypatch, script, *flags, tmp_path / "good", "--save_every", 1, "--keep", 4)
     poison(monkeypatch, script, "gradient", range({"train_opd": 8, "train_teacher": 2}[script], 10**9))  # from iteration 1 on
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, script, *flags, tmp_path / "run")
     assert stopped.value.code == 2 and "4 updates in a row" in capsys.readouterr().err
     assert [line.get("skipped_updates") for line in metrics(tmp_path / "run")] == [None, 2, 2]
     saved = checkpoint.checkpoints(tmp_path / "run")[-1]
-    good = checkpoint.checkpoints(tmp_path / "good")[-1]
+    good = checkpoint.checkpoints(tmp_path / "good")[0]
     state, expected = (checkpoint.load_file(c / "state.safetensors") for c in (saved, good))
     for key in expected:
         if key.startswith("student."):  # the average has moved on towards it

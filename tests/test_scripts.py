@@ -526,7 +526,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, script, flags):
     assert all(line["grad_norm"] > 0 for line in metrics(tmp_path / "1"))  # there was something to disagree about
     torch.testing.assert_close(weights(tmp_path / "2"), weights(tmp_path / "1"), rtol=1e-4, atol=1e-5)
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
-        for key in one.keys() - {"ratio_gap", "clip_fraction"}:
+        for key in one.keys() - {"ratio_gap", "clip_fraction", "monitor/diversity"}:  # of what one process has
             if key.startswith("seconds"):
                 continue
             assert two[key] == pytest.approx(one[key], rel=1e-2, abs=1e-4), key
