@@ -11,7 +11,6 @@
    E |v - v_k|^2 = |v - mean v_k|^2 + a constant says: the relative difference of the two.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adapters
 import common
 import losses
-from cli import TASKS, read_prompts, save_json
+from cli import TASKS, Help, Parser, at_least, check_adapter, read_prompts, save_json
 from evaluate import load_rewards
 from model import decode, embed_prompts, initial_noise, load_pipeline, time_grid, velocity
 from sde import log_prob, rollout, step
@@ -216,10 +215,12 @@ def measure_routing(world, student):
     return ((drawn - averaged).norm() / averaged.norm()).item()
 
 
-def main(runs, results, units=32, images=128):
+def main(distilled, mixed, results, units, images):
     stages = {"merged start": "toy/adapters/merged"}
-    stages |= {f"Flow-OPD, iteration {n}": f"{runs}/opd_merge_seed2.stages/{n}" for n in (10, 40, 80)}
-    stages |= {f"merge + GRPO-Mix, iteration {n}": f"{runs}/merge_mix_seed0.stages/{n}" for n in (10, 30, 54)}
+    stages |= {f"Flow-OPD, iteration {n}": f"{distilled}/{n}" for n in (10, 40, 80)}
+    stages |= {f"merge + GRPO-Mix, iteration {n}": f"{mixed}/{n}" for n in (10, 30, 54)}
+    for path in stages.values():
+        check_adapter(path, "stage")
     paths = {name.replace(" ", "_").replace(",", ""): path for name, path in stages.items()}
     world = load(paths)
     for name in paths:
@@ -236,12 +237,12 @@ def main(runs, results, units=32, images=128):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", default="runs/miniature", help="where miniature.py trained (default %(default)s)")
-    parser.add_argument("--results", default="experiments/results", help="folder of gradients.json (default %(default)s)")
-    parser.add_argument("--units", type=int, default=32, help="units of 16 images for each of the two measures (default 32)")
-    parser.add_argument(
-        "--images", type=int, default=128, help="images per task for the tasks' gradients, twice as many for GRPO (default 128)"
-    )
-    flags = parser.parse_args()
-    main(flags.runs, flags.results, flags.units, flags.images)
+    parser = Parser(description=__doc__, formatter_class=Help)
+    flag = parser.add_argument
+    stages = "folder of the stages of a training from the merged start, which miniature.py keeps"
+    flag("distilled", nargs="?", default="runs/miniature/opd_merge_seed2.stages", help=f"{stages}: Flow-OPD")
+    flag("mixed", nargs="?", default="runs/miniature/merge_mix_seed0.stages", help=f"{stages}: GRPO-Mix")
+    flag("--results", default="experiments/results", help="folder of gradients.json")
+    flag("--units", type=at_least(1), default=32, help="units of 16 images for each of the two measures")
+    flag("--images", type=at_least(64), default=128, help="images per task for the tasks' gradients, twice as many for GRPO")
+    main(**vars(parser.parse_args()))

@@ -2,18 +2,18 @@
 
     python experiments/miniature.py                       # whatever has not been run yet, in the order of importance
     python experiments/miniature.py --only main           # one part
-    python experiments/miniature.py --budget_hours 2      # no new run after two hours; the same command goes on
+    python experiments/miniature.py --budget_hours 2      # starts no run after two hours; the same command goes on
     python experiments/miniature.py --report              # RESULTS.md and the figures from what is recorded, no run
     python experiments/miniature.py --quick               # a tiny version of three runs, to see that all of it works
 
 A run is a stock script with flags, in a process of its own; evaluate.py scores what it trained, also by what no teacher was
 trained on (heldout.py). What is kept of it is results/NAME_seedN.json: flags, scores, a thinned curve, what it cost. A run
-whose file has the same flags is not repeated. gradients.py measures gradients; report.py writes RESULTS.md.
+whose file has the same flags is not repeated: delete the file to score it again, NAME_seedN.stages too to train it again.
+gradients.py measures gradients; report.py writes RESULTS.md. Ctrl-C loses the run under way and nothing else.
 
 Seeds vary the student's training; base, teachers, merged start, test prompts and test noise are those of toy/.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
-from cli import TASKS, Help, save_json
+from cli import TASKS, Help, Parser, at_least, finite, save_json
 from experiments import report
 
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
@@ -50,17 +50,16 @@ class Job(NamedTuple):
     script: str | None  # None: nothing to train, flags[0] is the adapter
     flags: list[str]
     stages: tuple[int, ...]  # iterations after which it is scored
-    how: str | None  # see evaluate()
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     flag = parser.add_argument
     flag("--only", nargs="+", choices=PARTS, metavar="PART", help=f"run these parts alone: {', '.join(PARTS)}")
-    flag("--budget_hours", type=float, default=100, help="start no run after so many hours")
-    flag("--threads", type=int, default=1, help="CPU threads of a run; more or fewer may change last digits")
+    flag("--budget_hours", type=finite, default=100, help="hours after which no run is started")
+    flag("--threads", type=at_least(1), default=1, help="CPU threads of a run; more or fewer may change last digits")
     flag("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs themselves")
-    flag("--results", type=Path, default=Path("experiments/results"), help="what is kept; RESULTS.md is written beside it")
+    flag("--results", type=Path, default=Path("experiments/results"), help="folder of what is kept; RESULTS.md is beside it")
     flag("--report", action="store_true", help="run nothing, write RESULTS.md and the figures")
     flag("--quick", action="store_true", help="tiny versions of three runs, into runs/miniature_quick")
     args = parser.parse_args()
@@ -72,80 +71,91 @@ def parse_args():
 def plan(out):
     """Every run, the most telling first."""
 
-    def train(script, part, name, seed, *flags, at, how="full"):
-        jobs.append(Job(part, name, seed, script, list(flags), at, how))
+    def train(script, part, name, seed, *flags, at):
+        jobs.append(Job(part, name, seed, script, list(flags), at))
 
     opd = functools.partial(train, "train_opd.py", at=(80,))
     mix = functools.partial(train, "train_teacher.py", at=(54,))
-    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags, how="small")
+    small = lambda part, name, *flags, seed=0: opd(part, name, seed, *SMALL, *flags)
     jobs, weighted = [], ("--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX)
-    sft = f"{out}/sft_seed0/adapter"
-    rows = {"opd_nomar": ("--mar_weight", "0"), "opd_sft": ("--init", sft), "opd_base": ("--init", "base")}
+    sft, quarters = f"{out}/sft_seed0/adapter", (20, 40, 60, 80)
 
+    # The main table, and what else was recorded first.
     for seed in (0, 1):
         opd("main", "opd_merge", seed)
     opd("main", "opd_merge", 2, at=(5, 10, 20, 40, 60, 80))
-    for name in ("base", *TASKS, "grpo_mix", "merged"):  # recorded in toy/, scored again for the held-out columns
-        jobs.append(Job("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], (), "full"))
-    for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):
+    for name in ("base", *TASKS, "grpo_mix", "merged"):  # as shipped in toy/
+        jobs.append(Job("main", name, 0, None, ["base" if name == "base" else f"toy/adapters/{name}"], ()))
+    mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
+    opd("main", "opd_small", 0, *SMALL)
+    opd("main", "opd_small", 1, *SMALL, at=quarters)
+    small("main", "opd_nomar", "--mar_weight", "0")
+    for objective in ("kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published"):  # ppo: opd_small
         small("objectives", f"{objective}_lr1e-3", "--objective", objective)
     for objective in ("ode", "ppo"):
         small("objectives", f"{objective}_lr3e-3", "--objective", objective, "--lr", "3e-3")
-    mix("main", "merge_mix", 0, *weighted, "--init", "toy/adapters/merged", at=(10, 30, 54))
-    opd("main", "opd_small", 0, *SMALL)
-    jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", [], (), None))
-    opd("main", "opd_nomar", 0, *SMALL, *rows["opd_nomar"])
+    along = [f"{out}/opd_merge_seed2.stages", f"{out}/merge_mix_seed0.stages"]
+    jobs.append(Job("gradients", "gradients", 0, "experiments/gradients.py", along, ()))
     # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the objective of the public code.
     published = ("--objective", "ppo-public-code", "--steps", "10", "--task_mix", *(f"{t}=8" for t in TASKS))
-    opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80), how="small")
-    opd("main", "opd_small", 1, *SMALL, at=(20, 40, 60, 80))
+    opd("speed", "published_schedule", 0, *SMALL, *published, at=(40, 60, 80, 100, 120))
+
+    # One seed of every other question.
     small("ablations", "routing_all", "--prompts", *(f"{task}={out}/prompts/all.txt" for task in TASKS))
     opd("main", "sft", 0, "--objective", "sft", "--init", "base", at=(300,))
-    opd("main", "opd_sft", 0, *SMALL, *rows["opd_sft"])
-    opd("main", "opd_base", 0, *SMALL, *rows["opd_base"])
-    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=1)
-    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=1)
-    for updates in ("8", "1", "2", "4"):
+    small("main", "opd_sft", "--init", sft)
+    small("main", "opd_base", "--init", "base")
+    for updates in ("8", "1"):
         for objective in ("ppo", "kl"):
-            flags = (*EIGHTS, "--objective", objective, "--updates", updates)
-            opd("staleness", f"{objective}_updates{updates}", 0, *flags, how="small")
-    mix("main", "sft_mix", 0, *weighted, "--init", sft)
-    opd("MAR", "mar0.1", 0, *SMALL, "--mar_weight", "0.1")
-    opd("MAR", "anchor_base", 0, *SMALL, "--anchor", "base")
-    opd("main", "opd_small", 2, *SMALL, at=(20, 40, 60, 80))
-    for seed in (1, 2):
-        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
-    for objective, lr in (("kl", "3e-3"), ("ppo-scalar", "3e-4"), ("ppo-published", "3e-4"), ("trajectory", "3e-3"),
-                          ("ppo-public-code", "3e-3")):  # fmt: skip
-        small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
-    mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--keep", "best", at=(240,))
-    taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
-    mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60), how="small")
+            opd("staleness", f"{objective}_updates{updates}", 0, *EIGHTS, "--objective", objective, "--updates", updates)
+    small("MAR", "anchor_base", "--anchor", "base")
+    small("MAR", "mar0.1", "--mar_weight", "0.1")
+    for objective in ("ppo-scalar", "ppo-published", "trajectory"):
+        small("objectives", f"{objective}_lr3e-4", "--objective", objective, "--lr", "3e-4")
     for method in ("ties", "dare", "factor-mean"):
         flags = ["--adapters", *TEACHERS, "--method", method, *(["--rank", "24"] if method != "factor-mean" else [])]
-        jobs.append(Job("ablations", f"merge_{method}", 0, "merge.py", flags, (), "small"))
+        jobs.append(Job("ablations", f"merge_{method}", 0, "merge.py", flags, ()))
         small("ablations", f"opd_{method}", "--init", f"{out}/merge_{method}_seed0/adapter")
     small("ablations", "alternate", "--task_mix", *(f"{t}=8" for t in TASKS))
+    taste = ("--reward", "pickscore", *MIX, "--lr", "1e-3")  # the teacher that most other scores pay for
+    mix("hacking", "teacher_pickscore", 0, *taste, at=(10, 20, 40, 60))
+
+    # More seeds and more rows in turn.
+    extra = {"late": ("--train_steps", "3,4"), "noise0.3": ("--noise", "0.3"), "steps10": ("--steps", "10"),
+             "noise1.2": ("--noise", "1.2"), "early": ("--train_steps", "0,1,2"), "random2": ("--train_steps", "random:2"),
+             "groups2": ("--prompts_per_iteration", "16", "--group_size", "2")}  # fmt: skip
+    opd("main", "opd_small", 2, *SMALL, at=quarters)
+    for seed, at in ((1, quarters), (2, (80,))):
+        opd("objectives", "ode_lr3e-3", seed, *SMALL, "--objective", "ode", "--lr", "3e-3", at=at)
+    small("objectives", "kl_lr3e-3", "--objective", "kl", "--lr", "3e-3")
+    mix("main", "mix_short", 0, *weighted)
+    for seed in (1, 2):
+        small("main", "opd_sft", "--init", sft, seed=seed)
+    for name in ("late", "noise0.3", "steps10"):
+        small("ablations", name, *extra.pop(name))
+    mix("main", "sft_mix", 0, *weighted, "--init", sft)
+    for seed in (1, 2):
+        small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
+        mix("main", "merge_mix", seed, *weighted, "--init", "toy/adapters/merged")
+    for name, flags in extra.items():
+        small("ablations", name, *flags)
+    for seed, at in ((1, quarters), (2, (80,))):
+        opd("objectives", "kl_lr1e-3", seed, *SMALL, "--objective", "kl", at=at)
+    mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
+    for seed in (1, 2):
+        small("main", "opd_base", "--init", "base", seed=seed)
+    opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02")
+    for updates in ("2", "4"):
+        for objective in ("ppo", "kl"):
+            opd("staleness", f"{objective}_updates{updates}", 0, *EIGHTS, "--objective", objective, "--updates", updates)
+    for objective, lr in (("ppo-public-code", "3e-3"), ("ppo", "3e-4"), ("kl", "3e-4"), ("ode", "3e-4")):
+        small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
+    mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--final", "best", at=(240,))
     for rank in ("2", "16"):
         small("interference", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
     for seed in (1, 2):
-        for objective in ("kl", "ode"):
-            small("objectives", f"{objective}_lr1e-3", "--objective", objective, seed=seed)
-    small("objectives", "ode_lr3e-3", "--objective", "ode", "--lr", "3e-3", seed=2)
-    small("objectives", "ppo_lr1e-3", "--objective", "ppo", seed=2)
-    for seed in (1, 2):
-        for name, flags in rows.items():
-            opd("main", name, seed, *SMALL, *flags)
-    for name, flags in (("noise0.3", ("--noise", "0.3")), ("noise1.2", ("--noise", "1.2")), ("steps10", ("--steps", "10")),
-                        ("late", ("--train_steps", "3,4")), ("early", ("--train_steps", "0,1,2")),
-                        ("random2", ("--train_steps", "random:2"))):  # fmt: skip
-        small("ablations", name, *flags)
-    small("ablations", "groups2", "--prompts_per_iteration", "16", "--group_size", "2")
-    mix("main", "mix_short", 0, *weighted)
-    mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
-    opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02", how="small")
-    for objective in ("ppo", "kl", "ode", "trajectory", "ppo-public-code"):
-        small("objectives", f"{objective}_lr3e-4", "--objective", objective, "--lr", "3e-4")
+        small("objectives", "ode_lr1e-3", "--objective", "ode", seed=seed)
+        small("objectives", "ppo-public-code_lr1e-3", "--objective", "ppo-public-code", seed=seed)
     return jobs
 
 
@@ -161,15 +171,15 @@ def call(command, log, threads):
     return (time.time() - began) / 60, (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
 
 
-def evaluate(adapters, how, folder, log, threads, quick):
-    """Score {name: adapter} by evaluate.py. how: "full" = all test prompts, held-out scores, prompts out of distribution;
-    "small" = 128 test prompts a task and held-out scores. -> {name: {metric: {"mean", "se", "n"}}}."""
+def evaluate(adapters, num_prompts, outside, folder, log, threads):
+    """Score {name: adapter} by evaluate.py on `num_prompts` test prompts a task (0: all), also by the held-out scores;
+    `outside`: and on prompts out of distribution. -> {name: {metric: {"mean", "se", "n"}}}."""
     from experiments import heldout
 
     files = heldout.write_prompts(folder.parent / "prompts")
-    extra = list(files) if how == "full" else ["variety"]
+    extra = list(files) if outside else ["variety"]
     flags = ["--rewards", "experiments.heldout", "--tasks", *TASKS, *extra, "--prompts", *(f"{t}={files[t]}" for t in extra)]
-    flags += ["--num_prompts", "4" if quick else "0" if how == "full" else "128", "--out", folder / "scores", "--overwrite"]
+    flags += ["--num_prompts", num_prompts, "--out", folder / "scores", "--overwrite"]
     call(["evaluate.py", "--models", *(f"{n}={a}" for n, a in adapters.items()), *flags], log, threads)
     results = json.loads((folder / "scores" / "results.json").read_text())["results"]
     short = lambda row: {k: float(f"{v:.5g}") for k, v in row.items()}
@@ -226,21 +236,22 @@ def run_job(job, args):
     run, log = args.out / f"{job.name}_seed{job.seed}", args.out / f"{job.name}_seed{job.seed}.log"
     record = job._asdict()
     if job.script == "experiments/gradients.py":  # keeps its own record
-        return call([job.script, "--runs", args.out, "--results", args.results], log, args.threads)
+        return call([job.script, *job.flags, "--results", args.results], log, args.threads)
     if job.stages:
         adapters, done = train(job, run, args)
-        minutes = {
-            kind: round(sum(both[n] for both in done.values()), 2) for n, kind in enumerate(("wall_minutes", "cpu_minutes"))
-        }
-        record |= {"compute": cost(run, minutes | {"threads": args.threads}), "stage_minutes": done, "curve": curve(run)}
+        wall, cpu = (round(sum(column), 2) for column in zip(*done.values()))
+        minutes = {"wall_minutes": wall, "cpu_minutes": cpu, "threads": args.threads}
+        record |= {"compute": cost(run, minutes), "stage_minutes": done, "curve": curve(run)}
     elif job.script:
         call([job.script, *job.flags, "--out", run / "adapter", "--overwrite"], log, args.threads)
         adapters = {"final": run / "adapter"}
     else:
         adapters = {"final": job.flags[0]}
-    *before, final = adapters
-    scores = evaluate({n: adapters[n] for n in before}, "small", run, log, args.threads, args.quick) if before else {}
-    scores |= evaluate({final: adapters[final]}, job.how, run, log, args.threads, args.quick)
+    final = list(adapters)[-1]
+    before, last = (4, 4) if args.quick else (128, 0)
+    stages = {n: adapter for n, adapter in adapters.items() if n != final}
+    scores = evaluate(stages, before, False, run, log, args.threads) if stages else {}
+    scores |= evaluate({final: adapters[final]}, last, job.part == "main", run, log, args.threads)
     record |= {"final": final, "scores": scores}
     args.results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")).replace('},{"iteration', '},\n{"iteration')
@@ -260,13 +271,13 @@ def recorded(job, results):
 
 def main(args):
     os.chdir(ROOT)
+    if args.report:
+        return report.write(args.results)
     began, jobs = time.time(), plan(args.out)
     if args.quick:
         tiny = {"opd_merge": (1, 2), "merge_mix": (2,), "merged": ()}
         jobs = [job._replace(stages=tiny[job.name]) for job in jobs if job.name in tiny and job.seed == 0]
     todo = [job for job in jobs if not recorded(job, args.results) and (not args.only or job.part in args.only)]
-    if args.report:
-        todo = []
     prompts = args.out / "prompts" / "all.txt"  # of all tasks, for routing_all
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(Path(f"toy/prompts/{task}_train.txt").read_text() for task in TASKS))
@@ -277,13 +288,16 @@ def main(args):
             break
         left = f"some {hours / n * (len(todo) - n):.1f} hours left" if n else "time left unknown"
         print(f"{time.strftime('%H:%M')} {n + 1} of {len(todo)}: {job.part}, {job.name} seed {job.seed}; {left}", flush=True)
-        for start in jobs:  # recorded, but its adapter is not here: what another run starts from
-            folder = f"{args.out}/{start.name}_seed{start.seed}/adapter"
-            if folder in job.flags and not Path(folder).exists():
+        for start in jobs:  # what this job starts from: recorded by another clone perhaps, and not in this one's runs/
+            made = [f"{args.out}/{start.name}_seed{start.seed}{end}" for end in ("/adapter", ".stages")]
+            if any(path in job.flags and not Path(path).exists() for path in made):
                 run_job(start, args)
         run_job(job, args)
     report.write(args.results)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

@@ -1,151 +1,38 @@
 """RESULTS.md and its figures from results/*.json alone: python experiments/miniature.py --report
 
-The prose is RESULTS.template.md; what stands there in double braces is a call of one of the functions below.
+The prose is RESULTS.template.md. What stands there in double braces is the name of a function below and its arguments, as on a
+command line: {{score opd_merge variety}}, {{table "base ocr" "geneval average"}}.
 """
 
 import functools
 import json
 import math
 import re
+import shlex
 import statistics
 from pathlib import Path
 
-TASKS = ("geneval", "ocr", "deqa", "pickscore")
-SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}
-OUTSIDE = ("counts", "places", "three", "letters")
-COLUMNS = {  # metric: heading, digits
-    "geneval": ("GenEval", 3), "ocr": ("OCR", 3), "deqa": ("DeQA", 2), "pickscore": ("PickScore", 2), "average": ("Average", 4),
-    "edges": ("edges", 3), "noise": ("noise", 2), "distance": ("distance", 2), "variety": ("variety", 3),
-    "counts": ("one and three", 3), "places": ("places of several", 3), "three": ("three shapes", 3),
-    "letters": ("text elsewhere", 3), "outside": ("mean of the four", 3), "kl": ("KL at the end", 4),
-    "clipped": ("ratios clipped, %", 2), "seeds": ("seeds", 0), "images": ("images", 0), "passes": ("passes, 1000", 0),
-    "cpu_minutes": ("CPU minutes", 1),
-}  # fmt: skip
-OBJECTIVES = {
-    "ppo": "C' ppo",
-    "kl": "D kl",
-    "ode": "F ode",
-    "trajectory": "E trajectory",
-    "ppo-public-code": "B ppo-public-code",
-    "ppo-scalar": "C ppo-scalar",
-    "ppo-published": "A ppo-published",
-}
-SMALL = "32 images an iteration"
-LABELS = {
-    "clean": "clean drawings",
-    "geneval": "teacher: GenEval",
-    "ocr": "teacher: OCR",
-    "deqa": "teacher: DeQA",
-    "pickscore": "teacher: PickScore",
-    "oracle": "oracle: each task asked of its own teacher",
-    "grpo_mix": "GRPO-Mix 3:1:1, long, best of its checkpoints",
-    "mix_curve": "the same, another seed, 240 iterations at most",
-    "mix_short": "GRPO-Mix 3:1:1, as many images as the main job",
-    "mix_uniform": "GRPO-Mix uniform, as many images as the main job",
-    "sft_mix": "SFT + GRPO-Mix",
-    "merge_mix": "merge + GRPO-Mix",
-    "merged": "merge alone",
-    "sft": "SFT alone",
-    "opd_base": f"Flow-OPD from the base, {SMALL}",
-    "opd_sft": f"Flow-OPD from SFT, {SMALL}",
-    "opd_nomar": f"Flow-OPD from merge without MAR, {SMALL}",
-    "opd_small": f"Flow-OPD from merge, {SMALL}",
-    "opd_merge": "**Flow-OPD from merge: the main job**, 128 images an iteration",
-    "published_schedule": f"published schedule, {SMALL}",
-    "routing_all": "routing: every teacher for every prompt",
-    "alternate": "epochs of one task in turn (8 prompts each)",
-    "mar0.1": f"Flow-OPD from merge, MAR weight 0.1, {SMALL}",
-    "anchor_base": f"Flow-OPD from merge, the base as MAR's anchor, {SMALL}",
-    "merge_ties": "TIES merge alone",
-    "merge_dare": "DARE merge alone",
-    "merge_factor-mean": "mean of the factors alone",
-    "opd_ties": "start: TIES merge",
-    "opd_dare": "start: DARE merge",
-    "opd_factor-mean": "start: mean of the factors (public code)",
-    "noise0.3": "noise a = 0.3",
-    "noise1.2": "noise a = 1.2",
-    "steps10": "T = 10, nine steps trained",
-    "late": "the last two of the five steps trained",
-    "early": "the first three of the five steps trained",
-    "random2": "two of the five steps, drawn each iteration",
-    "groups2": "16 prompts x 2 samples",
-    "base_rank2": "from the base, LoRA rank 2",
-    "base_rank16": "from the base, LoRA rank 16",
-    "ppo_updates8_clip0.02": "C' ppo, clip 0.02, 8 updates",
-}
-LABELS |= {f"{n}_updates{u}": f"{OBJECTIVES[n]}, {u} update{'s' * (u > 1)}" for n in ("ppo", "kl") for u in (1, 2, 4, 8)}
-LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTIVES.items() for lr in ("3e-4", "1e-3", "3e-3")}
-# What the shipped adapters cost by their flags in toy.py: iterations, images an iteration, passes of an image.
-SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
-           "deqa": (110, 128, 21)}  # fmt: skip
-# Okabe and Ito's palette, told apart by colour-blind eyes; and a marker each.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "x", "P")
+from experiments import figures
+from experiments.records import (
+    COLUMNS,
+    LABELS,
+    MIX_BEST,
+    OBJECTIVES,
+    PAIRS,
+    RATES,
+    SHIPPED,
+    TASKS,
+    at_stage,
+    load,
+    pair,
+    reached,
+    scores,
+    stage_curve,
+    trainings,
+    value,
+)
+
 MISSING = "not run yet"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The records
-# ----------------------------------------------------------------------------------------------------------
-
-
-def load(results):
-    """{run's name: [record of each seed, in order]}; the oracle is put together from the teachers."""
-    runs = {}
-    for file in sorted(results.glob("*_seed*.json")):
-        record = json.loads(file.read_text())
-        runs.setdefault(record["name"], []).append(record)
-    if all(task in runs for task in TASKS):
-        own = {task: scores(runs[task][0])[task] for task in TASKS}
-        mean = sum(own[t]["mean"] / SCALES[t] for t in TASKS) / 4
-        se = math.hypot(*(own[t]["se"] / SCALES[t] for t in TASKS)) / 4
-        runs["oracle"] = [{"final": "all", "scores": {"all": own | {"average": {"mean": mean, "se": se}}}}]
-    if (results / "clean.json").exists():
-        clean = json.loads((results / "clean.json").read_text())
-        runs["clean"] = [{"final": "all", "scores": {"all": {k: {"mean": v, "se": 0.0} for k, v in clean.items()}}}]
-    return runs
-
-
-def scores(record, stage=None):
-    """{metric: {"mean", "se"}} of a record's last stage or of another: what evaluate.py measured, the held-out scores averaged
-    over the four tasks' images, and what the training itself logged."""
-    out = dict(record["scores"][str(stage or record["final"])])
-    groups = {name: [f"{task}_{name}" for task in TASKS] for name in ("edges", "noise", "distance")} | {"outside": OUTSIDE}
-    for name, parts in groups.items():
-        if all(part in out for part in parts):
-            mean, se = (
-                statistics.mean(out[part]["mean"] for part in parts),
-                math.hypot(*(out[part]["se"] for part in parts)) / 4,
-            )
-            out[name] = {"mean": mean, "se": se}
-    lines = record.get("curve", [])
-    late = lines[-(len(lines) // 4) :] if "ode" not in record.get("flags", ()) else []  # ode logs another distance
-    shown = {"kl": [v for line in late for k, v in line.items() if k.startswith("kl/")],
-             "clipped": [100 * line["clip_fraction"] for line in lines if "clip_fraction" in line]}  # fmt: skip
-    return out | {k: {"mean": statistics.mean(v), "se": 0.0} for k, v in shown.items() if v}
-
-
-def value(runs, name, metric):
-    """(mean, standard error): over seeds if there are several, else over test prompts. None where there is no run."""
-    records = runs.get(name, [])
-    if metric in ("images", "passes", "cpu_minutes"):
-        if name in SHIPPED and metric != "cpu_minutes":
-            iterations, images, passes = SHIPPED[name]
-            return iterations * images * (passes / 1000 if metric == "passes" else 1), 0.0
-        costs = [r["compute"][metric] / (1000 if metric == "passes" else 1) for r in records if "compute" in r]
-        return (statistics.mean(costs), 0.0) if costs else None
-    if metric == "seeds":
-        return (sum("compute" in r for r in records), 0.0) if any("compute" in r for r in records) else None
-    found = [scores(r)[metric] for r in records if metric in scores(r)]
-    means = [f["mean"] for f in found]
-    if len(found) < 2:
-        return (found[0]["mean"], found[0]["se"]) if found else None
-    return statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What the template calls
-# ----------------------------------------------------------------------------------------------------------
 
 
 def shown(got, digits, sign=""):
@@ -165,21 +52,21 @@ def gap(runs, name, other, metric="average"):
     return shown((a[0] - b[0], math.hypot(a[1], b[1])), COLUMNS[metric][1], "+") if a and b else MISSING
 
 
+def ratio(runs, name, other, metric):
+    a, b = value(runs, name, metric), value(runs, other, metric)
+    return f"{a[0] / b[0]:.0%}" if a and b else MISSING
+
+
 def differences(runs, pairs):
-    """A list of gaps in Average: what is ahead of what, or not to be told apart at two standard errors."""
+    """A table of gaps in Average, "one:other two:other": ahead, behind, or not to be told apart at two standard errors."""
     lines = []
-    for name, other in (p.split("-") for p in pairs.split()):
+    for name, other in (p.split(":") for p in pairs.split()):
         a, b = value(runs, name, "average"), value(runs, other, "average")
         if a and b:
             clear = abs(a[0] - b[0]) > 2 * math.hypot(a[1], b[1])
             word = "not to be told apart" if not clear else "ahead" if a[0] > b[0] else "behind"
-            lines.append(f"- {LABELS[name]} minus {LABELS[other]}: {gap(runs, name, other)}, {word}")
-    return "\n".join(lines).replace("*", "")
-
-
-def ratio(runs, name, other, metric="average"):
-    a, b = value(runs, name, metric), value(runs, other, metric)
-    return f"{a[0] / b[0]:.1%}" if a and b else MISSING
+            lines.append([LABELS[name], LABELS[other], gap(runs, name, other), word])
+    return markdown(["", "minus", "difference in Average", ""], lines)
 
 
 def table(runs, names, metrics, against=None):
@@ -193,6 +80,12 @@ def table(runs, names, metrics, against=None):
     return markdown(head, lines)
 
 
+def learning_rates(runs, metrics):
+    """The same for every objective at every learning rate of the grid that has run."""
+    names = [f"{objective}_lr{lr}" for objective in OBJECTIVES for lr in RATES]
+    return table(runs, " ".join(name for name in names if name in runs), metrics)
+
+
 def markdown(head, lines):
     return "\n".join(
         ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in lines)]
@@ -201,12 +94,17 @@ def markdown(head, lines):
 
 def stages(runs, name, seed, metrics):
     """A run's scores at every iteration it was scored at."""
-    record = next((r for r in runs.get(name, ()) if r["seed"] == seed), None)
+    record = next((r for r in runs.get(name, ()) if r["seed"] == int(seed)), None)
     if not record:
         return MISSING
     metrics = metrics.split()
     at = [[str(s), *(f"{scores(record, s)[m]['mean']:.{COLUMNS[m][1]}f}" for m in metrics)] for s in record["stages"]]
     return markdown(["iteration", *(COLUMNS[m][0] for m in metrics)], at)
+
+
+def picture(folder, name, text):
+    """A figure, if there was data for it."""
+    return f"![{text}](figures/{name}.png)" if (folder / f"{name}.png").exists() else MISSING
 
 
 def gradients(runs, found):
@@ -226,10 +124,10 @@ def of_objective(found, name):
     return found["objectives"][name][-1] if found else None
 
 
-def cosine(runs, found, name, batch=None):
-    """Of an objective's gradient to the exact one; batch: images, default as many as there are."""
+def cosine(runs, found, name, batch):
+    """Of an objective's gradient over so many images to the exact one."""
     last = of_objective(found, name)
-    return f"{last['cosine'][str(batch or max(last['cosine'], key=int))]:.2f}" if last else MISSING
+    return f"{last['cosine'][batch]:.2f}" if last else MISSING
 
 
 def length(runs, found, name):
@@ -243,20 +141,20 @@ def times(runs, found, name, other):
     return f"{a['variance'] / b['variance']:,.{0 if a['variance'] > 100 * b['variance'] else 1}f}" if a else MISSING
 
 
+def signed(cosine):
+    return f"{round(cosine, 2) + 0.0:+.2f}"  # no -0.00
+
+
 def measured(runs, found, stage, tasks):
-    return f"{found['tasks'][stage]['cosine'][tasks]:+.2f}" if found else MISSING
+    return signed(found["tasks"][stage]["cosine"][tasks]) if found else MISSING
 
 
-PAIRS = [f"{a}-{b}" for n, a in enumerate(TASKS) for b in TASKS[n + 1 :]]
+def images(runs, found):
+    return str(found["units"] * found["unit"]) if found else MISSING
 
 
-def pair(name):
-    return " and ".join(COLUMNS[task][0] for task in name.split("-"))
-
-
-def at_stage(name):
-    """ "distillation: Flow-OPD, iteration 40" -> ("OPD", 40); the merged start is iteration 0."""
-    return "GRPO" if name.startswith("grpo") else "OPD", int(name.rsplit(" ", 1)[1]) if "iteration" in name else 0
+def routing(runs, found):
+    return f"{found['routing']:.0e}" if found else MISSING
 
 
 def cosines(runs, found):
@@ -266,191 +164,65 @@ def cosines(runs, found):
 
     def logged(name, low, high):
         lines = [r for record in runs.get("opd_merge", ()) for r in record["curve"] if low <= r["iteration"] < high]
-        return f"{statistics.mean(r[f'cosine/{name}'] for r in lines):+.2f}" if lines else "–"
+        return signed(statistics.mean(r[f"cosine/{name}"] for r in lines)) if lines else "–"
 
     lines = [
-        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(f"{m['cosine'][p]:+.2f}" for m in measured.values())] for p in PAIRS
+        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(signed(m["cosine"][p]) for m in measured.values())] for p in PAIRS
     ]
     for t in TASKS:
-        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(f"{m['reliability'][t]:+.2f}" for m in measured.values())])
+        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(signed(m["reliability"][t]) for m in measured.values())])
     return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
 
 
-def minutes(runs, name, share=0.97):
-    """CPU minutes until the Average first reaches `share` of the oracle, on a straight line between stages; mean over seeds."""
-    staged, times = [r for r in runs.get(name, ()) if len(r["stages"]) > 1], []
-    if not staged or not {"oracle", "merged"} <= set(runs):
+def minutes(runs, name):
+    """CPU minutes to 97 % of the oracle, one number per seed."""
+    if not {"oracle", "merged", name} <= set(runs):
         return MISSING
-    for record in staged:
-        x, y, _ = stage_curve(record, scores(runs["merged"][0])["average"])
-        goal = share * value(runs, "oracle", "average")[0]
-        n = next((n for n in range(1, len(y)) if y[n] >= goal), None)
-        if n is None:
-            return f"not within {x[-1]:.1f} ({max(y):.4f} at best)"
-        times.append(x[n - 1] + (x[n] - x[n - 1]) * (goal - y[n - 1]) / (y[n] - y[n - 1]))
-    return f"{statistics.mean(times):.1f}"
+    found = reached(runs, name, 0.97 * value(runs, "oracle", "average")[0])
+    total = value(runs, name, "cpu_minutes")[0]
+    return ", ".join(f"{m:.1f}" if m else f"not in {total:.1f}" for m in found) or MISSING
 
 
-def to_best(runs, name):
-    """CPU minutes of a GRPO run until its best test reward."""
-    found = []
-    for record in runs.get(name, ()):
-        best = max((line for line in record["curve"] if "test" in line), key=lambda line: line["test"])
-        cost = record["compute"]
-        found.append(best["seconds"] / 60 * cost["cpu_minutes"] / cost["wall_minutes"])
-    return f"{statistics.mean(found):.1f}" if found else MISSING
+def speedup(runs, slow, fast):
+    """How many times longer `slow` takes to the best Average that it reaches, means over seeds."""
+    if not {"merged", slow, fast} <= set(runs):
+        return MISSING
+    best = statistics.mean(max(stage_curve(r, scores(runs["merged"][0])["average"])[1]) for r in runs[slow])
+    times = [[m for m in reached(runs, name, best) if m] for name in (slow, fast)]
+    if not all(times):
+        return MISSING
+    long, short = map(statistics.mean, times)
+    return f"{long:.1f} against {short:.1f} minutes, {long / short:.1f} times"
+
+
+def mix_minutes(runs, against=None):
+    """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an image took here in merge_mix; `against`: how many
+    times the minutes of that run to 97 % of the oracle."""
+    if "merge_mix" not in runs or (against and against not in runs):
+        return MISSING
+    one = statistics.mean(r["compute"]["cpu_minutes"] / r["compute"]["images"] for r in runs["merge_mix"])
+    long = one * MIX_BEST * SHIPPED["grpo_mix"][1]
+    if not against:
+        return f"{long:.1f}"
+    found = [m for m in reached(runs, against, 0.97 * value(runs, "oracle", "average")[0]) if m]
+    return f"{long / statistics.mean(found):.1f} times" if found else MISSING
 
 
 def hours(runs):
-    costs = [r["compute"] for records in runs.values() for r in records if "compute" in r]
+    costs = [r["compute"] for r in trainings(runs)]
     return f"{len(costs)} trainings, {sum(c['cpu_minutes'] for c in costs) / 60:.1f} hours of CPU time"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Figures
-# ----------------------------------------------------------------------------------------------------------
-
-
-def figure(path, panels, width=4.2):
-    """panels: [(title, x label, y label, log axes, [(label, x, y, half width of the band or None)], {x: note})]"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    same = len({panel[2] for panel in panels}) < len(panels)  # one quantity, one scale
-    size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
-    picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
-    names = list(dict.fromkeys(line[0] for panel in panels for line in panel[4]))  # one colour in all panels
-    told = set()
-    for axis, (title, xlabel, ylabel, log, lines, level) in zip(axes[0], panels):
-        for label, x, y, band in lines:
-            colour = PALETTE[names.index(label)]
-            marker = {"marker": MARKERS[names.index(label)], "markersize": 4} if len(x) < 15 else {}
-            axis.plot(x, y, color=colour, label=label, linewidth=1.4, **marker)
-            if band:
-                low, high = [v - b for v, b in zip(y, band)], [v + b for v, b in zip(y, band)]
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        for height, label in level.items():
-            axis.axhline(label, color="gray", linewidth=0.9, linestyle="--")
-            axis.annotate(height, (0.99, label), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        if "x" in log:
-            ticks = sorted({v for line in lines for v in line[1]})
-            axis.set_xscale("log")
-            axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
-            axis.minorticks_off()
-        axis.set_yscale("log" if "y" in log else "linear")
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.title.set_fontsize(10)
-        axis.margins(y=0.08)
-        axis.grid(alpha=0.3)
-        if not {line[0] for line in lines} <= told:
-            axis.legend(fontsize=7)
-        told |= {line[0] for line in lines}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=100)
-    plt.close(picture)
-
-
-def smooth(values, width=5):
-    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-
-
-def over_seeds(records, metric):
-    """(iterations, mean over seeds, half width of one standard deviation over seeds or None) of a metric of the curves."""
-    by_iteration = {}
-    for record in records:
-        lines = [line for line in record["curve"] if metric in line]
-        for line, y in zip(lines, smooth([line[metric] for line in lines])):
-            by_iteration.setdefault(line["iteration"], []).append(y)
-    full = {x: ys for x, ys in by_iteration.items() if len(ys) == max(map(len, by_iteration.values()))}
-    band = [statistics.stdev(ys) for ys in full.values()] if records and len(records) > 1 else None
-    return list(full), [statistics.mean(ys) for ys in full.values()], band
-
-
-def stage_curve(record, start):
-    """(CPU minutes, Average, its standard error) of a run that was scored at several stages, from the score of its start."""
-    x, y, se = [0.0], [start["mean"]], [start["se"]]
-    for stage in record["stages"]:
-        x.append(x[-1] + record["stage_minutes"][str(stage)][1])
-        y.append(record["scores"][str(stage)]["average"]["mean"])
-        se.append(record["scores"][str(stage)]["average"]["se"])
-    return x, y, se
-
-
-def mean_kl(record):
-    """The record with one KL a line, the mean over its tasks."""
-    kls = [[v for k, v in line.items() if k.startswith("kl/")] for line in record["curve"]]
-    return record | {"curve": [line | {"kl": statistics.mean(k)} for line, k in zip(record["curve"], kls)]}
-
-
-def figures(runs, found, folder):
-    """Every figure that there is data for, as folder/NAME.png."""
-
-    def draw(name, *panels, width=4.6):
-        panels = [p for p in panels if p[4]]
-        if panels:
-            figure(folder / f"{name}.png", panels, width)
-
-    def average_curve(name, label):
-        staged = [stage_curve(r, scores(runs["merged"][0])["average"]) for r in runs.get(name, ()) if len(r["stages"]) > 1]
-        return [(label, *([statistics.mean(column) for column in zip(*part)] for part in zip(*staged)))] if staged else []
-
-    top = value(runs, "oracle", "average")
-    if top:
-        lines = average_curve("opd_small", "Flow-OPD, 32 images an iteration")
-        lines += average_curve("opd_merge", "Flow-OPD, 128 images an iteration")
-        lines += average_curve("published_schedule", "published schedule, 32 images an iteration")
-        lines += average_curve("merge_mix", "merge + GRPO-Mix, 192 images an iteration")
-        levels = {"oracle": top[0], "97 % of the oracle": 0.97 * top[0]}
-        draw("average", ("", "CPU minutes of training, one thread", "Average", "", lines, levels), width=6)
-
-    six = [n for n in OBJECTIVES if n != "ode"]  # whose KL is another quantity, on other states
-    lines = [
-        (OBJECTIVES[n], *over_seeds([mean_kl(r) for r in runs[f"{n}_lr1e-3"]], "kl")) for n in six if f"{n}_lr1e-3" in runs
-    ]
-    bars = [n for n in OBJECTIVES if n != "trajectory"]
-    points = []
-    for n in bars:
-        got = [(float(lr), value(runs, f"{n}_lr{lr}", "average")) for lr in ("3e-4", "1e-3", "3e-3")]
-        got = [(x, *v) for x, v in got if v]
-        points += [(OBJECTIVES[n], *zip(*got))] if got else []
-    draw("objectives", ("learning rate 1e-3", "iteration (32 images each)", "KL to the routed teacher", "y", lines, {}),
-         ("after 80 iterations", "learning rate", "Average", "x", points, {}))  # fmt: skip
-
-    if found:
-        at = found["objectives"]
-        by_batch = [(OBJECTIVES[n], *zip(*((int(b), c) for b, c in at[n][-1]["cosine"].items())), None) for n in six]
-        by_step = [(OBJECTIVES[n], *zip(*((e["t"], e["variance"]) for e in at[n][:-1])), None) for n in six]
-        draw("gradients", ("all five steps", "images in the batch", "cosine to the exact gradient", "x", by_batch, {}),
-             ("one image", "time t of the step, 1 = noise", "variance / exact gradient squared", "y", by_step, {}))  # fmt: skip
-
-    main, mixed = runs.get("opd_merge", []), []
-    lines = [(pair(p), *over_seeds(main, f"cosine/{p}")) for p in PAIRS if main]
-    if found:
-        kinds = {at_stage(k)[1]: m["cosine"] for k, m in found["tasks"].items() if k.startswith("grpo")}
-        mixed = [(pair(p), list(kinds), [cosine[p] for cosine in kinds.values()], None) for p in PAIRS]
-    draw("interference", ("Flow-OPD from merge, three seeds", "iteration", "cosine of two tasks' gradients", "", lines, {}),
-         ("merge + GRPO-Mix", "iteration", "cosine of two tasks' gradients", "", mixed, {}))  # fmt: skip
-
-    lines, relative = [(COLUMNS[t][0], *over_seeds(main, f"kl/{t}")) for t in TASKS if main], []
-    staged = [r for r in main if len(r["stages"]) > 1]
-    for t in TASKS if staged and top else ():
-        got = [scores(runs["merged"][0])[t], *(scores(staged[0], s)[t] for s in staged[0]["stages"])]
-        goal = value(runs, t, t)[0]
-        x = [0, *staged[0]["stages"]]
-        relative.append((COLUMNS[t][0], x, [g["mean"] / goal for g in got], [g["se"] / goal for g in got]))
-    draw("tasks", ("three seeds", "iteration", "KL to the routed teacher", "y", lines, {}),
-         ("seed 2", "iteration", "score / score of the task's own teacher", "", relative, {}))  # fmt: skip
-
-    for record in runs.get("teacher_pickscore", ()) if "base" in runs else ():
-        base, lines = scores(runs["base"][0]), []
-        for metric in ("pickscore", "deqa", "edges", "noise", "distance", "variety"):
-            y = [1, *(scores(record, s)[metric]["mean"] / base[metric]["mean"] for s in record["stages"])]
-            lines.append(
-                ("PickScore, the reward" if metric == "pickscore" else COLUMNS[metric][0], [0, *record["stages"]], y, None)
-            )
-        draw("hacking", ("", "GRPO iteration (192 images each)", "relative to the base", "y", lines, {}), width=6)
+def parts(runs):
+    """What has been trained for every part, and what that took."""
+    lines = []
+    for part in dict.fromkeys(r["part"] for r in trainings(runs)):
+        records = [r for r in trainings(runs) if r["part"] == part]
+        seeds = [sum(r["name"] == name for r in records) for name in dict.fromkeys(r["name"] for r in records)]
+        cpu = sum(r["compute"]["cpu_minutes"] for r in records) / 60
+        by_seeds = ", ".join(f"{seeds.count(n)} with {n} seed{'s' * (n > 1)}" for n in sorted(set(seeds), reverse=True))
+        lines.append([part, by_seeds, str(len(records)), f"{cpu:.2f}"])
+    return markdown(["part", "rows", "trainings", "hours on one core"], lines)
 
 
 def write(results):
@@ -460,14 +232,14 @@ def write(results):
     file = results / "gradients.json"
     found = json.loads(file.read_text()) if file.exists() else None
     of_runs, of_both = (
-        (score, gap, differences, ratio, table, stages, minutes, to_best, hours),
-        (gradients, cosine, length, times, measured, cosines),
+        (score, gap, ratio, differences, table, learning_rates, stages, minutes, speedup, mix_minutes, hours, parts),
+        (gradients, cosine, length, times, measured, images, routing, cosines),
     )
     calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
     calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
-    calls["found"] = found or {"units": 0, "routing": math.nan}
+    calls["picture"] = functools.partial(picture, results.parent / "figures")
+    figures.draw_all(runs, found, results.parent / "figures")
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
-    text = re.sub(r"\{\{(.+?)\}\}", lambda call: str(eval(call[1], calls)), template, flags=re.DOTALL)
+    text = re.sub(r"\{\{(\w+)(.*?)\}\}", lambda call: calls[call[1]](*shlex.split(call[2])), template, flags=re.S)
     (results.parent / "RESULTS.md").write_text(text)
-    figures(runs, found, results.parent / "figures")
-    print(f"{sum(map(len, runs.values()))} records -> {results.parent}/RESULTS.md and figures/")
+    print(f"{len(list(results.glob('*_seed*.json')))} records -> {results.parent}/RESULTS.md and figures/")

@@ -1,5 +1,6 @@
 """experiments/: the committed report is what the committed records give, the held-out scores, the driver end to end."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 
 import losses
 import toy
-from experiments import heldout, report
+from experiments import heldout, miniature, records, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,39 @@ def test_the_report_says_what_has_not_run(tmp_path):
     (tmp_path / "results").mkdir()
     report.write(tmp_path / "results")
     assert report.MISSING in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_records_are_of_the_plan():
+    """Every record was made with the flags that the plan has now, and has a name in the tables."""
+    jobs = {f"{job.name}_seed{job.seed}": job for job in miniature.plan(Path("runs/miniature"))}
+    assert len(jobs) == len(miniature.plan(Path("runs/miniature")))  # no two runs of one name
+    for file in (ROOT / "experiments" / "results").glob("*_seed*.json"):
+        assert miniature.recorded(jobs[file.stem], file.parent), file.stem
+    assert {job.name for job in jobs.values()} - {"gradients", "base", "teacher_pickscore"} <= set(records.LABELS)
+    assert all(str(iterations) in toy.ADAPTERS[name] for name, (iterations, *_) in records.SHIPPED.items())
+
+
+def test_the_scripts_accept_every_planned_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("sft", "merge_ties", "merge_dare", "merge_factor-mean"):  # what other runs start from
+        (tmp_path / f"{name}_seed0").mkdir()
+        (tmp_path / f"{name}_seed0" / "adapter").symlink_to(ROOT / "toy" / "adapters" / "merged")
+    (tmp_path / "prompts").mkdir()
+    shutil.copy("toy/prompts/ocr_train.txt", tmp_path / "prompts" / "all.txt")
+    once = {(job.script, *job.flags): job for job in miniature.plan(tmp_path)}
+    for job in once.values():
+        if job.script in ("train_opd.py", "train_teacher.py", "merge.py"):
+            monkeypatch.setattr(sys, "argv", [job.script, *job.flags, "--out", str(tmp_path / "run"), "--overwrite"])
+            importlib.import_module(job.script.removesuffix(".py")).parse_args()
+
+
+def test_a_mistyped_flag_is_one_line(monkeypatch, capsys):
+    for flags in (["--budget", "x"], ["--threads", "0"], ["--only", "everything"], ["--bad"]):
+        monkeypatch.setattr(sys, "argv", ["miniature.py", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            miniature.parse_args()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error:") and error.count("\n") == 1
 
 
 def test_held_out_scores_see_what_they_are_for():
