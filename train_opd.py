@@ -8,16 +8,11 @@
 The student paints with the SDE sampler; each prompt belongs to one task, and that task's teacher says what its
 velocity would have been at every state the student visited. The KL between the two Gaussian steps is the dense
 training signal; MAR holds the student near a frozen teacher of image quality. No reward, no VAE and no text
-encoder is used on the training path: pictures are scored at the end only.
-
-The default objective: the formula published first (`--objective ppo-published`) rewards every step with its
-analytic -KL, detached, inside a PPO-clipped policy gradient; that reward does not depend on the action taken, so
-the expected gradient is zero and nothing is learnt. `--objective ppo` keeps PPO but rewards the action itself,
-with the sampled log-ratio of teacher to student, one ratio and one reward per latent coordinate. Its expected
-gradient is that of the KL, with little noise. All forms stand side by side in losses.py.
+encoder is used on the training path: pictures are scored at the end only. The objectives, and why the default is
+not the formula published first, stand in losses.py.
 
 Deviations from the paper:
- 1. PPO's reward and ratio are per latent coordinate (above); the paper's form is --objective ppo-published.
+ 1. PPO's reward and ratio are per latent coordinate (losses.py); the paper's form is --objective ppo-published.
  2. Routing is hard: a prompt's own teacher alone labels it, as in all public code; v1's text blends teachers.
  3. Every task is in every iteration in equal parts; the public code alternates whole epochs.
  4. Noise and prompts are functions of (seed, iteration, sample): the number of processes changes nothing.
@@ -286,6 +281,13 @@ def main(args):
                 v[at] = velocities(x[at], [steps[s] for s in some], rows[part], guidance[on])
         return v
 
+    # One iteration (b samples on this process, S of the T steps trained; * = the only tensors with gradient):
+    #   prompts -> noise (b, C, H, W) -> rollout by the student: x (R + 1, b, C, H, W), mean_old (R, b, C, H, W)
+    #   states = x[trained] (S, b, C, H, W) -> each task's teacher: v_teacher -> mean_teacher = step(states, v_teacher)
+    #                                       -> the anchor:          v_anchor
+    #   micro-batch: v* = student(states) -> mean* = step(states, v*)
+    #   loss = objective(mean*, mean_old, mean_teacher, x[i + 1]) + mar_weight w(t) |v* - v_anchor|^2
+    #   a gradient per task (tasks, P) -> summed over tasks and processes -> clip -> Adam -> average of the weights
     for iteration in bar:
         watch, log = common.Stopwatch(device), {}
         # 1. Prompts: every task in its share; which steps of the trajectory are trained.
@@ -441,7 +443,6 @@ def main(args):
         report(args, pipe, text, tests, scorers, {name: "init" if layers else None, "student": "ema"}, run, rank, world)
         if rank == 0:
             print(f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"')
-            print("      python train_opd.py --objective kl --out runs/opd_kl")
     common.stop_processes()
 
 

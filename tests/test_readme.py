@@ -106,6 +106,21 @@ def test_python_of_the_readme_runs(block, monkeypatch):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+def figures(text):
+    """All numbers with a fraction or thousands in a text, without sign and leading zero: 0.9236 and .9236 are one."""
+    text = re.sub(r"`[^`]*`|```.*?```", " ", text, flags=re.S)  # not those in commands
+    numbers = re.findall(r"(?<![\w.])\d*\.\d+(?![\w.]*\d)|(?<![\w.])\d{1,3}(?:,\d{3})+", text)
+    return {number.lstrip("0") for number in numbers}
+
+
+def test_numbers_of_the_results_stand_in_results_md():
+    """Each one, as it is written: no figure by hand, no rounding of its own."""
+    section = re.search(r"^## Results.*?\n(.*?)(?=^## )", README, re.M | re.S)[1]
+    known = figures(Path("experiments/RESULTS.md").read_text())
+    assert len(figures(section)) > 20
+    assert not sorted(figures(section) - known)
+
+
 TINY = {
     "train_teacher.py": "--prompts_per_iteration 5 --group_size 2 --steps 3 --iterations 1 --window 0 --window_end 0"
     " --eval_steps 2 --eval_prompts 2 --overwrite",
