@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapters import save_adapter
-from cli import fail, launcher, save_json
+from cli import fail, launcher, read_json, save_json
 from common import cut_log, gather, sha256
 
 # ----------------------------------------------------------------------------------------------------------
@@ -133,19 +133,27 @@ def lock_run(run):
 def choose_checkpoint(run, wanted, state):
     """The checkpoint named, or the newest that is whole; None where there is none yet. One made with other flags or
     files is refused."""
-    for checkpoint in [Path(wanted)] if wanted != "newest" else reversed(checkpoints(run)):
+    found = [c for c in reversed(checkpoints(run)) if wanted == "newest" or c.resolve() == Path(wanted).resolve()]
+    if wanted != "newest" and not found:
+        fail(f"--resume {wanted}: not one of this run's checkpoints ({run}/checkpoints/step_N)")
+    for checkpoint in found:
         if whole(checkpoint):
             break
         if wanted != "newest":
-            fail(f"--resume {wanted}: no checkpoint, or a damaged one; without a name the newest good one is taken")
+            fail(f"--resume {wanted}: damaged, its checksums differ; without a name the newest good one is taken")
         print(f"warning: {checkpoint} is damaged: its checksums differ; trying the one before it", file=sys.stderr)
     else:
         print(f"{run} has no checkpoint yet: starting at the beginning")
         return None
-    saved = json.loads((checkpoint / "state.json").read_text())
-    changed = [f"--{k}" for k, v in state["flags"].items() if k not in saved["flags"] or saved["flags"][k] != v]
-    changed += {f[0]: 0 for f in saved["files"] + state["files"] if f not in saved["files"] or f not in state["files"]}
-    if changed or saved["files"] != state["files"]:
+    try:
+        saved = read_json((checkpoint / "state.json").read_text())
+        flags, saved_files = dict(saved["flags"]), [tuple(map(str, file)) for file in saved["files"]]
+    except (ValueError, KeyError, TypeError):
+        fail(f"--resume: {checkpoint}/state.json is not one that this code writes")
+    files = [tuple(file) for file in state["files"]]  # (role, SHA-256)
+    changed = [f"--{k}" for k, v in state["flags"].items() if k not in flags or flags[k] != v]
+    changed += dict.fromkeys(role for role, _ in sorted(set(files) ^ set(saved_files)))
+    if changed or files != saved_files:
         what = ", ".join(changed) or "the order of the teachers"
         fail(f"--resume: {what} changed since {checkpoint} was saved; resume with the same")
     for newer in checkpoints(run):
@@ -186,7 +194,9 @@ class Saver:
             for k, p in self.student.items():
                 tensors |= {f"student.{k}": p, f"ema.{k}": self.ema[k]}
                 tensors |= {f"optimizer.{n}.{k}": v for n, v in self.optimizer.state.get(p, {}).items()}
-            self.ready = iterations, {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+            copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+            with self.saving:
+                self.ready = iterations, copies
 
     def save(self):
         """checkpoints/step_N: adapter/ (the average, for use) and the full training state; the oldest ones go (rank 0)."""
@@ -245,8 +255,9 @@ class Saver:
 
     def save_and_say(self):
         if self.rank == 0:
-            self.save()
-            what = f"saved after {self.ready[0]} iterations" if self.ready else "nothing to save yet"
+            with self.saving:  # the main thread goes on meanwhile, but keeps nothing newer
+                self.save()
+                what = f"saved after {self.ready[0]} iterations" if self.ready else "nothing to save yet"
             print(f"\nstopped; {what}; go on with the same command and --resume", file=sys.stderr, flush=True)
 
     def close(self):

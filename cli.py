@@ -191,6 +191,12 @@ def model_flags(parser):
     flag("--size", type=positive, help="image side in pixels; default the model's own")
 
 
+def reward_flags(flag):
+    """Which scorers, and where they run: the same flags in every script that scores."""
+    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    flag("--reward_device", metavar="DEVICE", help="where scorers with weights run: cpu, cuda:1; default the model's device")
+
+
 def run_flags(flag):
     """How a run is repeated, saved, stopped and taken up again: the same flags in both training scripts."""
     flag("--seed", type=at_least(0), default=0, help="of prompts, noise and fresh weights")
@@ -259,8 +265,8 @@ def check_model(path, flag="--model"):
             fail(f"{flag} {path}: {index.parent.name}/{index.name} is damaged; fetch it again")
         if outside:
             fail(f"{flag} {path}: {index.parent.name}/{index.name} names a file outside its folder: {outside[0]}")
-    for part in ("transformer", "vae"):
-        if os.path.isdir(f"{path}/{part}") and not any(Path(path, part).glob("*.safetensors")):
+    for part in ("transformer", "vae"):  # with neither there is no weight to open: --dry_run fetches none
+        if any(Path(path, part).glob("*.bin")) and not any(Path(path, part).glob("*.safetensors")):
             fail(f"{flag} {path}: no safetensors in {part}; a pickle (.bin) can run code and is not opened")
 
 

@@ -27,33 +27,13 @@ import json
 import math
 from pathlib import Path
 
-from cli import (
-    ADAPTER,
-    TASKS,
-    at_least,
-    check_adapter,
-    check_folder,
-    check_model,
-    check_prompt,
-    fail,
-    fetch,
-    find_images,
-    finite,
-    make_parser,
-    model_flags,
-    one_line,
-    pairs,
-    positive,
-    prompt_files,
-    read_json,
-    read_prompts,
-    save_json,
-)
+import cli
+from cli import TASKS, at_least, fail, finite, one_line, pairs, positive
 
 
 def parse_args():
-    parser = make_parser(__doc__)
-    model_flags(parser)
+    parser = cli.make_parser(__doc__)
+    cli.model_flags(parser)
     flag = parser.add_argument
     flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
@@ -61,7 +41,7 @@ def parse_args():
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
     flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
-    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    cli.reward_flags(flag)
     flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
@@ -76,22 +56,22 @@ def parse_args():
         fail("--prompt paints and --scores_only does not: choose one")
     if args.published and args.rewards == "toy":
         fail("--published: the miniature's scorers are not the paper's; give --rewards rewards")
-    flag, models = "--scores_only" if args.scores_only else "--models", {}
+    source, models = "--scores_only" if args.scores_only else "--models", {}
     for item in args.scores_only or args.models:
         name, equals, path = item.partition("=")
         name, path = (name, path) if equals else (Path(item.rstrip("/")).name, item)
         if name in models:
-            fail(f"{flag}: two models are called {name!r}; write NAME=PATH")
+            fail(f"{source}: two models are called {name!r}; write NAME=PATH")
         if Path(name).name != name or name == "..":
-            fail(f"{flag} {item}: the name becomes a folder's, so it holds no slash; write NAME={path}")
+            fail(f"{source} {item}: the name becomes a folder's, so it holds no slash; write NAME={path}")
         if args.scores_only and not Path(path).is_dir():
-            fail(f"{flag} {path}: not a folder of images")
+            fail(f"--scores_only {path}: not a folder of images")
         if not args.scores_only and path != "base":
-            check_adapter(path, flag)
+            cli.check_adapter(path, "--models")
         models[name] = path
     args.models = models
     if not args.scores_only:
-        check_model(args.model)
+        cli.check_model(args.model)
     args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in models:
@@ -103,10 +83,10 @@ def parse_args():
     for task in set(given) - set(args.tasks):
         fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
     for prompt in args.prompt or ():
-        check_prompt(prompt, "--prompt")
+        cli.check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
-    args.prompts = prompt_files(given, args.tasks, "test") if paints else given
-    check_folder(args.out)
+    args.prompts = cli.prompt_files(given, args.tasks, "test") if paints else given
+    cli.check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
         fail(f"--out {args.out} holds a run or an evaluation: choose another folder, or --overwrite the evaluation")
@@ -138,6 +118,10 @@ def load_rewards(module, device="cpu"):
         rewards = dict(importlib.import_module(module).REWARDS)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         fail(f"--rewards {module}: no module with REWARDS in it ({error})")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--reward_device {device}: {cli.reason(error)}")
     for scorer in rewards.values():
         if hasattr(scorer, "device"):
             scorer.device = device
@@ -216,7 +200,7 @@ def find_tests(args):
     tests, files = {}, {name: {} for name in args.models}
     for task in args.tasks:
         for name, path in args.models.items():
-            files[name][task], *test = find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
+            files[name][task], *test = cli.find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
             if tests.setdefault(task, test) != test:
                 fail(f"--scores_only {path}: not the {task} prompts, or not as many images of each, as in the first folder")
     return tests, files
@@ -305,7 +289,7 @@ def picture_grid(path, images, prompts, scores=None):
 def read_recorded(model):
     """The flags and results in MODEL/results.json; none where it is not there, or of another make: it may be a stranger's."""
     try:
-        recorded = read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
+        recorded = cli.read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
         cells = lambda row: {m: {"mean": float(c["mean"]), "se": float(c["se"]), "n": c.get("n")} for m, c in row.items()}
         return {**recorded["flags"]}, {one_line(name): cells(row) for name, row in recorded["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -316,7 +300,8 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
     guidance = dict.fromkeys(models, args.guidance) | {"student": args.student_guidance}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=run) as own:
+        folder = common.gather(own)[0]  # rank 0's, where all see it: the grid takes pictures that other ranks painted
         how = (args.eval_steps, guidance, folder, 0, args.micro_batch, args.size, rank, world)
         scores, failed, files = score_models(pipe, text, models, tests, scorers, *how)
         if rank > 0:
@@ -343,12 +328,14 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
         if "average" in results.get("oracle", ()) and results["oracle"]["average"]["mean"] and not changed:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
-    save_json(run / "results.json", {"flags": vars(args), "results": live})
+    cli.save_json(run / "results.json", {"flags": vars(args), "results": live})
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
 
 
 def save_grid(path, scores, files, tests, rows):
-    """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score."""
+    """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score; no file
+    where there is none, not even an older one."""
+    Path(path).unlink(missing_ok=True)
     places = [(task, j) for task in tests for j in rows.get(task, ())]
     marks = {n: [row[task][j] if task in row else math.nan for task, j in places] for n, row in scores.items()}
     images = {name: read_pictures([files[name][task][j] for task, j in places]) for name in scores}
@@ -389,7 +376,7 @@ def paint_tests(args, tests, device, rank, world):
     how |= {"seed": args.seed, "steps": args.steps, "size": args.size}
     about = {}
     for name, path in args.models.items():
-        adapter = path if path == "base" else common.sha256(fetch(path, "--models", ADAPTER))
+        adapter = path if path == "base" else common.sha256(cli.fetch(path, "--models", cli.ADAPTER))
         about[name] = how | {"adapter": adapter, "guidance": guidance[name]}
     files, todo = image_files(Path(args.out) / "images", tests, about, rank, world)
     own = [tests[task][0][j] for (_, task), marks in todo.items() for j in marks]
@@ -422,13 +409,13 @@ def main(args):
             print(f"{len(args.prompt)} prompts x {len(columns)} models -> {out}/prompts.png")
         return common.stop_processes()
 
-    scorers = load_scorers(args.rewards, args.tasks, device)
+    scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device)
     if args.scores_only:
         tests, files = find_tests(args)
     else:
-        tests = {task: [p[: args.num_prompts or None] for p in read_prompts(file)] for task, file in args.prompts.items()}
+        tests = {task: [p[: args.num_prompts or None] for p in cli.read_prompts(file)] for task, file in args.prompts.items()}
     for task, metrics in scorers.items():
-        check_prompts(metrics[task], *tests[task], f"test prompts of {task}")
+        check_prompts(metrics[task], *tests[task], args.prompts.get(task, f"prompts of {task}"))
     if not args.scores_only:
         files = paint_tests(args, tests, device, rank, world)  # the model is gone before the first scorer comes
     scores, failed = score_files(files, tests, scorers, args.batch, rank, world)
@@ -442,7 +429,7 @@ def main(args):
         if not any(scores.values()):
             print(text.split("\n\n", 1)[1], flush=True)
             fail(f"--rewards {args.rewards}: nothing could be scored, for the reasons above; the images are kept")
-        save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
+        cli.save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
         (out / "table.md").write_text(text + "\n")
         save_grid(out / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
         save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))

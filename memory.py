@@ -217,7 +217,7 @@ def dry_run(args):
 PHASES = {
     "load_pipeline": ("the model", ["--dtype bf16"]),
     "embed_prompts": ("text embeddings", ["--no_t5, or --cache_embeddings DIR filled on a larger machine"]),
-    "score_models": ("evaluation", ["a smaller --batch", "a smaller --micro_batch"]),
+    "paint_files": ("evaluation", ["a smaller --batch", "a smaller --micro_batch"]),
     "paint": ("pictures", ["a smaller --batch", "a smaller --micro_batch"]),
     "decode": ("pictures", ["a smaller --micro_batch"]),
     "label": ("labels", ["a smaller --label_batch"]),

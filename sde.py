@@ -7,15 +7,29 @@ Why an SDE: the usual sampler is an ODE, its next state is a function of the cur
 probability of an action, no policy gradient and no KL. Adding noise at every step, and correcting the drift so
 that every x_t keeps its distribution, turns the sampler into a Gaussian policy (Flow-GRPO, arXiv 2505.05470).
 
-  code          paper         meaning                                                         shape
-  t             t             1 = pure noise ... 0 = data; the transformer is told 1000 t     scalar
-  t_next        t - dt        the next grid value, smaller than t; dt = t - t_next > 0        scalar
-  x             x_t           latents, x_t = (1 - t) x_0 + t noise                            (B, C, H, W)
-  v             v_theta       velocity, predicts noise - x_0                                  (B, C, H, W)
-  a             a             noise level; 0.7 in the papers, 0 gives the ODE                 scalar
-  sigma         sigma_t       noise per square root of time                                   scalar
-  mean, std     mu, s         the policy: x_next ~ Normal(mean, std^2 I)                      (B, C, H, W), scalar
-  t_max         t_1           the grid's second value, below 1: stands in for t where 1 - t is 0  scalar
+Notation, here, in losses.py and in the scripts (the papers' letter behind the name in code):
+
+  sizes         T             steps of a rollout; R = those up to the last that is trained on; S = those trained on
+                G             samples of one prompt; B = samples in a batch (scripts: b on this process, c in a micro-batch)
+                C, H, W       of the latents; D = C H W. For sde.py and losses.py any shape behind B will do: (B, N, C), (B, 2)
+  t, t_next     t, t - dt     time, 1 = pure noise ... 0 = data; the transformer is told 1000 t       floats
+  dt            dt            t - t_next > 0                                                          float
+  grid          t_0 ... t_T   the scheduler's times, from 1 to 0; t_max is t_1, which stands in for   T + 1 floats
+                              t where 1 - t is 0
+  x, x_next     x_t           latents before and after a step, x_t = (1 - t) x_0 + t noise            (B, C, H, W)
+  x0, noise     x_0, eps      data, and the start of a rollout, Normal(0, I)                          (B, C, H, W)
+  v             v_theta       velocity, predicts noise - x_0; v_teacher, v_anchor: theirs, at         (B, C, H, W)
+                              the states that the student visited
+  a             a             noise level, --noise; 0.7 in the papers, 0 gives the ODE                float
+  sigma         sigma_t       noise per square root of time; a sqrt(t / (1 - t))                      float
+  mean, std     mu, s         the policy: x_next ~ Normal(mean, std^2 I), std = sigma sqrt(dt)        (B, C, H, W), float
+  mean_old      mu_old        the mean when x_next was drawn; mean_teacher: where v_teacher leads     (B, C, H, W)
+  log_prob      log pi        log Normal(x_next; mean, std^2), a mean over D                          (B,)
+  weight        w(t)          KL(student, teacher) = w(t) mean((v - v_teacher)^2), a mean over D      float
+  ratio         rho           pi_new(x_next) / pi_old(x_next): 1 before the first update              losses.py says
+  reward        r             of an image (GRPO) or of an action (PPO forms of distillation)          losses.py says
+  advantage     A             an image's reward against those of its group (GRPO)                     (B,)
+  mar_weight    lambda        of MAR, 0.02 in the paper                                               float
 
 Three kinds of noise, all with the same interface:
   flow   sigma = a sqrt(t / (1 - t))       Flow-GRPO, Flow-OPD

@@ -8,16 +8,11 @@
 The student paints with the SDE sampler; each prompt belongs to one task, and that task's teacher says what its
 velocity would have been at every state the student visited. The KL between the two Gaussian steps is the dense
 training signal; MAR holds the student near a frozen teacher of image quality. No reward, no VAE and no text
-encoder is used on the training path: pictures are scored at the end only.
-
-The default objective: the formula published first (`--objective ppo-published`) rewards every step with its
-analytic -KL, detached, inside a PPO-clipped policy gradient; that reward does not depend on the action taken, so
-the expected gradient is zero and nothing is learnt. `--objective ppo` keeps PPO but rewards the action itself,
-with the sampled log-ratio of teacher to student, one ratio and one reward per latent coordinate. Its expected
-gradient is that of the KL, with little noise. All forms stand side by side in losses.py.
+encoder is used on the training path: pictures are scored at the end only. The objectives, and why the default is
+not the formula published first, stand in losses.py.
 
 Deviations from the paper:
- 1. PPO's reward and ratio are per latent coordinate (above); the paper's form is --objective ppo-published.
+ 1. PPO's reward and ratio are per latent coordinate (losses.py); the paper's form is --objective ppo-published.
  2. Routing is hard: a prompt's own teacher alone labels it, as in all public code; v1's text blends teachers.
  3. Every task is in every iteration in equal parts; the public code alternates whole epochs.
  4. Noise and prompts are functions of (seed, iteration, sample): the number of processes changes nothing.
@@ -80,7 +75,7 @@ def parse_args():
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
-    flag("--rewards", default="toy", help="Python module with the scorers of the final evaluation")
+    cli.reward_flags(flag)
     cli.run_flags(flag)
     flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
@@ -214,7 +209,7 @@ def main(args):
         return memory.dry_run(args)
     rank, world, device = common.start_processes()
     run, tasks, sft = Path(args.out), list(args.teacher), args.objective == "sft"
-    scorers = load_scorers(args.rewards, tasks, device) if args.eval_prompts else {}  # now, not after the training
+    scorers = load_scorers(args.rewards, tasks, args.reward_device or device) if args.eval_prompts else {}  # fails now
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
@@ -261,7 +256,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch rollout_batch eval_prompts"
-    harmless += " eval_steps rewards cache_embeddings checkpointing compile dry_run"
+    harmless += " eval_steps rewards reward_device cache_embeddings checkpointing compile dry_run"
     loras = {f"teacher {task}": path for task, path in args.teacher.items()} | {"init": args.init, "anchor": args.anchor}
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [(role, cli.fetch(path, "", cli.ADAPTER)) for role, path in loras.items() if path != "base"]
@@ -286,6 +281,13 @@ def main(args):
                 v[at] = velocities(x[at], [steps[s] for s in some], rows[part], guidance[on])
         return v
 
+    # One iteration (b samples on this process, S of the T steps trained; * = the only tensors with gradient):
+    #   prompts -> noise (b, C, H, W) -> rollout by the student: x (R + 1, b, C, H, W), mean_old (R, b, C, H, W)
+    #   states = x[trained] (S, b, C, H, W) -> each task's teacher: v_teacher -> mean_teacher = step(states, v_teacher)
+    #                                       -> the anchor:          v_anchor
+    #   micro-batch: v* = student(states) -> mean* = step(states, v*)
+    #   loss = objective(mean*, mean_old, mean_teacher, x[i + 1]) + mar_weight w(t) |v* - v_anchor|^2
+    #   a gradient per task (tasks, P) -> summed over tasks and processes -> clip -> Adam -> average of the weights
     for iteration in bar:
         watch, log = common.Stopwatch(device), {}
         # 1. Prompts: every task in its share; which steps of the trajectory are trained.
@@ -375,7 +377,7 @@ def main(args):
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in a velocity, a loss or a gradient; all processes see the same sum
+            if bad_steps:  # NaN or infinity in what led to this gradient; all processes see the same sum
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             else:
                 optimizer.step()
@@ -441,7 +443,6 @@ def main(args):
         report(args, pipe, text, tests, scorers, {name: "init" if layers else None, "student": "ema"}, run, rank, world)
         if rank == 0:
             print(f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"')
-            print("      python train_opd.py --objective kl --out runs/opd_kl")
     common.stop_processes()
 
 

@@ -26,7 +26,7 @@ def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
+    cli.reward_flags(flag)
     flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="the reward, or a weighted sum of several")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="where a scorer fails: stop, or say so and "
          "skip the update, as after a NaN gradient (--max_bad_steps)")  # fmt: skip
@@ -133,13 +133,13 @@ from checks import self_checks
 from evaluate import ask, check_prompts, load_rewards, picture_grid
 from losses import group_advantage, grpo
 from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from rewards.monitors import colour_entropy, diversity, edge_density
 from sde import kl_weight, log_prob, rollout, step
 
 
-def make_reward(args, device):
+def make_reward(args, scorers):
     """-> reward(images, task, prompts, metadata): (B,), the weighted mean of the scores, each brought to 0..1 by its range.
     An error is never a score: it stops the run, or with --on_reward_error skip gives nan, which skips the update."""
-    scorers = load_rewards(args.rewards, device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
             fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
@@ -169,7 +169,8 @@ def make_reward(args, device):
 def main(args):
     rank, world, device = common.start_processes()
     run = Path(args.out)
-    reward_of = make_reward(args, device)
+    scorers = load_rewards(args.rewards, args.reward_device or device)
+    reward_of = make_reward(args, scorers)
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, args.checkpointing, args.size, args.compile)
     transformer = pipe.transformer
 
@@ -188,9 +189,11 @@ def main(args):
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
-    for task, (prompts, metadata) in (*train.items(), *tests.items()):
-        for name in args.reward or [task]:
-            check_prompts(load_rewards(args.rewards, device)[name], prompts, metadata, f"prompts of {task}")
+    tests = tests if args.eval_every else {}
+    for flag, files, sets in (("--prompts", args.prompts, train), ("--test_prompts", args.test_prompts, tests)):
+        for task, (prompts, metadata) in sets.items():
+            for name in args.reward or [task]:
+                check_prompts(scorers[name], prompts, metadata, f"{flag} {files[task]}")
     sizes = {task: len(prompts) for task, (prompts, _) in train.items()}
     if rank == 0:
         common.print_batch(args, args.window or args.steps - 1, world)
@@ -205,7 +208,7 @@ def main(args):
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
-    harmless += " on_reward_error compile"
+    harmless += " on_reward_error reward_device compile"
     files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
     files += [("init", cli.fetch(args.init, "", cli.ADAPTER))] if args.init != "base" else []
     files += [(f"prompts {task}", file) for task, file in args.prompts.items()]
@@ -284,7 +287,7 @@ def main(args):
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in a velocity, a reward, a loss or a gradient; all processes see the same sum
+            if bad_steps:  # NaN or infinity in what led to this gradient; all processes see the same sum
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             else:
                 optimizer.step()
@@ -294,7 +297,11 @@ def main(args):
                 common.update_ema(ema.values(), student.values(), updates_done // args.ema_every, args.ema_decay)
         watch.lap("update")
 
-        # 5. Log.
+        # 5. Log. A reward that climbs while a monitor leaves its range of the first iterations is being cheated. Diversity is
+        # that among the images of a prompt on one process.
+        asked = [chosen[i // args.group_size][0] for i in mine]
+        for monitor in (edge_density, colour_entropy, diversity):
+            log[f"monitor/{monitor.name}"] = monitor(images.nan_to_num(), asked).nanmean().item() * len(mine) / samples
         log = common.sum_logs(log)  # all ranks participate
         log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
         log |= watch.result()
@@ -338,7 +345,7 @@ def main(args):
         best = args.final == "best" and args.eval_every
         publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
         panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
-        common.draw_curves(run, panels)
+        common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
         print(
             f"{args.iterations} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
             f"next: python evaluate.py --models base {run}/adapter"

@@ -25,6 +25,7 @@ import adapters
 import common
 import losses
 from cli import TASKS, Help, Parser, at_least, check_adapter, read_prompts, save_json
+from evaluate import load_rewards
 from model import decode, embed_prompts, initial_noise, load_pipeline, time_grid, velocity
 from sde import log_prob, rollout, step
 from train_teacher import make_reward
@@ -147,7 +148,7 @@ def task_gradients(world, student, kind, images, key):
     """Each task's gradient in two halves of `images` images: {task: (2, P)}. kind: distillation (KL, all steps but the last)
     or grpo (reward 0.8 own + 0.2 deqa as --mix, the first three steps)."""
     parameters = list(adapters.adapter_parameters(world.transformer, student).values())
-    reward = make_reward(SimpleNamespace(rewards="toy", reward=None, tasks=list(TASKS), mix_quality=0.2), "cpu")
+    reward = make_reward(SimpleNamespace(reward=None, tasks=list(TASKS), mix_quality=0.2), load_rewards("toy"))
     out, G = {}, 16
     for task in TASKS:
         halves = []

@@ -51,8 +51,6 @@ FETCH = (
     f"curl -LO https://download.openmmlab.com/mmdetection/v2.0/mask2former/{NAME}/{PTH}"
     f" && python rewards/geneval.py --convert {PTH} --out {WEIGHTS}"
 )
-
-
 FETCH_CLIP = f"hf download {CLIP} --include '*.json' --include merges.txt --include model.safetensors"
 
 
@@ -78,7 +76,7 @@ TAGS = dict(position=0.7, counting=0.5, color_attr=0.3, colors=0.1, two_object=0
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # evaluate_images.py: an object counts above this score (counting: above .9)
 MAX_OBJECTS = 16  # of one class; evaluate_images.py
 DEAD_ZONE = 0.1  # POSITION_THRESHOLD there: the share of both sizes by which centres must differ
-EDGES = (1333, 800)  # the mmdet config's test pipeline: long edge at most, short edge at most
+EDGES = (1333, 800)  # of the mmdet config's test pipeline: the long edge at most, the short edge at most
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # its img_norm_cfg, RGB
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -449,7 +447,8 @@ def exact_float32(device):
 
 
 class GenEval:
-    """(images, prompts, metadata) -> scores (B,): softened reward, at most 1, or 0 / 1 with mode="official".
+    """Callable (images, prompts, metadata) -> (B,) float32 on the CPU: the softened reward, at most 1, or 0 / 1 with
+    mode="official".
 
     images: floats (B, 3, H, W) in [0, 1] or B PIL images of any sizes; prompts are not read; metadata: B lines of GenEval.
     weights: the folder that --convert made; clip: hub id or folder, never downloaded here. Both are loaded at the first
@@ -564,7 +563,7 @@ class GenEval:
         if len(prompts) != len(metadata):
             raise ValueError(f"geneval: {len(prompts)} prompts and {len(metadata)} lines of metadata; give one each")
         key = "correct" if self.mode == "official" else "soft"
-        return torch.tensor([float(r[key]) for r in self.judge(images, metadata)], device=getattr(images, "device", "cpu"))
+        return torch.tensor([float(r[key]) for r in self.judge(images, metadata)])
 
 
 # ---- Prompts for training, by the rules of the test prompts (geneval prompts/create_prompts.py)

@@ -16,6 +16,7 @@ Weights (Apache-2.0), 20 MB together:
 PP-OCRv5_server_{det,rec}_safetensors fit too: larger, slower, better. Not checked against the real weights here.
 """
 
+import contextlib
 import json
 import random
 import unicodedata
@@ -105,13 +106,26 @@ class OCR:
             same = [i for i, x in enumerate(inputs) if x.shape == shape]
             for start in range(0, len(same), self.batch):
                 part = same[start : start + self.batch]
-                # TF32 off: a box just above or below a threshold is a line more or less
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                with exact_float32(self.device):
                     got = model(torch.stack([inputs[i] for i in part]).to(self.device)).last_hidden_state
                 if not got.isfinite().all():  # would read as "no text", a score of 0
                     raise ValueError("ocr: a network's output is not finite; check the device and fetch the weights again")
                 outputs |= zip(part, got.float().cpu())
         return [outputs[i] for i in range(len(inputs))]
+
+
+@contextlib.contextmanager
+def exact_float32(device):
+    """No autocast and no TF32 inside: a box just above or below a threshold is a line more or less. Settings restored after."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 # ---- The formula

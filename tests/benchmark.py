@@ -1,9 +1,13 @@
-"""Seconds and memory of one Flow-OPD iteration: this code beside the way of the public code, the same job for both.
+r"""Seconds and memory of one Flow-OPD iteration: this code beside the way of the public code, the same job for both.
 
     python tests/benchmark.py                         # the miniature, on the device there is
-    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --micro_batch 8 --label_batch 16 --checkpointing   # a GPU
-
+    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --prompts_per_iteration 4 --group_size 4 \
+        --steps 4 --micro_batch 6 --label_batch 12 --repeats 2                        # a GPU of 80 GB; 16 images an iteration
+    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --prompts_per_iteration 4 --group_size 8 \
+        --steps 10 --micro_batch 9 --label_batch 9 --repeats 2 --lines ours --sample_every 1   # the recipe for 24 GB
     WORLD_SIZE=8 python tests/benchmark.py --dry_run sd35m_opd      # no GPU, no weights: that recipe's memory, estimated
+
+Flags that are not its own go to train_opd.py, so to the first two lines: --compile, --sample_every 1 (with pictures).
 
 Three lines, alternating in one process; each is the median over --repeats iterations, the first iteration left out:
 
@@ -14,11 +18,13 @@ Three lines, alternating in one process; each is the median over --repeats itera
 
 `--arch sd35m` is Stable Diffusion 3.5 Medium's transformer (its public configuration) with random weights, the real VAE's
 architecture and tiny text encoders of the right widths; its images are decoded, and not scored. Not part of the test suite.
+A GPU adds the peak of memory, what a fifth teacher takes, and the update's share of the measured bf16 matmul rate.
 """
 
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -44,7 +50,7 @@ import toy  # noqa: E402
 import train_opd  # noqa: E402
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
-
+LINES = ("ours", "full copies", "as published")
 
 # Stable Diffusion 3.5 Medium, as its public configuration files say.
 TRANSFORMER = {
@@ -57,13 +63,8 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 1.5305, "shift_factor": 0.0609,
 }  # fmt: skip
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "projection_dim": 768}  # fmt: skip
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
           "projection_dim": 1280}  # fmt: skip
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
@@ -166,16 +167,14 @@ class AsPublished:
 
     def __init__(self, args, folder, device):
         self.args, self.device = args, device
-        torch.backends.cuda.matmul.allow_tf32 = True
         self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
         self.student = self.pipe.transformer.requires_grad_(False).eval()
         if args.checkpointing:
             self.student.enable_gradient_checkpointing()
         self.teachers = {task: copy.deepcopy(self.student) for task in (*TASKS, "anchor")}
         for task, teacher in self.teachers.items():  # full fp32 copies
-            for layer, (A, B, scaling) in adapters.read_adapter(
-                f"{folder}/adapters/{task}".replace("anchor", "deqa"), ""
-            ).items():
+            layers = adapters.read_adapter(f"{folder}/adapters/{'deqa' if task == 'anchor' else task}", "")
+            for layer, (A, B, scaling) in layers.items():
                 teacher.get_submodule(layer).weight.data += (scaling * B @ A).to(device)
         adapters.add_adapter(self.student, "student", adapters.read_adapter(f"{folder}/adapters/merged", ""))
         parameters = adapters.adapter_parameters(self.student, "student").values()
@@ -197,20 +196,18 @@ class AsPublished:
     def iteration(self, prompts):
         """One iteration over all batches, a batch holding samples of one task: seconds."""
         args, grid, began = self.args, self.grid, time.perf_counter()
-        size = max(1, args.micro_batch)
         for task in TASKS:
             own = [p for p in prompts[task] for _ in range(args.group_size)]
-            for start in range(0, len(own), size):
-                part = own[start : start + size]
+            for start in range(0, len(own), args.micro_batch):
+                part = own[start : start + args.micro_batch]
                 with torch.no_grad(), self.half:
                     length = min(128, self.pipe.tokenizer_3.model_max_length)
                     e, e0, p, p0 = self.pipe.encode_prompt(part, None, None, negative_prompt="", max_sequence_length=length)
                     text = torch.cat([e0, e]), torch.cat([p0, p])
                     keys = [torch.Generator().manual_seed(n) for n in range(len(part))]
                     noise = model.initial_noise(self.pipe, keys, args.size)
-                    path = sde.rollout(
-                        lambda x, t, text=text: self.guided(self.student, x, t, text), noise, grid, 0.7, "flow", keys
-                    )
+                    move = lambda x, t, text=text: self.guided(self.student, x, t, text)
+                    path = sde.rollout(move, noise, grid, 0.7, "flow", keys)
                     images = model.decode(self.pipe.vae, path.x[-1]).cpu()
                     if args.arch == "toy":
                         toy.REWARDS[task](images, part)
@@ -222,9 +219,8 @@ class AsPublished:
                         v_teacher = self.guided(self.teachers[task], x, grid[i], text)
                         v_anchor = self.guided(self.teachers["anchor"], x, grid[i], text)
                     mean, mean_teacher = (sde.step(x, u, *times)[0] for u in (v, v_teacher))
-                    loss, _ = losses.opd_ppo_published(
-                        mean, path.mean[i], mean_teacher, path.x[i + 1], path.std[i], 1e-4, detach=False
-                    )
+                    ppo = (mean, path.mean[i], mean_teacher, path.x[i + 1], path.std[i])
+                    loss, _ = losses.opd_ppo_published(*ppo, 1e-4, detach=False)
                     extra, _ = losses.mar(v, v_anchor, 0.02 * sde.kl_weight(*times))
                     (loss + extra).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -248,87 +244,104 @@ def matmul_rate(device, n=8192):
     return 20 * 2 * n**3 / (time.perf_counter() - began)
 
 
-def update_flops(args, folder, device):
-    """Model FLOPs of the update's forward and backward pass for one state, nothing counted twice for recomputation."""
+def on_a_gpu(args, folder, device):
+    """-> the update's model FLOPs for one state, forward and backward, nothing counted twice for recomputation; and the
+    bytes that one more teacher takes."""
     pipe = model.load_pipeline(str(folder), device, args.dtype)
+    before = torch.cuda.memory_allocated()
+    adapters.add_adapter(pipe.transformer, "fifth", adapters.read_adapter(f"{folder}/adapters/ocr", ""))
+    fifth = torch.cuda.memory_allocated() - before
     text = model.embed_prompts(pipe, ["red circle"])
-    adapters.add_adapter(pipe.transformer, "student", rank=32, alpha=64)
-    for parameter in adapters.adapter_parameters(pipe.transformer, "student").values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+    flags = argparse.Namespace(seed=0, rank=32, alpha=64, init="")
+    adapters.add_student(pipe.transformer, flags, adapters.read_adapter(f"{folder}/adapters/merged", ""))
     noise = model.initial_noise(pipe, [torch.Generator()], args.size)
     with FlopCounterMode(display=False) as counter, adapters.adapter(pipe.transformer, "student"):
         model.velocity(pipe.transformer, noise, 0.5, text, torch.tensor([1]), args.guidance).mean().backward()
-    return counter.get_total_flops()
+    return counter.get_total_flops(), fifth
+
+
+def parse_args():
+    """-> its own flags, and those for train_opd.py."""
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--arch", choices=("toy", "sd35m"), default="toy")
+    flag("--repeats", type=int, default=4, help="iterations of each line that count, an even number (default: 4)")
+    flag("--lines", nargs="+", choices=LINES, default=LINES, help="which of the three")
+    flag("--prompts_per_iteration", type=int, default=8)
+    flag("--group_size", type=int, default=16)
+    flag("--steps", type=int, default=6)
+    flag("--size", type=int, help="image side in pixels; default the model's own")
+    flag("--guidance", type=float, default=1.0)
+    flag("--dtype", choices=("fp32", "bf16", "fp16"))
+    flag("--micro_batch", type=int, default=128)
+    flag("--label_batch", type=int, default=256)
+    flag("--checkpointing", action="store_true")
+    flag("--dry_run", metavar="RECIPE", help="only estimate the memory of this recipe for train_opd.py")
+    args, more = parser.parse_known_args()
+    flags = "--eval_prompts 0 --sample_every 0".split() + ["--checkpointing"] * args.checkpointing
+    for name in ("prompts_per_iteration", "group_size", "steps", "size", "guidance", "dtype", "micro_batch", "label_batch"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    return args, flags + more
+
+
+def measure(line, args, flags, folder, device, prompts, out):
+    """The log lines of `--repeats` / 2 iterations, after a first one that does not count."""
+    number = 1 + args.repeats // 2
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.backends.cuda.matmul.allow_tf32 = line == "as published"
+    if line == "as published":
+        public = AsPublished(args, folder, device)
+        log = [{"seconds": public.iteration(prompts)} for _ in range(number)]
+    else:
+        with full_copies() if line == "full copies" else contextlib.nullcontext():
+            log = ours(["--model", str(folder), *flags], out, number)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+    return [entry | {"memory_gb": peak} for entry in log[1:]]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=("toy", "sd35m"), default="toy")
-    parser.add_argument("--repeats", type=int, default=5, help="iterations of each line, besides the first (default: 5)")
-    parser.add_argument("--lines", nargs="+", default=["ours", "full copies", "as published"], help="which of the three")
-    parser.add_argument("--prompts_per_iteration", type=int, default=8)
-    parser.add_argument("--group_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--size", type=int, help="image side in pixels; default the model's own")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"))
-    parser.add_argument("--micro_batch", type=int, default=128)
-    parser.add_argument("--label_batch", type=int, default=256)
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--dry_run", metavar="RECIPE", help="only estimate the memory of this recipe for train_opd.py")
-    args = parser.parse_args()
+    args, flags = parse_args()
     if args.dry_run:
         return dry_run(args.dry_run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    train = {task: (ROOT / f"toy/prompts/{task}_train.txt").read_text().splitlines() for task in TASKS}
+    prompts = {task: train[task][: args.prompts_per_iteration // len(TASKS)] for task in TASKS}
+    images = sum(map(len, prompts.values())) * args.group_size
     rows = {line: [] for line in args.lines}
     with tempfile.TemporaryDirectory() as work:
         folder = "toy" if args.arch == "toy" else sd35m(f"{work}/sd35m")
-        flags = f"--model {folder} --eval_prompts 0 --sample_every 0".split()
-        for name in ("prompts_per_iteration", "group_size", "steps", "size", "guidance", "dtype", "micro_batch", "label_batch"):
-            if getattr(args, name) is not None:
-                flags += [f"--{name}", str(getattr(args, name))]
-        flags += ["--checkpointing"] * args.checkpointing
-        train = {task: (ROOT / f"toy/prompts/{task}_train.txt").read_text().splitlines() for task in TASKS}
-        prompts = {task: train[task][: args.prompts_per_iteration // len(TASKS)] for task in TASKS}
         for _ in range(2):  # alternating: what the machine does meanwhile hits every line
             for line in args.lines:
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                number = 1 + (args.repeats + 1) // 2
-                if line == "as published":
-                    public = AsPublished(args, folder, device)
-                    log = [{"seconds": public.iteration(prompts)} for _ in range(number)]
-                    del public
-                else:
-                    with full_copies() if line == "full copies" else contextlib.nullcontext():
-                        log = ours(flags, Path(work) / "run", number)
-                memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
-                rows[line] += [entry | {"memory_gb": memory} for entry in log[1:]]
-        images = args.prompts_per_iteration // len(TASKS) * len(TASKS) * args.group_size
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print(f"\n{args.arch}, {images} images an iteration, {args.steps} steps, guidance {args.guidance:g}; {name}\n")
-        print("| | s / iteration | rollout | labels | update | images / s | peak GB |\n|---|---|---|---|---|---|---|")
-        middle = lambda line, key: statistics.median(entry[key] for entry in rows[line])
-        for line in args.lines:
-            laps = [
-                f"{middle(line, k):.2f}" if k in rows[line][0] else ""
-                for k in [f"seconds/{p}" for p in ("rollout", "labels", "update")]
-            ]
-            seconds = middle(line, "seconds")
-            memory = f"{middle(line, 'memory_gb'):.1f}" if device.type == "cuda" else "not measured"
-            print(f"| {line} | {seconds:.2f} | {' | '.join(laps)} | {images / seconds:.2f} | {memory} |")
-        for line in args.lines[1:]:
-            print(
-                f"\n{line} / {args.lines[0]}: {middle(line, 'seconds') / middle(args.lines[0], 'seconds'):.2f} in seconds",
-                end="",
-            )
-        if device.type == "cuda" and "ours" in rows:
-            flops = update_flops(args, folder, device) * images * (args.steps - 1)
-            share = flops / middle("ours", "seconds/update") / matmul_rate(device)
-            print(f"\nupdate: {share:.0%} of the bf16 matmul rate measured here", end="")
-        print()
+                rows[line] += measure(line, args, flags, folder, device, prompts, Path(work) / "run")
+        flops, fifth = on_a_gpu(args, folder, device) if gpu else (None, None)
+
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{args.arch}, {images} images an iteration, {args.steps} steps, guidance {args.guidance:g}; {name}\n")
+    print("| | s / iteration | rollout | labels | update | images / s | peak GB |\n|---|---|---|---|---|---|---|")
+    middle = {}
+    for line, log in rows.items():
+        keys = [key for key in log[0] if key.startswith("seconds") or key == "memory_gb"]
+        middle[line] = {key: statistics.median(entry[key] for entry in log) for key in keys}
+    for line, row in middle.items():
+        laps = [f"{row[k]:.2f}" if (k := f"seconds/{phase}") in row else "" for phase in ("rollout", "labels", "update")]
+        memory_gb = f"{row['memory_gb']:.1f}" if gpu else "not measured"
+        print(f"| {line} | {row['seconds']:.2f} | {' | '.join(laps)} | {images / row['seconds']:.2f} | {memory_gb} |")
+    first = middle[args.lines[0]]
+    print()
+    for line in args.lines[1:]:
+        memory_ratio = f", {middle[line]['memory_gb'] / first['memory_gb']:.2f} in memory" if gpu else ""
+        print(f"{line} / {args.lines[0]}: {middle[line]['seconds'] / first['seconds']:.2f} in seconds{memory_ratio}")
+    if gpu:
+        print(f"a fifth teacher: {fifth / 1e6:.0f} MB")
+    if gpu and "ours" in rows:
+        rate = flops * images * (args.steps - 1) / middle["ours"]["seconds/update"]
+        print(f"update: {rate / matmul_rate(device):.0%} of the bf16 matmul rate measured here")
 
 
 if __name__ == "__main__":

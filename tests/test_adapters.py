@@ -110,6 +110,37 @@ def test_other_layouts_are_read(pipe, tmp_path):
             torch.testing.assert_close(second[layer], first[layer], rtol=tolerance, atol=tolerance)
 
 
+def test_what_others_publish_is_read(pipe, tmp_path):
+    """Written by stock libraries: peft's own folder, as Flow-GRPO and Flow-OPD publish theirs (rank 32, alpha 64), and
+    diffusers' file with the LoRA's numbers and, as older ones are, without."""
+    from peft import LoraConfig, get_peft_model
+
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    config = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=adapters.LORA_TARGETS)
+    wrapped = get_peft_model(stock.transformer, config)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    text, x = model.embed_prompts(pipe, ["red circle", "blue square"], 8), torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        expected = model.velocity(wrapped.base_model.model, x, 0.5, text, torch.tensor([1, 2]), 1.0)
+    wrapped.save_pretrained(tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.transformer_blocks.") for key in tensors) and len(tensors) == 62
+    halves = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path / "new", halves, transformer_lora_adapter_metadata={"r": 32, "lora_alpha": 64}
+    )
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "old", halves)
+    for folder, alpha in (("peft", None), ("new", None), ("old", 64)):
+        layers = adapters.read_adapter(tmp_path / folder, "--teacher ocr", alpha)
+        adapters.add_adapter(pipe.transformer, folder, layers, path=folder, flag="--teacher ocr")
+        with torch.no_grad(), adapters.adapter(pipe.transformer, folder):
+            torch.testing.assert_close(model.velocity(pipe.transformer, x, 0.5, text, torch.tensor([1, 2]), 1.0), expected)
+    with pytest.raises(SystemExit):  # without alpha nothing is guessed
+        adapters.read_adapter(tmp_path / "old", "--teacher ocr")
+
+
 def test_ranks_may_differ_between_adapters_and_layers(pipe, tmp_path):
     make(pipe, "four", rank=4)
     make(pipe, "seven", rank=7)

@@ -98,14 +98,14 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
 
 
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path):
-    """Base and adapter by name, in a fresh process, from a cache in the layout that `hf download` leaves."""
-    for name, folder in (("models--me--toy", "toy"), ("models--me--lora", "toy/adapters/ocr")):
+    """Base and an adapter's revision by name, in a fresh process, from a cache in the layout that `hf download` leaves."""
+    for name, folder, revision in (("models--me--toy", "toy", "main"), ("models--me--lora", "toy/adapters/ocr", "v2")):
         sha = "0123456789" * 4
         shutil.copytree(folder, tmp_path / name / "snapshots" / sha, ignore=shutil.ignore_patterns("adapters"))
         (tmp_path / name / "refs").mkdir()
-        (tmp_path / name / "refs" / "main").write_text(sha)
+        (tmp_path / name / "refs" / revision).write_text(sha)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    words = "evaluate.py --model me/toy --models base ocr=me/lora --num_prompts 2 --steps 2 --out".split()
+    words = "evaluate.py --model me/toy --models base ocr=me/lora@v2 --num_prompts 2 --steps 2 --out".split()
     run = lambda *more: subprocess.run(
         [sys.executable, *words, tmp_path / "out", *more], env=environment, capture_output=True, text=True
     )

@@ -29,6 +29,10 @@ from transformers import (
     PPOCRV5MobileDetForObjectDetection,
     PPOCRV5MobileRecConfig,
     PPOCRV5MobileRecForTextRecognition,
+    PPOCRV5ServerDetConfig,
+    PPOCRV5ServerDetForObjectDetection,
+    PPOCRV5ServerRecConfig,
+    PPOCRV5ServerRecForTextRecognition,
 )
 
 from rewards import aesthetic, clipscore, deqa, monitors, ocr, pickscore
@@ -923,6 +927,68 @@ def test_reading_end_to_end(detector_folder, reader_folder, pictures):
     assert texts[0] == ocr.decode(steps.numpy(), ["", *LETTERS, " "])[0]
     target = texts[0].replace(" ", "")
     assert reward([pictures[0]], [f'a sign that says "{target}"']).tolist() == [1.0]
+
+
+@pytest.fixture(scope="module")
+def server_folders(tmp_path_factory):
+    """The server models of PP-OCRv5, of random weights: other networks, with the same inputs and outputs."""
+    torch.manual_seed(0)
+    net = {"stem_channels": [3, 8, 8], "embedding_size": 8, "stage_in_channels": [8, 16, 16, 16], "depths": [1] * 4,
+           "stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4,
+           "stage_numb_of_layers": [1] * 4, "hidden_sizes": [16] * 4}  # fmt: skip
+    stages = {"model_type": "hgnet_v2", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    block = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    for name, k in (("long", 7), ("mid", 5), ("short", 3)):
+        block[f"vertical_long_to_small_conv_{name}ratio"] = [[k, 1], [1, 1], [k // 2, 0]]
+        block[f"horizontal_small_to_long_conv_{name}ratio"] = [[1, k], [1, 1], [0, k // 2]]
+        block[f"symmetric_conv_long_{name}ratio"] = [k, 1, k // 2]
+    detector = PPOCRV5ServerDetForObjectDetection(PPOCRV5ServerDetConfig(
+        backbone_config=net | stages, neck_out_channels=16, intraclass_block_config=block, scale_factor_list=[1, 2, 4, 8],
+        kernel_list=[3, 2, 2],
+    ))  # fmt: skip
+    for layer in (detector.head.binarize_head.conv_final, detector.head.local_refinement_module.convolution_final):
+        layer.bias.data.fill_(6.0)  # text everywhere
+    backbone = PPOCRV5ServerRecConfig().backbone_config.to_dict() | net
+    reader = PPOCRV5ServerRecForTextRecognition(
+        PPOCRV5ServerRecConfig(
+            backbone_config=backbone, hidden_size=24, num_attention_heads=2, head_out_channels=len(LETTERS) + 2
+        )
+    )
+    spread_out(reader).head.head.weight.data.normal_(0, 64.0)  # sure of what it reads
+    folders = tmp_path_factory.mktemp("server_det"), tmp_path_factory.mktemp("server_rec")
+    for model, folder in zip((detector, reader), folders):
+        model.save_pretrained(folder)
+    (folders[1] / "preprocessor_config.json").write_text(json.dumps({"character_list": LETTERS}))
+    return folders
+
+
+def test_the_server_models_fit_too(server_folders, pictures):
+    reward = ocr.OCR(detector=str(server_folders[0]), reader=str(server_folders[1]))
+    texts = reward.read(pictures)
+    assert all(texts) and all(set(text) <= {*LETTERS, " "} for text in texts)
+    assert reward.read(pictures[3:]) == texts[3:]
+
+
+def test_text_is_read_in_float32_whatever_the_caller_does(detector_folder, reader_folder, pictures):
+    """Under autocast and with TF32 on, as many training loops have it: the same numbers, and the caller's settings stay."""
+    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
+    texts, seen = reward.read(pictures), []
+    for model in reward.model:
+        model.register_forward_hook(
+            lambda *given: seen.append(
+                (given[2].last_hidden_state.dtype, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+            )
+        )
+    torch.set_float32_matmul_precision("high")
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert reward.read(pictures) == texts
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        assert set(seen) == {(torch.float32, "highest", False)}
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32 == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_doubtful_lines_are_dropped(detector_folder, reader_folder, pictures, monkeypatch):
