@@ -199,7 +199,7 @@ def speedup(runs, slow, fast):
 def mix_minutes(runs, against=None):
     """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an image took here in merge_mix; `against`: how many
     times the minutes of that run to 97 % of the oracle."""
-    if "merge_mix" not in runs or (against and against not in runs):
+    if not {"merge_mix", *({"oracle", "merged", against} if against else ())} <= set(runs):
         return MISSING
     one = statistics.mean(r["compute"]["cpu_minutes"] / r["compute"]["images"] for r in runs["merge_mix"])
     long = one * MIX_BEST * SHIPPED["grpo_mix"][1]

@@ -66,6 +66,16 @@ def test_a_mistyped_flag_is_one_line(monkeypatch, capsys):
         assert stopped.value.code == 2 and error.startswith("error:") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kept", ["opd_merge merge_mix merged", "opd_small geneval ocr deqa pickscore", "opd_merge base"])
+def test_the_report_stands_on_any_part_of_the_records(tmp_path, kept):
+    (tmp_path / "results").mkdir()
+    for file in (ROOT / "experiments" / "results").glob("*_seed*.json"):
+        if file.stem.rpartition("_seed")[0] in kept.split():
+            shutil.copy(file, tmp_path / "results")
+    report.write(tmp_path / "results")
+    assert report.MISSING in (tmp_path / "RESULTS.md").read_text()
+
+
 def test_held_out_scores_see_what_they_are_for():
     """Blur softens edges and nothing else does; dirt is noise; one picture for all samples has no variety."""
     prompts = ["red circle and blue square", "three green triangles"] * 8
