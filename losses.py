@@ -8,19 +8,20 @@ Shapes: mean, mean_old, mean_teacher, x_next, v (B, C, H, W); std, weight, dt fl
   mean_old      the student's mean when it drew x_next         std        the step's standard deviation
   mean_teacher  the routed teacher's mean at the same state
 KL and log-prob are means over the D latent dimensions, then over the batch, in float32. Gradient flows through `mean`
-and `v` alone; mean_old and x_next must come from the rollout (no_grad), or the ratio is 1 with no gradient in it.
+and `v` alone; mean_old and x_next are constants of the rollout (no_grad): recomputed with gradient, mean_old would cancel
+`mean`'s own, and the ratio would stay 1 without any gradient.
 
-The six objectives (Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055). "Gradient" is the expectation over
+Seven forms in six functions (Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055). "Gradient" is the expectation over
 x_next at ratio 1; KL is the per-step KL(student, teacher), which is what one wants to descend:
 
-  function             gradient              noise                 source
-  opd_ppo              grad KL               low                   ours, the default ("C'")
-  opd_ppo_scalar       grad KL               D/2 times or more     PPO as for language models ("C")
-  opd_ppo_published    0: it does not learn  all of it             Flow-OPD v1 as written ("A")
-    (detach=False)     grad KL               low                   Flow-OPD's public code ("B")
-  opd_kl               grad KL               none                  Flow-OPD v5, DiffusionOPD Eq. 11 ("D")
-  opd_trajectory       grad trajectory KL    some                  DiffusionOPD, derived ("E")
-  opd_ode              of another objective  none                  DiffusionOPD Eq. 12, a = 0 ("F")
+  function             gradient              noise                    source
+  opd_ppo_published    0: it does not learn  little, and no signal    Flow-OPD v1 as written ("A")
+    (detach=False)     grad KL               hardly more than opd_kl  Flow-OPD's public code ("B")
+  opd_ppo_scalar       grad KL               D/2 times opd_ppo's      PPO as for language models ("C")
+  opd_ppo              grad KL               some: a sampled reward   ours, the default ("C'")
+  opd_kl               grad KL               none from the action     Flow-OPD v5, DiffusionOPD Eq. 11 ("D")
+  opd_trajectory       grad trajectory KL    as opd_ppo_scalar        DiffusionOPD, derived ("E")
+  opd_ode              of another objective  none: no noise is drawn  DiffusionOPD Eq. 12, a = 0 ("F")
 
 tests/test_losses.py measures every row by Monte Carlo.
 """
@@ -33,7 +34,7 @@ def opd_ppo(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
 
     The policy factorises, Normal(mean, std^2 I) = prod_d Normal(mean_d, std^2), so each coordinate is an action of
     its own. Its reward is the sampled log-ratio log pi_teacher(x_next_d) - log pi_old(x_next_d), and the gradient
-    flows through its ratio alone, as the paper asks. Unlike A's reward this one depends on the action: the
+    flows through its ratio alone, as Flow-OPD v1 asks. Unlike A's reward this one depends on the action: the
     expected gradient is that of the KL, and no coordinate carries the noise of the others.
     clip_range acts on ratios of single coordinates, so it has the size used for language models (0.1 to 0.2).
     """
@@ -45,11 +46,12 @@ def opd_ppo(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
     return loss, ppo_metrics(ratio, clip_range)
 
 
-def opd_ppo_scalar(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
+def opd_ppo_scalar(mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4):
     """C: the same with one ratio and one reward per image, as language models have one per token.
 
     Unbiased too, but every coordinate's gradient is multiplied by the reward noise of all D. Ratio and reward are
-    both means over D, which scales the gradient by 1/D; the factor D puts it back on the scale of the mean KL.
+    both means over D, so their product has 1/D^2 of the sums' and the mean KL has 1/D of it: hence the factor D. The
+    clip range, 1e-4 in the public code, acts on a mean too, so on a much smaller number than opd_ppo's.
     """
     D = mean[0].numel()
     log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
@@ -60,7 +62,7 @@ def opd_ppo_scalar(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2):
     return loss, ppo_metrics(ratio, clip_range)
 
 
-def opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, clip_range=0.2, detach=True):
+def opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, detach=True):
     """A: the formula of Flow-OPD v1 Eq. 11, kept because it is the published one. It does not learn.
 
     The reward is the analytic -KL at the visited state, detached. It does not depend on the action x_next, and
@@ -87,12 +89,12 @@ def opd_kl(mean, mean_teacher, std):
     return kl.mean(), {}
 
 
-def opd_trajectory(mean, mean_old, mean_teacher, x_next, std, kl_to_go, clip_range=0.2):
+def opd_trajectory(mean, mean_old, mean_teacher, x_next, std, kl_to_go, clip_range=1e-4):
     """E: D plus what D leaves out: how this step's action moves the states, and so the KL, of later steps.
 
     kl_to_go (B,): sum over the later steps k of KL_k (means over dimensions), a constant; with 0 this is D.
     Summed over all steps, the two parts together are the exact gradient of the KL between whole trajectories. The
-    log-ratio is a mean over D, so the second part is multiplied by D; without it it is D times too small to matter.
+    log-ratio is a mean over D, so the second part is multiplied by D, or it would be D times too small.
     """
     D = mean[0].numel()
     kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)

@@ -110,7 +110,7 @@ def kl_weight(t: float, t_next: float, a: float, t_max: float, kind: str = "flow
 class Trajectory:
     """What a rollout visited. Step i goes from x[i] (before) to x[i + 1] (after), at time grid[i]."""
 
-    x: torch.Tensor  # (T + 1, B, C, H, W); x[0] is the noise, x[-1] the sample
+    x: torch.Tensor  # (T + 1, B, C, H, W); x[0] is the noise, x[-1] the sample if the grid ends at 0
     mean: torch.Tensor  # (T, B, C, H, W) the policy's mean at step i
     std: list[float]  # T floats; 0 where the step was deterministic
     log_prob: torch.Tensor  # (T, B) of the step taken, mean over dimensions; nan where std is 0
@@ -126,7 +126,7 @@ def rollout(
     generators: Sequence[torch.Generator] | None = None,
     window: Collection[int] | None = None,
 ) -> Trajectory:
-    """Sample from x (B, C, H, W) at grid[0] = 1 down to grid[-1] = 0.
+    """Sample from x (B, C, H, W) at grid[0] = 1 down to grid[-1]: 0, or earlier where nobody needs the rest of the path.
 
     velocity(x, t) is any callable. `generators`, one per sample, make each sample's noise its own, whatever batch
     it is in. `window`: the steps that get noise (Flow-GRPO-Fast, MixGRPO); the others are ODE steps; None = all.

@@ -44,7 +44,7 @@ def parse_args():
     flag("--rank", type=positive, default=32, help="LoRA rank of a fresh student (--init base)")
     flag("--alpha", type=finite, default=64, help="its alpha: the update is scaled by alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
-    flag("--objective", choices=OBJECTIVES, default="ppo", help="rows of the table in losses.py")
+    flag("--objective", choices=OBJECTIVES, default="ppo", help="the table in losses.py; sft: the cold start by flow matching")
     flag("--mar_weight", type=finite, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
     flag("--clip_range", type=finite, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
     flag("--rollout", choices=("student", "teacher"), default="student", help="who paints; teacher: off-policy, kl or ode")
@@ -331,7 +331,7 @@ def main(args):
             states, v_teacher = x[trained], torch.empty_like(x[trained])  # (S, b, C, H, W)
             for task in tasks:
                 v_teacher[:, members[task]] = label(f"teacher_{task}", states[:, members[task]], trained, rows[members[task]])
-            if args.mar_weight:  # on its own prompts the anchor, if it is their teacher, has said it already
+            if args.mar_weight:  # where the anchor is the task's own teacher its label is v_teacher; the rest is asked
                 v_anchor, rest = v_teacher.clone(), [n for n, task in enumerate(task_of) if f"teacher_{task}" != anchor]
                 rest = torch.tensor(rest, dtype=torch.long)
                 v_anchor[:, rest] = label(anchor, states[:, rest], trained, rows[rest])
@@ -356,7 +356,7 @@ def main(args):
                     else:  # (steps, c, C, H, W)
                         v = velocities(states[some[:, None], part], steps, rows[part], args.student_guidance)
                     total = 0.0  # the loss: a mean over the update's samples (of all processes) and the trained steps
-                    for s, i, v_s in zip(some.tolist(), steps, v):
+                    for s, i, v_s in zip(some.tolist(), steps, v):  # s: place among the trained steps; i: place in the grid
                         if sft:
                             loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:

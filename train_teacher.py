@@ -12,7 +12,7 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
  1. Every iteration holds all tasks of --mix in their proportions; the public code alternates whole epochs.
  2. Noise and prompts are functions of (seed, iteration, sample), so the number of processes changes nothing.
  3. Rewards are put on 0..1 by their range before they are weighted, so that weights mean what they say.
- 4. No KL to the base by default (--beta): the miniature's runs are too short to drift far.
+ 4. No KL to the base by default (--beta): a teacher is meant to specialise.
 """
 
 import time
@@ -243,8 +243,8 @@ def main(args):
             x[:, part], old_log_prob[:, part], std = trajectory.x, trajectory.log_prob, trajectory.std
         watch.lap("rollout")
 
-        # 3. Rewards and advantages: every process scores its own images, all share the numbers. Not beside the sampling: the
-        # scorers' networks want the same device, and outside them an image takes 6 to 105 ms (tests/benchmark_rewards.py).
+        # 3. Rewards and advantages: every process scores its own images, all share the numbers. After the whole rollout, not
+        # beside it: both want the same device, and off it an image takes 6 to 105 ms (tests/benchmark_rewards.py).
         images = torch.cat([decode(pipe.vae, latents).cpu() for latents in x[-1].split(args.micro_batch)])  # (b, 3, H, W)
         scores = {}
         for task in sorted(set(tasks)):
