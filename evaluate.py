@@ -39,7 +39,7 @@ def parse_args():
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
     flag("--scores_only", "--scores-only", nargs="+", metavar="[NAME=]DIR", help="score these images, paint nothing; see above")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
-    flag("--prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
+    flag("--prompts", "--test_prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
     cli.reward_flags(flag)
     flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
@@ -116,8 +116,8 @@ def load_rewards(module, device="cpu"):
     """{name: scorer} of a Python module's REWARDS; a scorer with weights gets the device, and loads them when first called."""
     try:
         rewards = dict(importlib.import_module(module).REWARDS)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        fail(f"--rewards {module}: no module with REWARDS in it ({error})")
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        fail(f"--rewards {module}: no module (a name without .py) with REWARDS in it ({error})")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -148,14 +148,18 @@ def check_prompts(scorer, prompts, metadata, file):
 
 def ask(scorer, images, prompts, metadata):
     """The scores (B,) of a scorer, float64 on the CPU. ValueError, one line, whatever goes wrong in it: an exception of any
-    kind, a number that is none, too few of them. So an error can be reported or stop a run, and is never a score."""
+    kind, a number that is none, another shape. So an error can be reported or stop a run, and is never a score."""
     try:
-        scores = scorer(images, prompts, metadata).double().cpu()
+        scores = scorer(images, prompts, metadata)
+        scores = scores.detach().double().cpu() if torch.is_tensor(scores) else scores
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(kind + (str(error).splitlines() or ["no message"])[0]) from error
-    if scores.shape != (len(prompts),) or not scores.isfinite().all():
-        raise ValueError(f"it gave {scores.tolist()[:4]}… for {len(prompts)} images, not a finite number each")
+    shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+    if shape != (len(prompts),):
+        raise ValueError(f"it gave {shape}, not a tensor of shape ({len(prompts)},), one number an image")
+    if not scores.isfinite().all():
+        raise ValueError(f"it gave {scores.tolist()[:4]}…, not a finite number for each of {len(prompts)} images")
     return scores
 
 

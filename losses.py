@@ -23,7 +23,16 @@ x_next at ratio 1; KL is the per-step KL(student, teacher), which is what one wa
   opd_trajectory       grad trajectory KL    as opd_ppo_scalar        DiffusionOPD, derived ("E")
   opd_ode              of another objective  none: no noise is drawn  DiffusionOPD Eq. 12, a = 0 ("F")
 
-tests/test_losses.py measures every row by Monte Carlo.
+tests/test_losses.py measures every row by Monte Carlo. One update, for states of any shape (B, ...):
+
+  path = sde.rollout(student, noise, grid, a)                    # no gradient inside; student(x, t) -> v
+  for i in range(len(grid) - 2):                                 # all but the last step; std must be above 0
+      times = grid[i], grid[i + 1], a, grid[1]                   # grid[1] is t_max, at every step
+      with torch.no_grad():                                      # saves memory; the losses detach it anyway
+          mean_teacher, _ = sde.step(path.x[i], teacher(path.x[i], grid[i]), *times)
+      mean, std = sde.step(path.x[i], student(path.x[i], grid[i]), *times)  # once more, now with gradient
+      loss, _ = opd_ppo(mean, path.mean[i], mean_teacher, path.x[i + 1], std)
+      (loss / (len(grid) - 2)).backward()                        # a mean over the steps
 """
 
 import torch

@@ -130,7 +130,10 @@ def rollout(
 
     velocity(x, t) is any callable. `generators`, one per sample, make each sample's noise its own, whatever batch
     it is in. `window`: the steps that get noise (Flow-GRPO-Fast, MixGRPO); the others are ODE steps; None = all.
+    Raises ValueError for a grid that does not fall from exactly 1: sigma is patched there alone, and huge beside it.
     """
+    if grid[0] != 1 or any(t <= t_next for t, t_next in zip(grid[:-1], grid[1:])) or grid[-1] < 0:
+        raise ValueError(f"the grid must fall from exactly 1 (noise) towards 0 (data): {list(grid)}")
     states, means, stds, log_probs = [x], [], [], []
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         noisy = a > 0 and (window is None or i in window)

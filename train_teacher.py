@@ -96,7 +96,7 @@ def parse_args():
         args.mix = None
     for task in args.tasks:
         if task not in cli.TASKS and task not in pairs(args.prompts, "--prompts"):
-            fail(f"unknown task {task!r}: one of {', '.join(cli.TASKS)}, or any name with --prompts {task}=FILE")
+            fail(f"unknown task {task!r} (--tasks, or as --reward): {', '.join(cli.TASKS)}, or any with --prompts {task}=FILE")
     args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train")
     args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test", "--test_prompts")
     if args.group_size < 2:
@@ -143,6 +143,9 @@ def make_reward(args, scorers):
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
             fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
+        low, high = getattr(scorers[name], "range", (0, 0))
+        if not low < high:
+            fail(f"reward {name!r} of {args.rewards}: give it .range = (low, high), the scores that count as 0 and as 1")
 
     def reward(images, task, prompts, metadata):
         own = 1 - args.mix_quality

@@ -137,7 +137,7 @@ def draw(file, base, teachers, students, grid):
     panels[1].legend(loc="lower left", fontsize=8)
     for (name, (_, curve)), colour, style in zip(students.items(), [BLUE, PINK, GREY, ORANGE] * 2, ["-", "--", ":", "-."] * 2):
         right.semilogy(curve, style, color=colour, label=name)
-    right.set(title="KL(student, teacher) at the visited states", xlabel="iteration", ylim=(None, 10))
+    right.set(title="KL(student, teacher) at the visited states, cut off at 10", xlabel="iteration", ylim=(None, 10))
     right.grid(alpha=0.3)
     right.legend()
 

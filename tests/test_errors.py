@@ -187,6 +187,12 @@ def broken_scorer(monkeypatch):
     monkeypatch.setitem(toy.REWARDS, "ocr", broken)
 
 
+def no_range(monkeypatch):
+    import toy
+
+    monkeypatch.setitem(toy.REWARDS, "ocr", lambda images, prompts, metadata=None: images.mean(dim=(1, 2, 3)))
+
+
 def locked(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
 
@@ -360,6 +366,7 @@ TABLE = {
         ("--reward ocr --on_reward_error zero", "--on_reward_error"),
         ("--reward ocr=0.8 deqa=0.2 --rewards rewards", "quotes no text"),
         ("--reward geneval=0.8 deqa=0.2 --rewards rewards", '"tag"'),
+        ("--reward ocr", "give it .range = (low, high)", no_range),
         ("--reward ocr --group_size 2 --steps 2 --prompts_per_iteration 1 --eval_every 0 --out late",
          "reward ocr cannot score: no weights here", broken_scorer),
     ],

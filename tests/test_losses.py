@@ -223,3 +223,17 @@ def test_grpo_by_hand():
 
 def test_advantages_carry_no_gradient():
     assert not group_advantage(randn(6).requires_grad_(), torch.arange(6) // 3).requires_grad
+
+
+def test_the_update_in_the_docstring_runs():
+    """As it stands there, on points (B, 2): it fills the gradient of the direct KL, up to the noise of the actions."""
+    lines = losses.__doc__[losses.__doc__.index("  path = ") :].splitlines()
+    weight = torch.full((), 0.5, requires_grad=True)
+    names = {"torch": torch, "sde": sde, "opd_ppo": losses.opd_ppo, "grid": [1.0, 0.8, 0.5, 0.2, 0.0], "a": 0.7}
+    names |= {"student": lambda x, t: weight * x, "teacher": lambda x, t: 0.4 * x}
+    names["noise"] = torch.randn(20000, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)  # not the stream of `noise`
+    exec("\n".join(line[2:] for line in lines), names)
+    x, times = names["path"].x, [(t, t_next, 0.7, 0.8) for t, t_next in zip(names["grid"][:-2], names["grid"][1:-1])]
+    exact = sum(2 * sde.kl_weight(*step) * (0.5 - 0.4) * x[i].square().mean() for i, step in enumerate(times)) / 3
+    torch.testing.assert_close(weight.grad, exact, rtol=0.1, atol=0)

@@ -137,6 +137,9 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path):
     here = tmp_path / "copy"
     shutil.copytree(".", here, ignore=shutil.ignore_patterns("runs", ".git", "__pycache__", ".pytest_cache"))
     environment, ran = os.environ | {"OMP_NUM_THREADS": "1"}, 0
+    (here / "my_rewards.py").write_text(next(block for block in python_blocks() if "REWARDS = " in block))
+    for line in re.findall(r"^(?:mkdir|grep) .*$", README, re.M):
+        subprocess.run(line, shell=True, cwd=here, check=True)
     for words in commands(README):
         script = next(word for word in words if word.endswith(".py"))
         tied = [

@@ -193,3 +193,10 @@ def test_rollout_without_noise_is_euler():
     for t, t_next in zip(grid[:-1], grid[1:]):
         x = x + (t_next - t) * velocity(x, t)
     assert_close(path.x[-1], x)
+
+
+@pytest.mark.parametrize("grid", [[0.999, 0.5, 0.0], [0.0, 0.5, 1.0], [1000.0, 500.0, 0.0], [1.0, 0.5, 0.5], [1.0, 0.5, -0.1]])
+def test_a_grid_that_does_not_fall_from_one_is_refused(grid):
+    """At .999 sigma would be 22 and not 0.7: a start beside 1 is a mistake, not a finer grid."""
+    with pytest.raises(ValueError, match="fall from exactly 1"):
+        rollout(lambda x, t: x, torch.zeros(1, 2), grid, 0.7)
