@@ -136,15 +136,16 @@ def choose_checkpoint(run, wanted, state):
     found = [c for c in reversed(checkpoints(run)) if wanted == "newest" or c.resolve() == Path(wanted).resolve()]
     if wanted != "newest" and not found:
         fail(f"--resume {wanted}: not one of this run's checkpoints ({run}/checkpoints/step_N)")
-    for checkpoint in found:
-        if whole(checkpoint):
-            break
-        if wanted != "newest":
-            fail(f"--resume {wanted}: damaged, its checksums differ; without a name the newest good one is taken")
-        print(f"warning: {checkpoint} is damaged: its checksums differ; trying the one before it", file=sys.stderr)
-    else:
+    if not found:
         print(f"{run} has no checkpoint yet: starting at the beginning")
         return None
+    checkpoint = next((c for c in found if whole(c)), None)
+    if checkpoint is None and wanted != "newest":
+        fail(f"--resume {wanted}: damaged, its checksums differ; without a name the newest good one is taken")
+    if checkpoint is None:
+        fail(f"--resume: none of the checkpoints in {run} is whole; nothing was touched; --overwrite starts anew")
+    for damaged in found[: found.index(checkpoint)]:
+        print(f"warning: {damaged} is damaged: its checksums differ; trying the one before it", file=sys.stderr)
     try:
         saved = read_json((checkpoint / "state.json").read_text())
         flags, saved_files = dict(saved["flags"]), [tuple(map(str, file)) for file in saved["files"]]

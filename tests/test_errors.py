@@ -331,6 +331,7 @@ TABLE = {
         (f"{TINY} --out run --resume run/checkpoints/step_9", "not one of this run's checkpoints"),
         (f"{TINY} --out run --resume run/samples", "not one of this run's checkpoints"),
         (f"{TINY} --out run --resume run/checkpoints/step_1", "damaged", damaged),
+        (f"{TINY} --out run --resume", "none of the checkpoints in run is whole", damaged),
         (f"{TINY} --out run --resume", "state.json is not one that this code writes", strange_state),
         (f"{TINY} --out run --resume", "another process is writing into this run", locked),
         (f"{TINY} --out run --overwrite", "another process is writing into this run", locked),
