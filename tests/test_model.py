@@ -97,6 +97,7 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
     cli.fetch.cache_clear()
 
 
+@pytest.mark.slow
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path):
     """Base and an adapter's revision by name, in a fresh process, from a cache in the layout that `hf download` leaves."""
     for name, folder, revision in (("models--me--toy", "toy", "main"), ("models--me--lora", "toy/adapters/ocr", "v2")):
