@@ -360,17 +360,17 @@ def main(args):
                         if sft:
                             loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:
-                            labels = (v_teacher[s, part], mean_teacher[s, part], mean_old[i, part], x[i, part], x[i + 1, part])
+                            tensors = (v_teacher[s, part], mean_teacher[s, part], mean_old[i, part], x[i, part], x[i + 1, part])
                             times = (grid[i], grid[i + 1], grid[1], std[i])
-                            loss, metrics = objective(args, v_s, *labels, kl_to_go[s, part], *times)
+                            loss, metrics = objective(args, v_s, *tensors, kl_to_go[s, part], *times)
                         if args.mar_weight:
                             extra, more = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
                             loss, metrics = loss + extra, metrics | more
-                        share = len(part) / (samples / args.updates) / len(trained)
-                        total = total + loss * share
+                        weight = len(part) / (samples / args.updates) / len(trained)
+                        total = total + loss * weight
                         for k, value in {"loss": loss.item(), **metrics}.items():
-                            log[k] = log.get(k, 0.0) + value * share / args.updates
-                            log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * share / args.updates / portion[task]
+                            log[k] = log.get(k, 0.0) + value * weight / args.updates
+                            log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * weight / args.updates / portion[task]
                     (total * loss_scale).backward()
                 gradients.append(common.take_gradients(student.values(), loss_scale))  # (P,) what this task alone asks for
             gradients = common.all_reduce(torch.stack(gradients))  # (tasks, P); all ranks participate

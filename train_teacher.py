@@ -282,10 +282,10 @@ def main(args):
                         kl = w * (v - v_base).square().mean()
                         loss = loss + args.beta * kl
                         metrics["kl_base"] = kl.item()
-                    share = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
-                    (loss * share * loss_scale).backward()
+                    weight = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
+                    (loss * weight * loss_scale).backward()
                     for k, value in metrics.items():
-                        log[k] = log.get(k, 0.0) + value * share / args.updates
+                        log[k] = log.get(k, 0.0) + value * weight / args.updates
             gradient = common.all_reduce(common.take_gradients(student.values(), loss_scale))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
