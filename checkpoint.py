@@ -5,7 +5,6 @@ iterations done. Prompts and noise are functions of (seed, iteration, sample), s
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -66,7 +65,7 @@ def checksums(folder):
 def whole(checkpoint):
     """Is it as it was saved? The names in its list are compared, never opened."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
+        return read_json((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
     return False
 
 
@@ -90,7 +89,7 @@ def begin_run(args, harmless, files, rank, student, ema, optimizer, config):
     checkpoint, state, lock = None, {}, None
     if rank == 0:
         flags = {k: v for k, v in vars(args).items() if k not in harmless}
-        state = {"flags": flags, "files": [[role, sha256(path)] for role, path in files if Path(path).exists()]}
+        state = {"flags": flags, "files": [(role, sha256(path)) for role, path in files if Path(path).exists()]}
         run.mkdir(parents=True, exist_ok=True)
         lock = lock_run(run)
         if args.resume:
@@ -151,10 +150,9 @@ def choose_checkpoint(run, wanted, state):
         flags, saved_files = dict(saved["flags"]), [tuple(map(str, file)) for file in saved["files"]]
     except (ValueError, KeyError, TypeError):
         fail(f"--resume: {checkpoint}/state.json is not one that this code writes")
-    files = [tuple(file) for file in state["files"]]  # (role, SHA-256)
     changed = [f"--{k}" for k, v in state["flags"].items() if k not in flags or flags[k] != v]
-    changed += dict.fromkeys(role for role, _ in sorted(set(files) ^ set(saved_files)))
-    if changed or files != saved_files:
+    changed += dict.fromkeys(role for role, _ in sorted(set(state["files"]) ^ set(saved_files)))
+    if changed or state["files"] != saved_files:
         what = ", ".join(changed) or "the order of the teachers"
         fail(f"--resume: {what} changed since {checkpoint} was saved; resume with the same")
     for newer in checkpoints(run):

@@ -17,13 +17,14 @@ x_next at ratio 1; KL is the per-step KL(student, teacher), which is what one wa
   function             gradient              noise                    source
   opd_ppo_published    0: it does not learn  little, and no signal    Flow-OPD v1 as written ("A")
     (detach=False)     grad KL               hardly more than opd_kl  Flow-OPD's public code ("B")
-  opd_ppo_scalar       grad KL               D/2 times opd_ppo's      PPO as for language models ("C")
+  opd_ppo_scalar       grad KL               D/2 times or more        PPO as for language models ("C")
   opd_ppo              grad KL               some: a sampled reward   ours, the default ("C'")
   opd_kl               grad KL               none from the action     Flow-OPD v5, DiffusionOPD Eq. 11 ("D")
   opd_trajectory       grad trajectory KL    as opd_ppo_scalar        DiffusionOPD, derived ("E")
   opd_ode              of another objective  none: no noise is drawn  DiffusionOPD Eq. 12, a = 0 ("F")
 
-tests/test_losses.py measures every row by Monte Carlo. One update, for states of any shape (B, ...):
+tests/test_losses.py measures every gradient by Monte Carlo, experiments/RESULTS.md has the noise.
+One update, for states of any shape (B, ...):
 
   path = sde.rollout(student, noise, grid, a)                    # no gradient inside; student(x, t) -> v
   for i in range(len(grid) - 2):                                 # all but the last step; std must be above 0

@@ -208,7 +208,8 @@ def dry_run(args):
     for phase, size in extra.items():
         print(f"  {gb(size)}  {phase:14} {gb(always + size)} in all")
     disk = gb(3 * held["Adam's two moments"]).strip()  # student, average and moments in float32, and the average in two formats
-    print(f"\na checkpoint takes {disk} of disk; two are kept, a third while it is written\nAn estimate: nothing was measured. "
+    print(f"\na checkpoint takes {disk} of disk; {args.keep} are kept, one more while it is written")
+    print("An estimate: nothing was measured. "
           "Left out: the CUDA context, workspaces of libraries and temporaries inside an operation, fragmentation, the text "
           "encoders' activations.")  # fmt: skip
 

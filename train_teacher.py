@@ -225,7 +225,8 @@ def main(args):
         chosen = common.choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
         tasks = [task for task, _ in chosen]
         chosen = [(train[task][0][n], train[task][1][n]) for task, n in chosen]  # (prompt, metadata) of every slot
-        rows = torch.tensor([text["rows"][chosen[i // args.group_size][0]] for i in mine])  # (b,)
+        own_prompts = [chosen[i // args.group_size][0] for i in mine]  # b samples on this process
+        rows = torch.tensor([text["rows"][prompt] for prompt in own_prompts])  # (b,)
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
 
         # 2. Rollout (no gradient): b samples, T steps, by the SDE.
@@ -302,9 +303,8 @@ def main(args):
 
         # 5. Log. A reward that climbs while a monitor leaves its range of the first iterations is being cheated. Diversity is
         # that among the images of a prompt on one process.
-        asked = [chosen[i // args.group_size][0] for i in mine]
         for monitor in (edge_density, colour_entropy, diversity):
-            log[f"monitor/{monitor.name}"] = monitor(images.nan_to_num(), asked).nanmean().item() * len(mine) / samples
+            log[f"monitor/{monitor.name}"] = monitor(images.nan_to_num(), own_prompts).nanmean().item() * len(mine) / samples
         log = common.sum_logs(log)  # all ranks participate
         log = {"iteration": iteration, "reward": rewards.mean().item()} | log | {"grad_norm": norm.item()}
         log |= watch.result()
