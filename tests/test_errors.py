@@ -202,6 +202,7 @@ def damaged(monkeypatch):
 
 
 def strange_state(monkeypatch):
+    monkeypatch.setattr(checkpoint, "whole", lambda *_: True)
     monkeypatch.setattr(checkpoint, "read_json", lambda text: ["flags"])
 
 
