@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
 import math
@@ -41,7 +42,9 @@ class Parser(argparse.ArgumentParser):
     """argparse that fails in one line, and whose files of flags name no further files: one could name itself."""
 
     def error(self, message):
-        fail(message)
+        typed = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        near = difflib.get_close_matches(typed[1], self._option_string_actions, 1) if typed else []
+        fail(message + "".join(f"; did you mean {flag}?" for flag in near))
 
     def convert_arg_line_to_args(self, line):
         words = line.split("#")[0].split()

@@ -227,12 +227,16 @@ def draw_curves(run, panels):
     log = read_log(run)
     panels = {title: [n for n in names if any(n in line for line in log)] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items()):
+        axis.set_prop_cycle(
+            color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+        )  # for the colour-blind too
         for name in names:
             axis.plot(*zip(*[(line["iteration"], line[name]) for line in log if name in line]), label=name.split("/")[-1])
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if len(names) > 1:
+            axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     figure.savefig(Path(run) / "curves.png", dpi=110)
     plt.close(figure)

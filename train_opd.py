@@ -217,8 +217,8 @@ def main(args):
     for task, path in args.teacher.items():
         layers = adapters.read_adapter(path, f"--teacher {task}", args.teacher_alpha.get(task))
         adapters.add_adapter(transformer, f"teacher_{task}", layers, path=path, flag=f"--teacher {task}")
-    alike = {path: f"teacher_{task}" for task, path in args.teacher.items() if task not in args.teacher_guidance}
-    anchor = None if args.anchor == "base" else alike.get(args.anchor, "anchor")  # by default it is the deqa teacher itself
+    named = {path: f"teacher_{task}" for task, path in args.teacher.items() if task not in args.teacher_guidance}
+    anchor = None if args.anchor == "base" else named.get(args.anchor, "anchor")  # by default it is the deqa teacher itself
     if anchor == "anchor" and args.mar_weight:
         layers = adapters.read_adapter(args.anchor, "--anchor")
         adapters.add_adapter(transformer, anchor, layers, path=args.anchor, flag="--anchor")
@@ -248,8 +248,8 @@ def main(args):
     # Prompts are embedded once, those that this process will use, and the text encoders are gone again.
     shown = [p for task in tasks for p in sorted(train[task])[:2]]  # in the sample pictures
     used = common.prompts_used(args, train, tests, sizes, cycle, mine, rank, world)
-    extra = [p for prompts in train.values() for p in prompts] if sft else shown
-    text = embed_prompts(pipe, used + extra, args.text_length, args.no_t5, args.cache_embeddings)
+    also = [p for prompts in train.values() for p in prompts] if sft else shown
+    text = embed_prompts(pipe, used + also, args.text_length, args.no_t5, args.cache_embeddings)
 
     if rank == 0:
         self_checks(args, pipe, text, grid, shown, args.eligible_steps, guidance, student, args.objective != "ppo")
@@ -298,9 +298,7 @@ def main(args):
         if sft:  # not G samples of a prompt, but the next G images that its teacher painted
             index = [(n + i % G) % sizes[task] for i, n, task in zip(mine, index, task_of)]
         rows = torch.tensor([text["rows"][train[task][n % len(train[task])]] for task, n in zip(task_of, index)])  # (b,)
-        members = {
-            task: torch.tensor([n for n, other in enumerate(task_of) if other == task], dtype=torch.long) for task in tasks
-        }
+        members = {task: torch.tensor([n for n, t in enumerate(task_of) if t == task], dtype=torch.long) for task in tasks}
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
         loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
@@ -361,11 +359,11 @@ def main(args):
                             loss, metrics = losses.flow_matching(v_s, x0[part], noise[part])
                         else:
                             tensors = (v_teacher[s, part], mean_teacher[s, part], mean_old[i, part], x[i, part], x[i + 1, part])
-                            times = (grid[i], grid[i + 1], grid[1], std[i])
-                            loss, metrics = objective(args, v_s, *tensors, kl_to_go[s, part], *times)
+                            interval = (grid[i], grid[i + 1], grid[1], std[i])
+                            loss, metrics = objective(args, v_s, *tensors, kl_to_go[s, part], *interval)
                         if args.mar_weight:
-                            extra, more = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
-                            loss, metrics = loss + extra, metrics | more
+                            mar, mar_metrics = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
+                            loss, metrics = loss + mar, metrics | mar_metrics
                         weight = len(part) / (samples / args.updates) / len(trained)
                         total = total + loss * weight
                         for k, value in {"loss": loss.item(), **metrics}.items():
@@ -376,11 +374,11 @@ def main(args):
             gradients = common.all_reduce(torch.stack(gradients))  # (tasks, P); all ranks participate
             common.give_gradients(student.values(), gradients.sum(0))
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
-            bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in what led to this gradient; all processes see the same sum
-                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
-            else:
+            if norm.isfinite():
                 optimizer.step()
+            else:  # NaN or infinity in what led to this gradient; all processes see the same sum
+                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1  # in a row
             optimizer.zero_grad(set_to_none=True)
             updates_done += 1
             if updates_done % args.ema_every == 0:
@@ -411,7 +409,8 @@ def main(args):
             log["skipped_prompts"] = [train[task][n % len(train[task])] for task, n in chosen]
         if rank == 0:
             common.log_line(run, log)
-        bar.set_postfix({k.split("/")[1]: f"{v:.1e}" for k, v in log.items() if k.startswith("kl/")} or {"loss": log["loss"]})
+        kls = " ".join(f"{task} {log[f'kl/{task}']:.3f}" for task in portion if not sft)
+        bar.set_postfix_str(f"KL {kls}" if kls else f"loss {log['loss']:.3f}")
 
         # 6. Samples, with the average of the weights and the same prompts and noise every time (rank 0 only).
         last = iteration + 1 == args.iterations
@@ -432,8 +431,8 @@ def main(args):
     if rank == 0:
         publish_adapter(checkpoints(run)[-1] / "adapter", run / "adapter")
         cosines = [f"cosine/{a}-{b}" for m, a in enumerate(tasks) for b in tasks[m + 1 :]]
-        panels = {"KL to the routed teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
-        common.draw_curves(run, panels | {"fraction clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
+        panels = {"KL to the task's own teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
+        common.draw_curves(run, panels | {"fraction of ratios clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
         print(f"{args.iterations} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:

@@ -290,11 +290,11 @@ def main(args):
             gradient = common.all_reduce(common.take_gradients(student.values(), loss_scale))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
-            bad_steps = 0 if norm.isfinite() else bad_steps + 1
-            if bad_steps:  # NaN or infinity in what led to this gradient; all processes see the same sum
-                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
-            else:
+            if norm.isfinite():
                 optimizer.step()
+            else:  # NaN or infinity in what led to this gradient; all processes see the same sum
+                log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1  # in a row
             optimizer.zero_grad(set_to_none=True)
             updates_done += 1
             if updates_done % args.ema_every == 0:
@@ -347,7 +347,11 @@ def main(args):
     if rank == 0:
         best = args.final == "best" and args.eval_every
         publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
-        panels = {"reward": ["reward"], "test reward": [f"test/{t}" for t in tests], "fraction clipped": ["clip_fraction"]}
+        panels = {
+            "reward": ["reward"],
+            "test reward": [f"test/{t}" for t in tests],
+            "fraction of ratios clipped": ["clip_fraction"],
+        }
         common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
         print(
             f"{args.iterations} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"

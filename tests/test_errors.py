@@ -247,6 +247,7 @@ ADAPTER_ROWS = [
 ]
 TABLE = {
     "train_opd": [
+        ("--itertions 5", "unrecognized arguments: --itertions 5; did you mean --iterations?"),
         *((f"{OPD_LORA} ocr={folder}", says) for folder, says in ADAPTER_ROWS),
         (f"{OPD_LORA} ocr=bad/silent", "give --teacher_alpha"),
         (f"{OPD_LORA} ocr=good --teacher_alpha ocr=0", "alpha 0.0"),
