@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
+import toy
 from cli import TASKS, Help, Parser, at_least, finite, save_json
 from experiments import report
 
@@ -40,7 +41,8 @@ SMALL = "--prompts_per_iteration 8 --group_size 4".split()
 EIGHTS = "--prompts_per_iteration 4 --group_size 8".split()  # the same, divisible into eight updates
 OPD = "--sample_every 0 --eval_prompts 0".split()  # scored below
 QUICK = "--prompts_per_iteration 4 --group_size 2 --steps 3 --eval_steps 2".split()
-PARTS = ("main", "objectives", "gradients", "MAR", "interference", "ablations", "staleness", "speed", "hacking")
+PARTS = ("main", "objectives", "gradients", "MAR", "interference", "ablations", "staleness", "speed", "hacking",
+         "repeat")  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -144,15 +146,49 @@ def plan(out):
     mix("main", "mix_uniform", 0, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
     for seed in (1, 2):
         small("main", "opd_base", "--init", "base", seed=seed)
-    opd("staleness", "ppo_updates8_clip0.02", 0, *EIGHTS, "--updates", "8", "--clip_range", "0.02")
+    # The rest of three seeds for the first parts.
+    for seed in (1, 2):
+        mix("main", "sft_mix", seed, *weighted, "--init", sft)
+        mix("main", "mix_short", seed, *weighted)
+        mix("main", "mix_uniform", seed, "--mix", *(f"{t}=1" for t in TASKS), *MIX)
+        opd("main", "sft", seed, "--objective", "sft", "--init", "base", at=(300,))
+    grid = (("ppo-public-code", "3e-3"), ("ppo", "3e-4"), ("kl", "3e-4"), ("ode", "3e-4"), ("ppo-public-code", "3e-4"))
+    for objective, lr in grid:
+        small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
+    for seed in (1, 2):
+        for objective, lr in (("kl", "3e-3"), ("ppo-public-code", "3e-3"), ("ppo-published", "3e-4"), ("ppo-scalar", "3e-4"),
+                              ("trajectory", "3e-4"), ("ppo", "3e-3")):  # fmt: skip
+            small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr, seed=seed)
+        small("MAR", "mar0.1", "--mar_weight", "0.1", seed=seed)
+        small("MAR", "anchor_base", "--anchor", "base", seed=seed)
+
+    # All of it once more with other teachers, from the same base.
+    other = {task: f"{out}/other_{task}_seed1/adapter" for task in TASKS}
+    for task in TASKS:
+        *flags, _, iterations = toy.ADAPTERS[task]
+        train("train_teacher.py", "repeat", f"other_{task}", 1, *flags, "--eval_every", "0", at=(int(iterations),))
+    flags = ["--adapters", *other.values(), "--rank", "24"]
+    jobs.append(Job("repeat", "other_merged", 1, "merge.py", flags, ()))
+    others = (*(f for task, path in other.items() for f in ("--teacher", f"{task}={path}")), "--anchor", other["deqa"])
+    opd("repeat", "other_opd", 1, *others, "--init", f"{out}/other_merged_seed1/adapter")
+    mix("repeat", "other_merge_mix", 1, *weighted, "--init", f"{out}/other_merged_seed1/adapter")
+    opd("repeat", "other_sft", 1, *others, "--objective", "sft", "--init", "base", at=(300,))
+    small("repeat", "other_opd_sft", *others, "--init", f"{out}/other_sft_seed1/adapter", seed=1)
+
+    # What the ratio and the clip do.
+    reuse = lambda name, *flags: opd("staleness", name, 0, *EIGHTS, "--updates", *flags)
+    reuse("ppo_updates8_clip0.02", "8", "--clip_range", "0.02")
+    for objective in ("ppo", "kl"):
+        reuse(f"{objective}_updates8_lr3e-3", "8", "--objective", objective, "--lr", "3e-3")
+    for clip in ("0.02", "100"):
+        reuse(f"ppo_updates8_lr3e-3_clip{clip}", "8", "--lr", "3e-3", "--clip_range", clip)
     for updates in ("2", "4"):
         for objective in ("ppo", "kl"):
             opd("staleness", f"{objective}_updates{updates}", 0, *EIGHTS, "--objective", objective, "--updates", updates)
-    for objective, lr in (("ppo-public-code", "3e-3"), ("ppo", "3e-4"), ("kl", "3e-4"), ("ode", "3e-4")):
-        small("objectives", f"{objective}_lr{lr}", "--objective", objective, "--lr", lr)
-    mix("speed", "mix_curve", 1, *weighted, "--eval_every", "20", "--final", "best", at=(240,))
+    uniform = ("--mix", *(f"{t}=1" for t in TASKS), *MIX, "--eval_every", "20", "--final", "best")
+    mix("speed", "mix_uniform_long", 0, *uniform, at=(460,))
     for rank in ("2", "16"):
-        small("interference", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
+        small("ablations", f"base_rank{rank}", "--init", "base", "--rank", rank, "--alpha", str(2 * int(rank)))
     for seed in (1, 2):
         small("objectives", "ode_lr1e-3", "--objective", "ode", seed=seed)
         small("objectives", "ppo-public-code_lr1e-3", "--objective", "ppo-public-code", seed=seed)
@@ -269,6 +305,15 @@ def recorded(job, results):
     return record and [record["script"], record["flags"], record["stages"]] == [job.script, job.flags, list(job.stages)]
 
 
+def prepare(job, jobs, args):
+    """Run again what this job starts from, where its record came from another clone and its weights are not in this one."""
+    for start in jobs:
+        made = [f"{args.out}/{start.name}_seed{start.seed}{end}" for end in ("/adapter", ".stages")]
+        if any(path in flag and not Path(path).exists() for path in made for flag in job.flags):
+            prepare(start, jobs, args)
+            run_job(start, args)
+
+
 def main(args):
     os.chdir(ROOT)
     if args.report:
@@ -288,10 +333,7 @@ def main(args):
             break
         left = f"some {hours / n * (len(todo) - n):.1f} hours left" if n else "time left unknown"
         print(f"{time.strftime('%H:%M')} {n + 1} of {len(todo)}: {job.part}, {job.name} seed {job.seed}; {left}", flush=True)
-        for start in jobs:  # what this job starts from: recorded by another clone perhaps, and not in this one's runs/
-            made = [f"{args.out}/{start.name}_seed{start.seed}{end}" for end in ("/adapter", ".stages")]
-            if any(path in job.flags and not Path(path).exists() for path in made):
-                run_job(start, args)
+        prepare(job, jobs, args)
         run_job(job, args)
     report.write(args.results)
 
