@@ -68,11 +68,18 @@ LABELS = {
     "groups2": "16 prompts x 2 samples",
     "base_rank2": "from the base, LoRA rank 2",
     "base_rank16": "from the base, LoRA rank 16",
-    "ppo_updates8_clip0.02": "C' ppo, clip 0.02, 8 updates",
+    "ppo_updates8_clip0.02": "C' ppo, 8 updates, clip 0.02",
+    "ppo_updates8_lr3e-3": "C' ppo, 8 updates, learning rate 3e-3",
+    "ppo_updates8_lr3e-3_clip0.02": "C' ppo, 8 updates, learning rate 3e-3, clip 0.02",
+    "ppo_updates8_lr3e-3_clip100": "C' ppo, 8 updates, learning rate 3e-3, no clip",
+    "kl_updates8_lr3e-3": "D kl, 8 updates, learning rate 3e-3",
+    "mix_uniform_long": "GRPO-Mix uniform, long, best of its checkpoints",
 }
 LABELS |= {f"{n}_updates{u}": f"{OBJECTIVES[n]}, {u} update{'s' * (u > 1)}" for n in ("ppo", "kl") for u in (1, 2, 4, 8)}
 RATES = ("3e-4", "1e-3", "3e-3")
 LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTIVES.items() for lr in RATES}
+LABELS |= {f"other_{name}": LABELS[name] for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix")}
+LABELS["other_opd"] = LABELS["opd_merge"]
 # What the shipped adapters cost by their flags in toy.py: iterations, images an iteration, passes of an image.
 SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
            "deqa": (110, 128, 21)}  # fmt: skip
@@ -88,11 +95,12 @@ def load(results):
         runs.setdefault(record["name"], []).append(record)
     if "opd_small" in runs:
         runs["ppo_lr1e-3"] = runs["opd_small"]
-    if all(task in runs for task in TASKS):
-        own = {task: scores(runs[task][0])[task] for task in TASKS}
-        mean = sum(own[t]["mean"] / SCALES[t] for t in TASKS) / 4
-        se = math.hypot(*(own[t]["se"] / SCALES[t] for t in TASKS)) / 4
-        runs["oracle"] = [{"final": "all", "scores": {"all": own | {"average": {"mean": mean, "se": se}}}}]
+    for name in ("", "other_"):  # toy/'s teachers, and those trained once more
+        if all(name + task in runs for task in TASKS):
+            own = {task: scores(runs[name + task][0])[task] for task in TASKS}
+            mean = sum(own[t]["mean"] / SCALES[t] for t in TASKS) / 4
+            se = math.hypot(*(own[t]["se"] / SCALES[t] for t in TASKS)) / 4
+            runs[f"{name}oracle"] = [{"final": "all", "scores": {"all": own | {"average": {"mean": mean, "se": se}}}}]
     if (results / "clean.json").exists():
         clean = json.loads((results / "clean.json").read_text())
         runs["clean"] = [{"final": "all", "scores": {"all": {k: {"mean": v, "se": 0.0} for k, v in clean.items()}}}]

@@ -45,9 +45,9 @@ def test_records_are_of_the_plan():
 
 def test_the_scripts_accept_every_planned_command(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("sft", "merge_ties", "merge_dare", "merge_factor-mean"):  # what other runs start from
-        (tmp_path / f"{name}_seed0").mkdir()
-        (tmp_path / f"{name}_seed0" / "adapter").symlink_to(ROOT / "toy" / "adapters" / "merged")
+    for job in miniature.plan(tmp_path):  # what other runs start from
+        (tmp_path / f"{job.name}_seed{job.seed}").mkdir()
+        (tmp_path / f"{job.name}_seed{job.seed}" / "adapter").symlink_to(ROOT / "toy" / "adapters" / "merged")
     (tmp_path / "prompts").mkdir()
     shutil.copy("toy/prompts/ocr_train.txt", tmp_path / "prompts" / "all.txt")
     once = {(job.script, *job.flags): job for job in miniature.plan(tmp_path)}
