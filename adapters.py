@@ -95,7 +95,7 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     else:
         linear = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
-        shapes = {name.removesuffix(".base_layer"): tuple(module.weight.shape) for name, module in linear.items()}  # (out, in)
+        shapes = {n.removesuffix(".base_layer"): tuple(module.weight.shape) for n, module in linear.items()}  # (out, in)
         for layer, (A, B, _) in layers.items():
             if layer not in shapes:
                 fail(f"{flag} {path}: its layer {layer} is not a linear layer of the model")

@@ -175,7 +175,7 @@ class Saver:
     gone. A second Ctrl-C exits at once; what is half written then is never taken for a checkpoint."""
 
     def __init__(self, args, rank, student, ema, optimizer, config, state, lock):
-        self.run, self.newest, self.rank, self.state, self.lock = Path(args.out), args.keep, rank, state, lock
+        self.run, self.kept, self.rank, self.state, self.lock = Path(args.out), args.keep, rank, state, lock
         self.student, self.ema, self.optimizer, self.config = student, ema, optimizer, config
         self.ready, self.saving, self.interrupts = None, threading.RLock(), 0
         self.read, self.write = os.pipe()
@@ -220,7 +220,7 @@ class Saver:
                 newest = next((c.name for c in reversed(checkpoints(self.run))), "none")
                 print(file=sys.stderr)  # ends the progress bar's line
                 fail(f"--out {self.run}: cannot save {final.name} ({error}); the newest is {newest}; make room, then --resume")
-            for old in checkpoints(self.run)[: -self.newest]:
+            for old in checkpoints(self.run)[: -self.kept]:
                 gone = old.with_name(f"tmp_{old.name}")  # half deleted is no checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
                 os.replace(old, gone)

@@ -25,9 +25,9 @@ def say(passed, line):
     print(f"check: {line}" if passed else f"WARNING: check: {line}", file=sys.stdout if passed else sys.stderr, flush=True)
 
 
-def self_checks(args, pipe, text, grid, prompts, trained, guidance, student, per_image):
+def self_checks(args, pipe, text, grid, prompts, trained, guidance, student):
     """On rank 0. prompts: two or more that are in `text`; trained: the steps that may be trained; guidance {adapter: scale} of
-    "student" and of the teachers; student {name: parameter}; per_image: PPO's ratio is one per image, not per coordinate."""
+    "student" and of the teachers; student {name: parameter}."""
     check_disk(args, student)
     check_step(pipe, grid)
     transformer, rows = pipe.transformer, torch.tensor([text["rows"][p] for p in prompts[:2]])
@@ -50,9 +50,11 @@ def self_checks(args, pipe, text, grid, prompts, trained, guidance, student, per
         path = rollout(lambda x, t: velocities("student", x, t), noise, grid, args.noise, args.noise_kind)
     x = path.x[steps].flatten(0, 1)  # (S 2, C, H, W): the states of these steps in one batch, as labels and update have them
     t = torch.tensor([grid[i] for i in steps], device=x.device).repeat_interleave(len(rows))  # (S 2,)
-    if args.noise:
+    # Of whose probability PPO takes a ratio; the last three objectives have none.
+    ratio_of = {"ppo": "coordinate", "kl": None, "ode": None, "sft": None}.get(getattr(args, "objective", None), "image")
+    if ratio_of:
         v = alone("student", x, t).detach()  # with gradients on, as in the update
-        check_ratio(args, grid, steps, path, v.view_as(path.x[steps]), per_image)
+        check_ratio(args, grid, steps, path, v.view_as(path.x[steps]), ratio_of)
     teachers = [name for name in guidance if str(name).startswith("teacher_")]
     if teachers:
         with torch.no_grad():
@@ -86,17 +88,17 @@ def check_step(pipe, grid):
     say(True, f"step: with noise 0 it is {type(pipe.scheduler).__name__}'s within {gap:.0e}")
 
 
-def check_ratio(args, grid, steps, path, v, per_image):
+def check_ratio(args, grid, steps, path, v, ratio_of):
     """Before the first update the policy is the one that drew the actions: every ratio is 1, up to the rounding of another
     batch size. Where that rounding reaches the clip range, PPO clips noise. v (S, 2, C, H, W): the policy's once more."""
     gap = 0.0
     for s, i in enumerate(steps):
         mean = step(path.x[i], v[s], grid[i], grid[i + 1], args.noise, grid[1], args.noise_kind)[0]
         log_ratio = ((path.x[i + 1] - path.mean[i]) ** 2 - (path.x[i + 1] - mean) ** 2) / (2 * path.std[i] ** 2)
-        log_ratio = log_ratio.flatten(1).mean(1) if per_image else log_ratio
+        log_ratio = log_ratio.flatten(1).mean(1) if ratio_of == "image" else log_ratio
         gap = max(gap, log_ratio.expm1().abs().max().item())
-    of = "an image's" if per_image else "a coordinate's"
-    say(gap < args.clip_range / 2, f"ratio: before an update {of} is 1 within {gap:.0e} (clip range {args.clip_range:g})")
+    line = f"ratio: before an update every {ratio_of}'s is 1 within {gap:.0e} (clip range {args.clip_range:g})"
+    say(gap < args.clip_range / 2, line)
 
 
 def check_teachers(args, grid, steps, v):

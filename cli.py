@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import sys
+import textwrap
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its start-up notices on a missing torchvision concern nobody here
@@ -24,7 +25,7 @@ def one_line(text):
 
 
 def fail(message):
-    """One line (what is wrong, which flag or file, what would be right) and exit code 2. Nothing has been written."""
+    """One line (what is wrong, which flag or file, what would be right) and exit code 2."""
     print(f"error: {one_line(message)[:2000]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -34,8 +35,23 @@ def reason(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag; the description as it is written in the script."""
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the flags that have one; the script's opening above them, its prose fitted to the terminal."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "")
+        return {"whole": "N", "number": "X", "finite": "X"}.get(kind, action.dest.upper())
+
+    def _fill_text(self, text, width, indent):
+        parts = re.split(r"\n(?=\n| {4}| ?\d+\. )", text)  # paragraphs, numbered items, lines of code
+        wrap = lambda part: textwrap.fill(
+            " ".join(part.split()), width, subsequent_indent="   " * part.lstrip()[:1].isdecimal()
+        )
+        return "\n".join(part if part.startswith("    ") else "\n" * part.startswith("\n") + wrap(part) for part in parts)
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,15 +150,15 @@ def read_prompts(path, flag="--prompts"):
     return prompts, metadata
 
 
-def prompt_files(given, tasks, split, flag="--prompts"):
-    """{task: file}: the --prompts given, the miniature's own for the other tasks. A folder is one of Flow-GRPO's dataset/."""
+def prompt_files(given, tasks, split, model, flag="--prompts"):
+    """{task: file}: the --prompts given, the model's own for the other tasks. A folder is one of Flow-GRPO's dataset/."""
     for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
     for task in tasks:
         if not re.fullmatch(r"[\w-]+", task):  # pictures and adapters are named after it
             fail(f"task {task!r}: a task's name is made of letters, digits, _ and -")
-    files = {task: given.get(task, f"toy/prompts/{task}_{split}.txt") for task in tasks}
+    files = {task: given.get(task, f"{model}/prompts/{task}_{split}.txt") for task in tasks}
     names = [f"{split}_metadata.jsonl", f"{split}.txt"] + ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
     for task, file in files.items():
         files[task] = file = next((str(Path(file, name)) for name in names if os.path.isfile(f"{file}/{name}")), file)
@@ -154,12 +170,12 @@ def prompt_files(given, tasks, split, flag="--prompts"):
 def at_least(low):
     """argparse type: a whole number of at least `low` that fits into 63 bits."""
 
-    def number(text):
+    def whole(text):
         if not text.isdecimal() or len(text) > 18 or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} and at most 18 digits")
         return int(text)
 
-    return number
+    return whole
 
 
 def finite(text):
@@ -170,6 +186,18 @@ def finite(text):
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+
+
+def within(low, high=math.inf):
+    """argparse type: a number from `low` to `high`."""
+
+    def number(text):
+        if not low <= (value := finite(text)) <= high:
+            to = f" to {high:g}" if high < math.inf else " on"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g}{to}")
+        return value
+
+    return number
 
 
 positive = at_least(1)
@@ -346,7 +374,7 @@ def save_json(path, value):
     beside.replace(path)
 
 
-def find_images(path, task, tasks, file=None, number=0):
+def find_images(path, task, tasks, model, file=None, number=0):
     """A folder given to `evaluate.py --scores_only` -> (files, prompts, metadata), an entry an image; see its docstring.
 
     file: the task's prompt file, where the folder lists no prompts; number: only its first lines, 0 = all. Exit 2 unless
@@ -363,7 +391,7 @@ def find_images(path, task, tasks, file=None, number=0):
             if not (isinstance(name, str) and (folder / name).is_file()):
                 fail(f'{own}: line {n + 1} needs the "file_name" of an image that is there, not {name!r}')
         return [folder / name for name in names], prompts, metadata
-    file = prompt_files({task: file} if file else {}, [task], "test")[task]
+    file = prompt_files({task: file} if file else {}, [task], "test", model)[task]
     prompts, metadata = (part[: number or None] for part in read_prompts(file))
     found, counts = [], {}
     for image in (image for pattern in ("*.*", "*/samples/*.*") for image in folder.glob(pattern)):

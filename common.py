@@ -1,4 +1,4 @@
-"""The plumbing that two copies of would drift apart: processes, randomness, EMA, the log (checkpoints: checkpoint.py).
+"""Plumbing shared so that two copies cannot drift apart: processes, randomness, EMA, the log (checkpoints: checkpoint.py).
 
 No method in here: the sampler is sde.py, the objectives are losses.py, the loops are the scripts.
 """
@@ -60,12 +60,13 @@ def print_batch(args, trained, world):
     """The derived numbers of an iteration, and a notice where processes get parts of unequal size."""
     samples, G = args.prompts_per_iteration * args.group_size, args.group_size
     print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
-    print(f"{args.updates} updates of {samples // args.updates} images x {trained} of {args.steps} steps", flush=True)
+    share = f"{samples // args.updates} images x {trained} of {args.steps} steps"
+    print(f"{args.updates} update{'s' * (args.updates > 1)} of {share}", flush=True)
     if samples % world:
         even = world // math.gcd(world, G)
         even *= -(-args.prompts_per_iteration // even)  # rounded up
         parts = f"{samples // world} or {samples // world + 1} samples each"
-        print(f"notice: {world} processes, {parts}: the same result, but some wait; --prompts_per_iteration {even} is even")
+        print(f"notice: {world} processes, {parts}: the same result, but some wait; equal with --prompts_per_iteration {even}")
 
 
 def all_reduce(tensor):
@@ -111,7 +112,8 @@ def gather(value):
 def sum_logs(log):
     """{metric: this process's part} -> {metric: sum over processes} (all ranks participate)."""
     parts = gather(log)
-    return {k: sum(part.get(k, 0.0) for part in parts) for k in {k: None for part in parts for k in part}}
+    names = dict.fromkeys(k for part in parts for k in part)
+    return {k: sum(part.get(k, 0.0) for part in parts) for k in names}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def prompts_used(args, train, tests, sizes, cycle, mine, rank, world):
     for iteration in range(args.iterations):
         chosen = choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
         used |= {train[task][n % len(train[task])] for slot, (task, n) in enumerate(chosen) if slot in slots}
-    return [*used, *(prompts[i] for prompts, _ in tests.values() for i in share(len(prompts), rank, world))]
+    return [*sorted(used), *(prompts[i] for prompts, _ in tests.values() for i in share(len(prompts), rank, world))]
 
 
 # ----------------------------------------------------------------------------------------------------------

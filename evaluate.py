@@ -28,25 +28,27 @@ import math
 from pathlib import Path
 
 import cli
-from cli import TASKS, at_least, fail, finite, one_line, pairs, positive
+from cli import TASKS, at_least, fail, one_line, pairs, positive, within
 
 
 def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument
-    flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="`base` or adapter directories")
+    flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="base, or adapters: directories or hub ids")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
     flag("--scores_only", "--scores-only", nargs="+", metavar="[NAME=]DIR", help="score these images, paint nothing; see above")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
-    flag("--prompts", "--test_prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default toy/prompts/TASK_test.txt")
+    flag(
+        "--prompts", "--test_prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default MODEL/prompts/TASK_test.txt"
+    )
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
     cli.reward_flags(flag)
     flag("--published", action="store_true", help="add the paper's rows, of Stable Diffusion 3.5 Medium at 512 pixels")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
-    flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--guidance", type=within(0), default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for single models")
-    flag("--seed", type=int, default=0, help="of the initial noise")
+    flag("--seed", type=at_least(0), default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass; does not change the result beyond rounding")
     flag("--out", default="runs/evaluate", help="folder for results.json, table.md, images/ and the grids")
     flag("--overwrite", action="store_true", help="replace the evaluation in --out; images that still fit are used again")
@@ -85,7 +87,7 @@ def parse_args():
     for prompt in args.prompt or ():
         cli.check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
-    args.prompts = cli.prompt_files(given, args.tasks, "test") if paints else given
+    args.prompts = cli.prompt_files(given, args.tasks, "test", args.model) if paints else given
     cli.check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
@@ -204,7 +206,9 @@ def find_tests(args):
     tests, files = {}, {name: {} for name in args.models}
     for task in args.tasks:
         for name, path in args.models.items():
-            files[name][task], *test = cli.find_images(path, task, args.tasks, args.prompts.get(task), args.num_prompts)
+            files[name][task], *test = cli.find_images(
+                path, task, args.tasks, args.model, args.prompts.get(task), args.num_prompts
+            )
             if tests.setdefault(task, test) != test:
                 fail(f"--scores_only {path}: not the {task} prompts, or not as many images of each, as in the first folder")
     return tests, files

@@ -86,7 +86,9 @@ def passes(args, world=1):
 
 
 def scale_of(args, phase):
-    """The guidance scale there: the labels are the teachers', and so is an off-policy rollout."""
+    """The guidance scale there: the labels are the teachers', and so is an off-policy rollout; sft's update has none."""
+    if args.objective == "sft":
+        return 1.0
     return args.guidance if phase == "labels" or (phase, args.rollout) == ("rollout", "teacher") else args.student_guidance
 
 

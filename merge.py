@@ -193,7 +193,7 @@ def save(args, merged, kept):
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}", end="")
     if kept:
         print(f"; retained energy {sum(kept) / len(kept):.1%} on average, {min(kept):.1%} in the worst layer", end="")
-    print(f" -> {args.out}\nnext: python train_opd.py --init {args.out}")
+    print(f" -> {args.out}\nnext: python train_opd.py --init {args.out} --out runs/opd_{Path(args.out).name}")
 
 
 def main(args):

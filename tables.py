@@ -81,8 +81,9 @@ def summarise(scores, tests):
             of = {tag: [j for j, other in enumerate(tags) if other == tag] for tag in dict.fromkeys(tags)}
             official, prompts = metrics["geneval_official"], tests["geneval"][0]
             tasks = {tag: mean_of(official[own], [prompts[j] for j in own]) for tag, own in of.items()}
-            mean, square = (sum(f(t) for t in tasks.values()) for f in (lambda t: t["mean"], lambda t: t["se"] ** 2))
-            row["geneval_tasks"] = {"mean": mean / len(tasks), "se": square**0.5 / len(tasks), "n": len(tags), "tasks": tasks}
+            mean = sum(of_task["mean"] for of_task in tasks.values()) / len(tasks)
+            se = math.hypot(*(of_task["se"] for of_task in tasks.values())) / len(tasks)
+            row["geneval_tasks"] = {"mean": mean, "se": se, "n": len(tags), "tasks": tasks}
         mean, se = average(metrics, tests)
         if not math.isnan(mean):
             row["average"] = {"mean": mean, "se": se}

@@ -14,7 +14,7 @@ not the formula published first, stand in losses.py.
 Deviations from the paper:
  1. PPO's reward and ratio are per latent coordinate (losses.py); the paper's form is --objective ppo-published.
  2. Routing is hard: a prompt's own teacher alone labels it, as in all public code; v1's text blends teachers.
- 3. Every task is in every iteration in equal parts; the public code alternates whole epochs.
+ 3. Every task is in every iteration, in its share; the public code alternates whole epochs.
  4. Noise and prompts are functions of (seed, iteration, sample): the number of processes changes nothing.
  5. All but the last of the T steps are trained, as in the public code; the paper trains all.
 """
@@ -24,9 +24,8 @@ import time
 from pathlib import Path
 
 import cli
-from cli import at_least, fail, finite, pairs, positive, prompt_files, read_prompts
+from cli import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
 
-TEACHERS = ("geneval", "ocr", "deqa", "pickscore")
 OBJECTIVES = ("ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "kl", "trajectory", "ode", "sft")
 
 
@@ -34,37 +33,37 @@ def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--teacher", action="append", metavar="TASK=DIR", help="a task's teacher; repeatable; default MODEL/adapters/TASK")
+    flag("--teacher", action="append", metavar="TASK=DIR|HUB", help="a task's teacher; repeatable; default MODEL/adapters/TASK")
     flag("--teacher_guidance", nargs="+", metavar="TASK=SCALE", help="a guidance scale of its own for a teacher")
     flag("--teacher_alpha", nargs="+", metavar="TASK=ALPHA", help="LoRA alpha where a teacher's file does not say it")
-    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
+    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default MODEL/prompts/TASK_train.txt")
     flag("--task_mix", nargs="+", metavar="TASK=SHARE", help="prompts of each task in an iteration, as shares; default equal")
-    flag("--init", help="student's start: base or an adapter directory; default MODEL/adapters/merged")
-    flag("--anchor", help="MAR's anchor: base or an adapter directory; default MODEL/adapters/deqa")
+    flag("--init", metavar="DIR|HUB", help="student's start: base or an adapter; default MODEL/adapters/merged")
+    flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or an adapter; default MODEL/adapters/deqa")
     flag("--rank", type=positive, default=32, help="LoRA rank of a fresh student (--init base)")
-    flag("--alpha", type=finite, default=64, help="its alpha: the update is scaled by alpha / rank")
+    flag("--alpha", type=within(0), default=64, help="its alpha: the update is scaled by alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="the table in losses.py; sft: the cold start by flow matching")
-    flag("--mar_weight", type=finite, help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
-    flag("--clip_range", type=finite, help="PPO clip; default 0.2 for ppo (a coordinate's ratio), 1e-4 else (an image's mean)")
+    flag("--mar_weight", type=within(0), help="weight of MAR, 0 = off; default 0.02 as in the paper, 0 for sft")
+    flag("--clip_range", type=within(0), help="PPO clip; default 0.2 for ppo (a coordinate's ratio), else 1e-4 (an image's)")
     flag("--rollout", choices=("student", "teacher"), default="student", help="who paints; teacher: off-policy, kl or ode")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all tasks and processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
     flag("--train_steps", default="first", metavar="WHICH", help="first = all but the last; all; 0,2,5; random:K of `first`")
-    flag("--noise", type=finite, default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
+    flag("--noise", type=within(0), default=0.7, help="SDE noise level a; the ode objective takes 0 by itself")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag("--guidance", type=finite, default=1.0, help="guidance scale of student, teachers and anchor; 1 = off (4.5 for SD3.5)")
-    flag("--student_guidance", type=finite, help="the student's own scale; 1 makes one that needs no guidance")
+    flag("--guidance", type=within(0), default=1.0, help="guidance scale of all adapters; 1 = off (4.5 for SD3.5)")
+    flag("--student_guidance", type=within(0), help="the student's own scale; 1 makes one that needs no guidance")
     flag("--sft_images", type=positive, default=2048, help="images that the teachers paint for --objective sft, once")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=80, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=finite, default=1e-3, help="Adam's learning rate (1e-4 in the paper, whose model is 1000 times larger)")
-    flag("--grad_norm", type=finite, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=finite, default=0.9, help="of the average that is evaluated and saved")
-    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    flag("--lr", type=within(0), default=1e-3, help="AdamW's learning rate (public code: 1e-4, its model is 1000 times larger)")
+    flag("--grad_norm", type=within(0), default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated and saved")
+    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (public code: 8, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="states per forward pass of the update; less if memory runs out")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag("--label_batch", type=positive, default=128, help="states per forward pass of the labels; same result")
@@ -74,18 +73,18 @@ def parse_args():
     flag("--sample_every", type=at_least(0), default=10, help="iterations between sample pictures; 0 = never")
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
-    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
+    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
     cli.reward_flags(flag)
     cli.run_flags(flag)
     flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
 
     cli.check_model(args.model)
-    args.teacher = pairs(args.teacher, "--teacher") or {task: f"{args.model}/adapters/{task}" for task in TEACHERS}
+    args.teacher = pairs(args.teacher, "--teacher") or {task: f"{args.model}/adapters/{task}" for task in TASKS}
     tasks = list(args.teacher)
-    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), tasks, "train")
+    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), tasks, "train", args.model)
     tests = pairs(args.test_prompts, "--test_prompts")
-    args.test_prompts = prompt_files(tests, tasks, "test", "--test_prompts") if args.eval_prompts else {}
+    args.test_prompts = prompt_files(tests, tasks, "test", args.model, "--test_prompts") if args.eval_prompts else {}
     args.task_mix = pairs(args.task_mix, "--task_mix", number=True) or {task: 1 for task in tasks}
     args.teacher_guidance = pairs(args.teacher_guidance, "--teacher_guidance", number=True)
     args.teacher_alpha = pairs(args.teacher_alpha, "--teacher_alpha", number=True)
@@ -147,12 +146,12 @@ from model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time
 from sde import kl_weight, rollout, step
 
 
-def objective(args, v, v_teacher, mean_teacher, mean_old, x, x_next, kl_to_go, t, t_next, t_max, std):
+def objective(args, v, v_teacher, mean_teacher, mean_old, x, x_next, kl_to_go, t, t_next, t_1, std):
     """The chosen loss at one step of a micro-batch: (loss, metrics). Tensors (c, C, H, W), kl_to_go (c,); `v` alone
     carries gradient."""
     if args.objective == "ode":
         return losses.opd_ode(v, v_teacher, t - t_next)
-    mean, _ = step(x, v, t, t_next, args.noise, t_max, args.noise_kind)
+    mean, _ = step(x, v, t, t_next, args.noise, t_1, args.noise_kind)
     if args.objective == "kl":
         return losses.opd_kl(mean, mean_teacher, std)
     ppo = (mean, mean_old, mean_teacher, x_next, std)
@@ -174,8 +173,8 @@ def means(args, grid, steps, x, v):
 def kl_between(mean, mean_teacher, std):
     """KL(student, teacher) per step and sample, (S, n), mean over dimensions; std (S,). Without noise: half the squared
     distance of the means."""
-    scale = torch.where(std > 0, std, 1.0).to(mean.device)[:, None]
-    return (mean - mean_teacher).square().flatten(2).mean(2) / (2 * scale**2)
+    width = torch.where(std > 0, std, 1.0).to(mean.device)[:, None]
+    return (mean - mean_teacher).square().flatten(2).mean(2) / (2 * width**2)
 
 
 def paint_sft_images(pipe, text, args, train, run, rank, world):
@@ -224,6 +223,7 @@ def main(args):
         adapters.add_adapter(transformer, anchor, layers, path=args.anchor, flag="--anchor")
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     student, ema = adapters.add_student(transformer, args, layers)
+    # Betas and weight decay are the public code's.
     optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True)
 
     # Every derived number, once.
@@ -238,10 +238,10 @@ def main(args):
     sizes = {task: args.sft_images // len(tasks) if sft else len(train[task]) for task in tasks}
     guidance = {"student": args.student_guidance, "anchor": args.guidance, None: args.guidance}  # of each adapter
     guidance |= {f"teacher_{task}": args.teacher_guidance.get(task, args.guidance) for task in tasks}
-    mar_scale = {}  # MAR's weight beside each objective: that of the KL (sde.kl_weight), or of the ODE's squared distance
+    w = {}  # of every step, for MAR: that of the KL (sde.kl_weight), or of the ODE's squared distance
     for i in args.eligible_steps:
         t, t_next = grid[i], grid[i + 1]
-        mar_scale[i] = (t - t_next) ** 2 / 2 if not args.noise else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
+        w[i] = (t - t_next) ** 2 / 2 if not args.noise else kl_weight(t, t_next, args.noise, grid[1], args.noise_kind)
     if rank == 0:
         common.print_batch(args, args.trained_steps, world)
 
@@ -252,7 +252,7 @@ def main(args):
     text = embed_prompts(pipe, used + also, args.text_length, args.no_t5, args.cache_embeddings)
 
     if rank == 0:
-        self_checks(args, pipe, text, grid, shown, args.eligible_steps, guidance, student, args.objective != "ppo")
+        self_checks(args, pipe, text, grid, shown, args.eligible_steps, guidance, student)
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model teacher init anchor prompts test_prompts sample_every micro_batch label_batch rollout_batch eval_prompts"
@@ -266,10 +266,10 @@ def main(args):
     updates_done, bad_steps, began = start * args.updates, 0, time.time()
     bar = tqdm(range(start, args.iterations), "training", args.iterations, initial=start, unit="it", disable=rank > 0)
 
-    def velocities(x, steps, rows, scale):
+    def velocities(x, steps, rows, guidance_scale):
         """Of the active adapter, for all states x (S, n, C, H, W) of `steps` in one pass, prompts rows (n,): shaped like x."""
         times = torch.tensor([grid[i] for i in steps], device=device).repeat_interleave(len(rows))  # (S n,)
-        return velocity(transformer, x.flatten(0, 1), times, text, rows.repeat(len(steps)), scale).view_as(x)
+        return velocity(transformer, x.flatten(0, 1), times, text, rows.repeat(len(steps)), guidance_scale).view_as(x)
 
     @torch.no_grad()
     def label(on, x, steps, rows):
@@ -292,13 +292,13 @@ def main(args):
         watch, log = common.Stopwatch(device), {}
         # 1. Prompts: every task in its share; which steps of the trajectory are trained.
         chosen = common.choose(sizes, cycle, args.prompts_per_iteration, args.seed, iteration)
-        portion = {task: sum(t == task for t, _ in chosen) / len(chosen) for task in tasks if task in dict(chosen)}
+        portion = {task: sum(other == task for other, _ in chosen) / len(chosen) for task in tasks if task in dict(chosen)}
         task_of = [chosen[i // G][0] for i in mine]  # b samples on this process
         index = [chosen[i // G][1] for i in mine]
         if sft:  # not G samples of a prompt, but the next G images that its teacher painted
             index = [(n + i % G) % sizes[task] for i, n, task in zip(mine, index, task_of)]
         rows = torch.tensor([text["rows"][train[task][n % len(train[task])]] for task, n in zip(task_of, index)])  # (b,)
-        members = {task: torch.tensor([n for n, t in enumerate(task_of) if t == task], dtype=torch.long) for task in tasks}
+        members = {task: torch.tensor([n for n, own in enumerate(task_of) if own == task], dtype=torch.long) for task in tasks}
         generators = [common.generator(args.seed, "rollout", iteration, i) for i in mine]
         noise = initial_noise(pipe, generators, args.size)  # (b, C, H, W)
         loss_scale = noise.shape[1:].numel() if args.dtype == "fp16" else 1  # fp16 cannot hold a mean's gradient, 1 / (C H W)
@@ -338,8 +338,8 @@ def main(args):
             mean_teacher, std_trained = means(args, grid, trained, states, v_teacher), torch.tensor([std[i] for i in trained])
             kl = kl_between(mean_old[trained], mean_teacher, std_trained)  # (S, b)
             # The trajectory objective's KL still to come; when only some steps are trained they stand for all.
-            scale = (len(args.eligible_steps) - 1) / max(args.trained_steps - 1, 1)
-            kl_to_go = scale * (kl.flip(0).cumsum(0).flip(0) - kl)  # (S, b)
+            stand_for = (len(args.eligible_steps) - 1) / max(args.trained_steps - 1, 1)
+            kl_to_go = stand_for * (kl.flip(0).cumsum(0).flip(0) - kl)  # (S, b)
         watch.lap("labels")
 
         # 4. Update: each optimizer step takes its share of every group; gradients add up over micro-batches and processes.
@@ -362,13 +362,13 @@ def main(args):
                             interval = (grid[i], grid[i + 1], grid[1], std[i])
                             loss, metrics = objective(args, v_s, *tensors, kl_to_go[s, part], *interval)
                         if args.mar_weight:
-                            mar, mar_metrics = losses.mar(v_s, v_anchor[s, part], args.mar_weight * mar_scale[i])
+                            mar, mar_metrics = losses.mar(v_s, v_anchor[s, part], args.mar_weight * w[i])
                             loss, metrics = loss + mar, metrics | mar_metrics
-                        weight = len(part) / (samples / args.updates) / len(trained)
-                        total = total + loss * weight
+                        fraction = len(part) / (samples / args.updates) / len(trained)
+                        total = total + loss * fraction
                         for k, value in {"loss": loss.item(), **metrics}.items():
-                            log[k] = log.get(k, 0.0) + value * weight / args.updates
-                            log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * weight / args.updates / portion[task]
+                            log[k] = log.get(k, 0.0) + value * fraction / args.updates
+                            log[f"{k}/{task}"] = log.get(f"{k}/{task}", 0.0) + value * fraction / args.updates / portion[task]
                     (total * loss_scale).backward()
                 gradients.append(common.take_gradients(student.values(), loss_scale))  # (P,) what this task alone asks for
             gradients = common.all_reduce(torch.stack(gradients))  # (tasks, P); all ranks participate
@@ -376,7 +376,7 @@ def main(args):
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             if norm.isfinite():
                 optimizer.step()
-            else:  # NaN or infinity in what led to this gradient; all processes see the same sum
+            else:  # NaN or infinity in what led to this gradient; all processes see the same sum, rank 0 counts it
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1  # in a row
             optimizer.zero_grad(set_to_none=True)
@@ -434,14 +434,15 @@ def main(args):
         panels = {"KL to the task's own teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
         common.draw_curves(run, panels | {"fraction of ratios clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
-        print(f"{args.iterations} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
+        print(f"{args.iterations - start} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:
         name = "merged start" if Path(args.init).name == "merged" else "start"
         if layers:
             adapters.add_adapter(transformer, "init", layers, path=args.init, flag="--init")
         report(args, pipe, text, tests, scorers, {name: "init" if layers else None, "student": "ema"}, run, rank, world)
         if rank == 0:
-            print(f'next: python evaluate.py --models base {run}/adapter --prompt "two red circles and one blue square"')
+            show = f'student={run}/adapter --prompt "two red circles and one blue square" --out {run}/prompt'
+            print(f"next: python evaluate.py --models base {show}")
     common.stop_processes()
 
 

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train_teacher.py --reward ocr                # the same run on eight processes
 
 Every prompt is painted G times by the SDE sampler; a sample that scores above its group's mean is made more
-likely at every denoising step, one below less likely. The result is a LoRA in runs/NAME/adapter.
+likely at every trained step, one below less likely. The result is a LoRA in runs/NAME/adapter.
 
 Deviations from Flow-GRPO and from the paper's GRPO-Mix:
  1. Every iteration holds all tasks of --mix in their proportions; the public code alternates whole epochs.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import cli
-from cli import at_least, fail, finite, pairs, positive, prompt_files, read_prompts
+from cli import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
 
 
 def parse_args():
@@ -37,17 +37,17 @@ def parse_args():
         metavar="TASK=SHARE",
         help="GRPO-Mix instead: each task in this share of the prompts, scored by the reward of its own name",
     )
-    flag("--mix_quality", type=finite, default=0.2, help="weight of deqa in every reward of --mix; the rest is the task's own")
-    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default toy/prompts/TASK_train.txt")
-    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default toy/prompts/TASK_test.txt")
-    flag("--init", default="base", help="start from the base (a fresh LoRA) or from this adapter directory")
+    flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in every reward of --mix; the rest is its own")
+    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default MODEL/prompts/TASK_train.txt")
+    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
+    flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA), or an adapter to go on from")
     flag("--rank", type=positive, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
-    flag("--alpha", type=finite, default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
+    flag("--alpha", type=within(0), default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="distinct prompts, over all processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=at_least(2), default=6, help="denoising steps of a rollout, T (10 in the paper)")
-    flag("--noise", type=finite, default=0.7, help="SDE noise level a")
+    flag("--noise", type=within(0), default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag(
         "--window",
@@ -61,28 +61,29 @@ def parse_args():
         default=0,
         help="the window lies before this step, drawn anew each iteration; 0 = anywhere",
     )
-    flag("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
+    flag("--guidance", type=within(0), default=1.0, help="classifier-free guidance scale; 1 = off (4.5 for SD3.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts; each gives --updates optimizer steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per iteration, each on its share of every group")
-    flag("--lr", type=finite, default=1e-3, help="Adam's learning rate (3e-4 in the paper, whose model is 1000 times larger)")
-    flag("--clip_range", type=finite, default=1e-2, help="PPO clip of the ratio of mean log-probs")
-    flag("--beta", type=finite, default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
+    flag("--lr", type=within(0), default=1e-3, help="AdamW's learning rate (public code: 3e-4, its model is 1000 times larger)")
+    flag("--clip_range", type=within(0), default=1e-2, help="PPO clip of the ratio of mean log-probs")
+    flag("--beta", type=within(0), default=0.0, help="weight of KL(student, base); 0 = off (0.04 in Flow-GRPO)")
     flag("--std", choices=("global", "group"), default="global", help="what an advantage is divided by")
-    flag("--grad_norm", type=finite, default=1.0, help="clip the global gradient norm here")
-    flag("--ema_decay", type=finite, default=0.9, help="of the average that is evaluated and saved")
-    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (8 in the paper, for longer runs)")
+    flag("--grad_norm", type=within(0), default=1.0, help="clip the global gradient norm here")
+    flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated and saved")
+    flag("--ema_every", type=positive, default=1, help="optimizer steps between averages (public code: 8, for longer runs)")
     flag("--micro_batch", type=positive, default=128, help="samples per forward pass; less if memory runs out, same result")
     flag("--checkpointing", action="store_true", help="keep no activations: less memory, a slower update")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="run folder; default runs/teacher_REWARD or runs/grpo_mix")
     flag("--eval_every", type=at_least(0), default=20, help="iterations between evaluations and sample pictures; 0 = never")
-    flag("--eval_prompts", type=at_least(0), default=64, help="test prompts per task in such an evaluation")
+    flag("--eval_prompts", type=positive, default=64, help="test prompts per task in such an evaluation")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
     flag("--final", choices=("last", "best"), default="last", help="the average that becomes adapter/; best = by test reward")
     cli.run_flags(flag)
     args = parser.parse_args()
 
+    cli.check_model(args.model)
     if bool(args.reward) == bool(args.mix):
         fail("give one of --reward NAME (a teacher) and --mix TASK=SHARE … (the GRPO-Mix baseline)")
     if args.mix:
@@ -95,10 +96,13 @@ def parse_args():
         args.tasks = args.tasks or [name for name in args.reward][:1]
         args.mix = None
     for task in args.tasks:
-        if task not in cli.TASKS and task not in pairs(args.prompts, "--prompts"):
-            fail(f"unknown task {task!r} (--tasks, or as --reward): {', '.join(cli.TASKS)}, or any with --prompts {task}=FILE")
-    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train")
-    args.test_prompts = prompt_files(pairs(args.test_prompts, "--test_prompts"), args.tasks, "test", "--test_prompts")
+        if task not in TASKS and task not in pairs(args.prompts, "--prompts"):
+            fail(f"unknown task {task!r} (--tasks, or as --reward): {', '.join(TASKS)}, or any with --prompts {task}=FILE")
+    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train", args.model)
+    tests = pairs(args.test_prompts, "--test_prompts")
+    args.test_prompts = prompt_files(tests, args.tasks, "test", args.model, "--test_prompts") if args.eval_every else {}
+    if args.final == "best" and not args.eval_every:
+        fail("--final best needs test rewards: give --eval_every")
     if args.group_size < 2:
         fail("--group_size must be at least 2: a group of one has no mean to be better than")
     if args.noise <= 0:
@@ -108,7 +112,6 @@ def parse_args():
     args.window_end = args.window_end or args.steps - 1
     if not 0 <= args.window <= args.window_end < args.steps:
         fail("--window must be at most --window_end, and that below --steps; --window 0 trains on all steps but the last")
-    cli.check_model(args.model)
     if args.init != "base":
         cli.check_adapter(args.init, "--init")
     args.out = args.out or ("runs/grpo_mix" if args.mix else "runs/teacher_" + "_".join(args.reward))
@@ -181,6 +184,7 @@ def main(args):
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     student, ema = adapters.add_student(transformer, args, layers)
     config = transformer.peft_config["student"]
+    # Betas and weight decay are the public code's.
     optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True)
 
     # Every derived number, once.
@@ -192,7 +196,6 @@ def main(args):
     cycle = [task for task in args.tasks for _ in range(int(args.mix[task]) if args.mix else 1)]
     train = {task: read_prompts(file) for task, file in args.prompts.items()}
     tests = {task: [part[: args.eval_prompts] for part in read_prompts(file)] for task, file in args.test_prompts.items()}
-    tests = tests if args.eval_every else {}
     for flag, files, sets in (("--prompts", args.prompts, train), ("--test_prompts", args.test_prompts, tests)):
         for task, (prompts, metadata) in sets.items():
             for name in args.reward or [task]:
@@ -207,7 +210,7 @@ def main(args):
     text = embed_prompts(pipe, used, args.text_length, args.no_t5, args.cache_embeddings)
 
     if rank == 0:
-        self_checks(args, pipe, text, grid, used, range(args.steps - 1), {"student": args.guidance}, student, per_image=True)
+        self_checks(args, pipe, text, grid, used, range(args.steps - 1), {"student": args.guidance}, student)
 
     # --resume refuses other flags than these, and other contents of these files.
     harmless = "model init prompts test_prompts eval_every eval_prompts eval_steps micro_batch checkpointing cache_embeddings"
@@ -283,16 +286,16 @@ def main(args):
                         kl = w * (v - v_base).square().mean()
                         loss = loss + args.beta * kl
                         metrics["kl_base"] = kl.item()
-                    weight = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
-                    (loss * weight * loss_scale).backward()
+                    fraction = len(part) / (samples / args.updates) / len(trained)  # the loss is a mean over all processes
+                    (loss * fraction * loss_scale).backward()
                     for k, value in metrics.items():
-                        log[k] = log.get(k, 0.0) + value * weight / args.updates
+                        log[k] = log.get(k, 0.0) + value * fraction / args.updates
             gradient = common.all_reduce(common.take_gradients(student.values(), loss_scale))  # (P,); all ranks participate
             common.give_gradients(student.values(), gradient)
             norm = torch.nn.utils.clip_grad_norm_(student.values(), args.grad_norm)
             if norm.isfinite():
                 optimizer.step()
-            else:  # NaN or infinity in what led to this gradient; all processes see the same sum
+            else:  # NaN or infinity in what led to this gradient; all processes see the same sum, rank 0 counts it
                 log["skipped_updates"] = log.get("skipped_updates", 0) + (rank == 0)
             bad_steps = 0 if norm.isfinite() else bad_steps + 1  # in a row
             optimizer.zero_grad(set_to_none=True)
@@ -345,7 +348,7 @@ def main(args):
 
     saver.close()
     if rank == 0:
-        best = args.final == "best" and args.eval_every
+        best = args.final == "best" and (run / "best").is_dir()  # not there where no test could be scored
         publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
         panels = {
             "reward": ["reward"],
@@ -353,10 +356,9 @@ def main(args):
             "fraction of ratios clipped": ["clip_fraction"],
         }
         common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
-        print(
-            f"{args.iterations} iterations in {(time.time() - began) / 60:.1f} minutes -> {run}/adapter, curves.png, samples/\n"
-            f"next: python evaluate.py --models base {run}/adapter"
-        )
+        minutes = f"{(time.time() - began) / 60:.1f} minutes"
+        print(f"{args.iterations - start} iterations in {minutes} -> {run}/adapter, curves.png, samples/")
+        print(f"next: python evaluate.py --models base teacher={run}/adapter --out {run}/evaluate")
     common.stop_processes()
 
 

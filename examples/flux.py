@@ -1,6 +1,6 @@
 """Flow-OPD for another flow transformer: FLUX. What changes against Stable Diffusion 3 is the function `velocity`.
 
-    python examples/flux.py                   # a tiny FluxTransformer2DModel with random weights, seconds on a CPU
+    python examples/flux.py                   # a tiny FluxTransformer2DModel with random weights, half a minute on a CPU
 
 Two teachers and the student are LoRAs of one frozen backbone; the weights are random, so nothing is painted that one
 could look at, but shapes, conditioning, time grid, adapters and losses are those of the real model. For FLUX.1-dev:
@@ -74,9 +74,7 @@ def main(args):
     grid = scheduler.sigmas.tolist()  # T + 1 values, 1 ... 0
 
     # Adapters of any rank: the student begins as the base (B = 0); the teachers' B is random, so there is something to learn.
-    warnings.filterwarnings(
-        "ignore", message="Already found a `peft_config`"
-    )  # peft is surprised by several; they are the point
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
     for name, rank in {"left": 4, "right": 4, "student": 16}.items():
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights="gaussian")
         transformer.add_adapter(lora, name)

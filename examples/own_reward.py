@@ -1,4 +1,4 @@
-"""GRPO with a reward of your own, on the miniature as stock diffusers loads it: pictures become red, in minutes on a CPU.
+"""GRPO with a reward of your own, on the miniature as stock diffusers loads it: pictures become red, in a minute on a CPU.
 
     python examples/own_reward.py
 

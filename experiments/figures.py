@@ -39,9 +39,9 @@ def figure(path, panels, width=4.2):
             if band:
                 low, high = [v - b for v, b in zip(y, band)], [v + b for v, b in zip(y, band)]
                 axis.fill_between(x, low, high, color=PALETTE[at], alpha=0.2, linewidth=0)
-        for height, label in level.items():
-            axis.axhline(label, color="gray", linewidth=0.9, linestyle="--")
-            axis.annotate(height, (0.99, label), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        for note, height in level.items():
+            axis.axhline(height, color="gray", linewidth=0.9, linestyle="--")
+            axis.annotate(note, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
         if "x" in log:
             ticks = sorted({v for line in lines for v in line[1]})
             axis.set_xscale("log")

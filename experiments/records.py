@@ -19,13 +19,13 @@ COLUMNS = {  # metric: heading, digits
     "cpu_minutes": ("CPU minutes", 1),
 }  # fmt: skip
 OBJECTIVES = {
-    "ppo": "C' ppo",
-    "kl": "D kl",
-    "ode": "F ode",
-    "trajectory": "E trajectory",
-    "ppo-public-code": "B ppo-public-code",
-    "ppo-scalar": "C ppo-scalar",
-    "ppo-published": "A ppo-published",
+    "ppo": "ppo",
+    "kl": "kl",
+    "ode": "ode",
+    "trajectory": "trajectory",
+    "ppo-public-code": "ppo-public-code",
+    "ppo-scalar": "ppo-scalar",
+    "ppo-published": "ppo-published",
 }
 SMALL = "32 images an iteration"
 LABELS = {
@@ -36,7 +36,6 @@ LABELS = {
     "pickscore": "teacher: PickScore",
     "oracle": "oracle: each task asked of its own teacher",
     "grpo_mix": "GRPO-Mix 3:1:1, long, best of its checkpoints",
-    "mix_curve": "the same, another seed, 240 iterations at most",
     "mix_short": "GRPO-Mix 3:1:1, as many images as the main job",
     "mix_uniform": "GRPO-Mix uniform, as many images as the main job",
     "sft_mix": "SFT + GRPO-Mix",
@@ -68,11 +67,11 @@ LABELS = {
     "groups2": "16 prompts x 2 samples",
     "base_rank2": "from the base, LoRA rank 2",
     "base_rank16": "from the base, LoRA rank 16",
-    "ppo_updates8_clip0.02": "C' ppo, 8 updates, clip 0.02",
-    "ppo_updates8_lr3e-3": "C' ppo, 8 updates, learning rate 3e-3",
-    "ppo_updates8_lr3e-3_clip0.02": "C' ppo, 8 updates, learning rate 3e-3, clip 0.02",
-    "ppo_updates8_lr3e-3_clip100": "C' ppo, 8 updates, learning rate 3e-3, no clip",
-    "kl_updates8_lr3e-3": "D kl, 8 updates, learning rate 3e-3",
+    "ppo_updates8_clip0.02": "ppo, 8 updates, clip 0.02",
+    "ppo_updates8_lr3e-3": "ppo, 8 updates, learning rate 3e-3",
+    "ppo_updates8_lr3e-3_clip0.02": "ppo, 8 updates, learning rate 3e-3, clip 0.02",
+    "ppo_updates8_lr3e-3_clip100": "ppo, 8 updates, learning rate 3e-3, no clip",
+    "kl_updates8_lr3e-3": "kl, 8 updates, learning rate 3e-3",
     "mix_uniform_long": "GRPO-Mix uniform, long, best of its checkpoints",
 }
 LABELS |= {f"{n}_updates{u}": f"{OBJECTIVES[n]}, {u} update{'s' * (u > 1)}" for n in ("ppo", "kl") for u in (1, 2, 4, 8)}
@@ -87,7 +86,7 @@ MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test rewar
 
 
 def load(results):
-    """{run's name: [record of each seed, in order]}. The oracle is put together from the teachers; C' at the default learning
+    """{run's name: [record of each seed, in order]}. The oracle is put together from the teachers; ppo at the default learning
     rate is opd_small under another name."""
     runs = {}
     for file in sorted(results.glob("*_seed*.json")):
@@ -114,11 +113,8 @@ def scores(record, stage=None):
     groups = {name: [f"{task}_{name}" for task in TASKS] for name in ("edges", "noise", "distance")} | {"outside": OUTSIDE}
     for name, parts in groups.items():
         if all(part in out for part in parts):
-            mean, se = (
-                statistics.mean(out[part]["mean"] for part in parts),
-                math.hypot(*(out[part]["se"] for part in parts)) / 4,
-            )
-            out[name] = {"mean": mean, "se": se}
+            mean = statistics.mean(out[part]["mean"] for part in parts)
+            out[name] = {"mean": mean, "se": math.hypot(*(out[part]["se"] for part in parts)) / len(parts)}
     lines = record.get("curve", [])
     late = lines[-(len(lines) // 4) :] if "ode" not in record.get("flags", ()) else []  # ode logs another distance
     shown = {"kl": [v for line in late for k, v in line.items() if k.startswith("kl/")],

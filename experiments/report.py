@@ -160,19 +160,19 @@ def routing(runs, found):
 
 def cosines(runs, found):
     """Cosines of the tasks' gradients: as every iteration of the main job logged them, and as gradients.py measured them."""
-    measured = {at_stage(name): m for name, m in (found["tasks"] if found else {}).items()}
-    measured = dict(sorted(measured.items(), key=lambda item: (item[0][0] == "GRPO", item[0][1])))
+    by_stage = {at_stage(name): m for name, m in (found["tasks"] if found else {}).items()}
+    by_stage = dict(sorted(by_stage.items(), key=lambda item: (item[0][0] == "GRPO", item[0][1])))
 
     def logged(name, low, high):
         lines = [r for record in runs.get("opd_merge", ()) for r in record["curve"] if low <= r["iteration"] < high]
         return signed(statistics.mean(r[f"cosine/{name}"] for r in lines)) if lines else "–"
 
     lines = [
-        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(signed(m["cosine"][p]) for m in measured.values())] for p in PAIRS
+        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(signed(m["cosine"][p]) for m in by_stage.values())] for p in PAIRS
     ]
     for t in TASKS:
-        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(signed(m["reliability"][t]) for m in measured.values())])
-    return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in measured)], lines)
+        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(signed(m["reliability"][t]) for m in by_stage.values())])
+    return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in by_stage)], lines)
 
 
 def minutes(runs, name):

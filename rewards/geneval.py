@@ -458,7 +458,7 @@ class GenEval:
     name, higher_is_better = "geneval", True
     range = (0.0, 1.0)  # what a weighted sum of rewards scales by; a softened reward can lie below: 4 found, 1 wanted is -2
 
-    def __init__(self, weights=WEIGHTS, clip=CLIP, device="cpu", mode="reward_server", position_slip=True, batch=8):
+    def __init__(self, device="cpu", weights=WEIGHTS, clip=CLIP, mode="reward_server", position_slip=True, batch=8):
         if mode not in ("official", "reward_server"):
             raise ValueError(f"geneval: mode {mode!r} is neither 'official' nor 'reward_server'")
         self.paths, self.device, self.mode = (weights, clip), device, mode

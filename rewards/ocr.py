@@ -411,8 +411,8 @@ WORDS = (
 
 def make_prompts(count, seed=0, exclude=()):
     """`count` different prompts of the kind of flow_grpo's dataset/ocr, each with one quoted text of 2 to 29 letters, as in
-    its test set. Its 19,653 training prompts are not published; these are ours. exclude: prompts (a test set, say)
-    whose quoted texts must not come up."""
+    its test set. Flow-OPD's repository leaves its 19,653 training prompts out; these are ours. exclude: prompts (a test
+    set, say) whose quoted texts must not come up."""
     rng, taken, prompts = random.Random(seed), {quoted(prompt).lower() for prompt in exclude}, {}
     for _ in range(100 * count + 1000):
         if len(prompts) == count:

@@ -26,7 +26,7 @@ from losses import group_advantage, grpo, opd_kl, opd_ppo, opd_ppo_published, op
 N, D, STD = 200_000, 16, 0.3
 
 
-def public_code(mean, mean_old, mean_teacher, x_next, std):  # B
+def public_code(mean, mean_old, mean_teacher, x_next, std):
     return opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, detach=False)
 
 
@@ -64,7 +64,7 @@ def errors_off(samples, truth):
 
 
 @pytest.mark.parametrize("objective", (opd_ppo, opd_ppo_scalar, public_code))
-def test_the_expected_gradient_is_that_of_the_kl(objective):  # C', C and B
+def test_the_expected_gradient_is_that_of_the_kl(objective):
     student, teacher, gradient = policies()
     gradients, metrics = sampled_gradients(objective, student, teacher)
     assert errors_off(gradients, gradient).max() < 5
@@ -72,7 +72,20 @@ def test_the_expected_gradient_is_that_of_the_kl(objective):  # C', C and B
     assert metrics == {"ratio_gap": 0.0, "clip_fraction": 0.0}  # nothing has been updated yet: exactly 1
 
 
-def test_the_published_objective_does_not_learn():  # A
+def test_in_later_updates_ppo_descends_the_difference_of_two_kls():
+    """Off ratio 1 and unclipped: KL(student, teacher) - KL(student, old student)."""
+    old, teacher, _ = policies()
+    now = (old + 0.2 * STD * randn(D, seed=3)).requires_grad_()
+    kls = [kl_divergence(Normal(now, STD), Normal(other, STD)).mean() for other in (teacher, old)]
+    gradient, of_kl = (torch.autograd.grad(f, now, retain_graph=True)[0] for f in (kls[0] - kls[1], kls[0]))
+    mean_old, mean_teacher, mean = (m.detach().view(1, D, 1, 1).expand(N, D, 1, 1) for m in (old, teacher, now))
+    mean = mean.clone().requires_grad_()
+    opd_ppo(mean, mean_old, mean_teacher, mean_old + STD * randn(N, D, 1, 1, seed=2), STD, clip_range=1e9)[0].backward()
+    assert errors_off(N * mean.grad.flatten(1), gradient).max() < 5
+    assert errors_off(N * mean.grad.flatten(1), of_kl).max() > 25  # the KL's own it is not
+
+
+def test_the_published_objective_does_not_learn():
     student, teacher, gradient = policies()
     gradients, _ = sampled_gradients(opd_ppo_published, student, teacher)
     assert errors_off(gradients, 0.0).max() < 5  # nothing is expected of it ...
@@ -82,8 +95,8 @@ def test_the_published_objective_does_not_learn():  # A
 
 def test_coordinates_apart_have_far_less_noise():
     """With z = (x_next - mean_old) / std and u = (mean_old - mean_teacher) / std a coordinate's reward is
-    r = -(u z + u^2 / 2). The gradient of C' is -r z / (D std); C sums r over all coordinates first, and so adds the
-    variance of the others and the square of their mean. E[z^2] = 1 and E[z^4] = 3 give both variances."""
+    r = -(u z + u^2 / 2). The gradient of opd_ppo is -r z / (D std); opd_ppo_scalar sums r over all coordinates first, and
+    so adds the variance of the others and the square of their mean. E[z^2] = 1 and E[z^4] = 3 give both variances."""
     student, teacher, _ = policies()
     u = (student - teacher) / STD
     apart = (2 * u**2 + u**4 / 4) / (D * STD) ** 2
@@ -134,9 +147,9 @@ def test_opd_trajectory_has_the_gradient_of_the_whole_trajectory():  # E
 def test_the_direct_losses_equal_their_closed_forms():  # D, F, MAR, flow matching
     (x, v, v_teacher), times = randn(3, 2, 4, 3, 3), (0.7, 0.55)  # t, t_next
     v.requires_grad_()
-    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, a=0.7, t_max=0.96) for u in (v, v_teacher))
-    euler, euler_teacher = (sde.step(x, u, *times, a=0.0, t_max=0.96)[0] for u in (v, v_teacher))
-    kl, w = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean(), sde.kl_weight(*times, a=0.7, t_max=0.96)
+    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, a=0.7, t_1=0.96) for u in (v, v_teacher))
+    euler, euler_teacher = (sde.step(x, u, *times, a=0.0, t_1=0.96)[0] for u in (v, v_teacher))
+    kl, w = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean(), sde.kl_weight(*times, a=0.7, t_1=0.96)
     anchored, metrics = losses.mar(v, v_teacher, 0.02 * w)
     for loss, truth in (
         (opd_kl(mean, mean_teacher, std)[0], kl),

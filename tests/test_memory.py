@@ -87,7 +87,7 @@ def test_uneven_processes_are_a_notice(capsys):
     common.print_batch(flags, 2, 3)
     assert "notice" not in capsys.readouterr().out
     common.print_batch(flags, 2, 16)
-    assert "16 processes, 1 or 2 samples each: the same result, but some wait; --prompts_per_iteration 8 is even" in (
+    assert "16 processes, 1 or 2 samples each: the same result, but some wait; equal with --prompts_per_iteration 8" in (
         capsys.readouterr().out
     )
 
@@ -152,6 +152,7 @@ def test_a_dry_run_fetches_no_weight(monkeypatch, tmp_path, capsys):
     cli.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     words = "--model some/model --teacher ocr=some/lora --init base --anchor some/lora --eval_prompts 0 --dry_run".split()
+    words += ["--prompts", "ocr=toy/prompts/ocr_train.txt"]
     call(monkeypatch, "train_opd", *words)
     cli.fetch.cache_clear()
     assert "held all the time" in capsys.readouterr().out

@@ -476,11 +476,11 @@ def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, 
 
     line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats ½ 猫"}
     (tmp_path / name).write_text(json.dumps(line) + "\n" if name.endswith("l") else line["prompt"] + "\n", encoding="utf-8")
-    file = prompt_files({"geneval": str(tmp_path)}, ["geneval"], split)["geneval"]
+    file = prompt_files({"geneval": str(tmp_path)}, ["geneval"], split, "toy")["geneval"]
     prompts, metadata = read_prompts(file)
     assert file == str(tmp_path / name) and prompts == [line["prompt"]] and metadata == [line if name.endswith("l") else {}]
     with pytest.raises(SystemExit):
-        prompt_files({"geneval": str(tmp_path)}, ["geneval"], "other")
+        prompt_files({"geneval": str(tmp_path)}, ["geneval"], "other", "toy")
 
 
 def test_evaluate_paints_ones_own_prompt(monkeypatch, tmp_path):
