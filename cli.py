@@ -58,9 +58,11 @@ class Parser(argparse.ArgumentParser):
     """argparse that fails in one line, and whose files of flags name no further files: one could name itself."""
 
     def error(self, message):
-        typed = re.match(r"unrecognized arguments: ([^\s=]+)", message)
-        near = difflib.get_close_matches(typed[1], self._option_string_actions, 1) if typed else []
-        fail(message + "".join(f"; did you mean {flag}?" for flag in near))
+        if typed := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            known = list(self._option_string_actions)
+            near = [flag for flag in known if flag.startswith(typed[1])] or difflib.get_close_matches(typed[1], known, 1)
+            message += "".join(f"; did you mean {flag}?" for flag in near[:1])
+        fail(message)
 
     def convert_arg_line_to_args(self, line):
         words = line.split("#")[0].split()
@@ -81,14 +83,15 @@ def make_parser(doc):
     return Parser(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
 
 
-def pairs(items, flag, number=False):
-    """["geneval=A", …] -> {"geneval": "A", …}, or to finite floats."""
+def pairs(items, flag, number=False, overrule=False):
+    """["geneval=A", …] -> {"geneval": "A", …}, or to finite floats. overrule: of two for one name the later counts, so that
+    the command line overrules a file of flags."""
     out = {}
     for item in items or ():
         key, equals, value = item.partition("=")
         if not (key and equals and value):
             fail(f"{flag} {item}: expected NAME={'NUMBER' if number else 'VALUE'}")
-        if key in out:
+        if key in out and not overrule:
             fail(f"{flag}: {key} is given twice")
         try:
             out[key] = float(value) if number else value
@@ -151,7 +154,9 @@ def read_prompts(path, flag="--prompts"):
 
 
 def prompt_files(given, tasks, split, model, flag="--prompts"):
-    """{task: file}: the --prompts given, the model's own for the other tasks. A folder is one of Flow-GRPO's dataset/."""
+    """["geneval=A", …] -> {task: file}: the --prompts given, for the other tasks the model's own. A folder is one of
+    Flow-GRPO's dataset/."""
+    given = pairs(given, flag, overrule=True)
     for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
@@ -305,6 +310,8 @@ def check_adapter(path, flag):
     """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format, or a hub id of one."""
     if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in ADAPTER[1:]):
         return
+    if any(os.path.isfile(f"{path}/adapter/{name}") for name in ADAPTER[1:]):
+        fail(f"{flag} {path}: a run, not an adapter; did you mean {path}/adapter?")
     if any(os.path.isfile(f"{path}/{Path(name).stem}.bin") for name in ADAPTER[1:]):
         fail(f"{flag} {path}: its weights are pickled (.bin), and a pickle can run code: not opened; take the safetensors")
     fail(f"{flag} {path}: not an adapter (a directory with {' or '.join(ADAPTER[1:])})")
@@ -391,7 +398,7 @@ def find_images(path, task, tasks, model, file=None, number=0):
             if not (isinstance(name, str) and (folder / name).is_file()):
                 fail(f'{own}: line {n + 1} needs the "file_name" of an image that is there, not {name!r}')
         return [folder / name for name in names], prompts, metadata
-    file = prompt_files({task: file} if file else {}, [task], "test", model)[task]
+    file = prompt_files([f"{task}={file}"] if file else [], [task], "test", model)[task]
     prompts, metadata = (part[: number or None] for part in read_prompts(file))
     found, counts = [], {}
     for image in (image for pattern in ("*.*", "*/samples/*.*") for image in folder.glob(pattern)):
@@ -405,8 +412,8 @@ def find_images(path, task, tasks, model, file=None, number=0):
     for line in {**dict.fromkeys(range(len(prompts))), **counts}:
         wanted = max(counts.get(0, 0), 1) if line < len(prompts) else 0
         if counts.get(line, 0) != wanted:
-            have = f"{counts.get(line, 0)} image(s) {line:05d}"
-            fail(f"--scores_only {folder}: {have} where the {len(prompts)} prompts of {file} want {wanted}")
+            have = f"{counts.get(line, 0)} image(s) of prompt {line:05d}, not {wanted}; {file} has {len(prompts)} prompts"
+            fail(f"--scores_only {folder}: {have} (--num_prompts N takes the first N)")
     lines, files = zip(*sorted(found))
     return list(files), [prompts[n] for n in lines], [metadata[n] for n in lines]
 

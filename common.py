@@ -235,7 +235,8 @@ def draw_curves(run, panels):
             color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
         )  # for the colour-blind too
         for name in names:
-            axis.plot(*zip(*[(line["iteration"], line[name]) for line in log if name in line]), label=name.split("/")[-1])
+            points = [(line["iteration"], line[name]) for line in log if name in line]
+            axis.plot(*zip(*points), marker="." if len(points) < 10 else "", label=name.split("/")[-1])
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
         if len(names) > 1:

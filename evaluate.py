@@ -35,12 +35,17 @@ def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument
-    flag("--models", nargs="+", default=["base"], metavar="[NAME=]PATH", help="base, or adapters: directories or hub ids")
+    flag("--models", nargs="+", metavar="[NAME=]PATH", help="base, or adapters: directories or hub ids; default base")
     flag("--prompt", action="append", help="paint this prompt instead of scoring; may be repeated")
     flag("--scores_only", "--scores-only", nargs="+", metavar="[NAME=]DIR", help="score these images, paint nothing; see above")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to score")
     flag(
-        "--prompts", "--test_prompts", nargs="+", metavar="TASK=FILE", help="test prompts; default MODEL/prompts/TASK_test.txt"
+        "--prompts",
+        "--test_prompts",
+        nargs="+",
+        action="extend",
+        metavar="TASK=FILE",
+        help="test prompts; default MODEL/prompts/TASK_test.txt",
     )
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all of the file")
     cli.reward_flags(flag)
@@ -56,10 +61,12 @@ def parse_args():
 
     if args.prompt and args.scores_only:
         fail("--prompt paints and --scores_only does not: choose one")
+    if args.models and args.scores_only:
+        fail("--models are painted with and --scores_only paints nothing: choose one")
     if args.published and args.rewards == "toy":
         fail("--published: the miniature's scorers are not the paper's; give --rewards rewards")
     source, models = "--scores_only" if args.scores_only else "--models", {}
-    for item in args.scores_only or args.models:
+    for item in args.scores_only or args.models or ["base"]:
         name, equals, path = item.partition("=")
         name, path = (name, path) if equals else (Path(item.rstrip("/")).name, item)
         if name in models:
@@ -78,7 +85,7 @@ def parse_args():
     for name in args.model_guidance:
         if name not in models:
             fail(f"--model_guidance: no model is called {name!r}; there are {', '.join(models)}")
-    given = pairs(args.prompts, "--prompts")
+    given = pairs(args.prompts, "--prompts", overrule=True)
     for task in args.tasks:
         if Path(task).name != task or (task not in TASKS and task not in given and not args.scores_only):
             fail(f"unknown task {task!r}: one of {', '.join(TASKS)}, or any name with --prompts {task}=FILE")
@@ -87,7 +94,7 @@ def parse_args():
     for prompt in args.prompt or ():
         cli.check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
-    args.prompts = cli.prompt_files(given, args.tasks, "test", args.model) if paints else given
+    args.prompts = cli.prompt_files(args.prompts, args.tasks, "test", args.model) if paints else given
     cli.check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
@@ -100,6 +107,7 @@ if __name__ == "__main__":
 
 import importlib
 import tempfile
+import traceback
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -155,8 +163,11 @@ def ask(scorer, images, prompts, metadata):
         scores = scorer(images, prompts, metadata)
         scores = scores.detach().double().cpu() if torch.is_tensor(scores) else scores
     except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(kind + (str(error).splitlines() or ["no message"])[0]) from error
+        what = (str(error).splitlines() or ["no message"])[0]
+        if not isinstance(error, ValueError):  # a slip in the scorer's own code: say where
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {what} ({Path(where.filename).name}, line {where.lineno})"
+        raise ValueError(what) from error
     shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
     if shape != (len(prompts),):
         raise ValueError(f"it gave {shape}, not a tensor of shape ({len(prompts)},), one number an image")

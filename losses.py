@@ -28,12 +28,13 @@ tests/test_losses.py measures every gradient by Monte Carlo, experiments/RESULTS
 One update, for states of any shape (B, ...):
 
   path = sde.rollout(student, noise, grid, a)                    # no gradient inside; student(x, t) -> v
-  for i in range(len(grid) - 2):                                 # all but the last step; std must be above 0
+  for i in range(len(grid) - 2):                                 # all but the last step, as is the custom; std above 0
       times = grid[i], grid[i + 1], a, grid[1]                   # grid[1] is t_1, at every step
       with torch.no_grad():                                      # saves memory; the losses detach it anyway
           mean_teacher, _ = sde.step(path.x[i], teacher(path.x[i], grid[i]), *times)
       mean, std = sde.step(path.x[i], student(path.x[i], grid[i]), *times)  # once more, now with gradient
       loss, _ = opd_ppo(mean, path.mean[i], mean_teacher, path.x[i + 1], std)
+      # with MAR: loss += mar(v, v_anchor, 0.02 * sde.kl_weight(*times))[0], v and v_anchor at path.x[i]
       (loss / (len(grid) - 2)).backward()                        # a mean over the steps
 """
 
@@ -120,7 +121,7 @@ def opd_trajectory(
 ) -> tuple[Tensor, dict]:
     """opd_kl plus what it leaves out: how this step's action moves the states, and so the KL, of later steps.
 
-    kl_to_go (B,): sum over the later steps k of KL_k (means over dimensions), a constant; with 0 this is opd_kl.
+    kl_to_go (B,): sum over the later trained steps k of KL_k (means over dimensions), a constant; with 0 this is opd_kl.
     Summed over all steps, the two parts together are the exact gradient of the KL between whole trajectories. The
     log-ratio is a mean over D, so the second part is multiplied by D, or it would be D times too small.
     """
@@ -180,8 +181,11 @@ def grpo(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: 
     """Flow-GRPO (arXiv 2505.05470): PPO's clipped objective at one denoising step, one ratio per image.
 
     log_prob, old_log_prob (B,) means over dimensions (sde.log_prob), so the ratio stays very near to 1 (within
-    1e-3 on the miniature, where 1e-2 never clips). advantage (B,) from group_advantage.
+    1e-3 on the miniature, where 1e-2 never clips). advantage (B,) from group_advantage. The log-ratio of a mean over D
+    varies as 1/sqrt(D): for a handful of dimensions take 0.2. Raises ValueError for shapes that would broadcast.
     """
+    if not log_prob.shape == old_log_prob.shape == advantage.shape:
+        raise ValueError(f"one number a sample: {[*log_prob.shape]}, {[*old_log_prob.shape]}, {[*advantage.shape]}")
     ratio = (log_prob - old_log_prob).exp()  # (B,)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()  # minus: advantage is to be maximised

@@ -130,9 +130,9 @@ def rollout(
 ) -> Trajectory:
     """Sample from x (B, C, H, W) at grid[0] = 1 down to grid[-1]: 0, or earlier where nobody needs the rest of the path.
 
-    velocity(x, t): any callable, x (B, C, H, W) and a float -> v, shaped like x. `generators`, one per sample, make each
-    sample's noise its own, whatever batch it is in. `window`: the steps that get noise (Flow-GRPO-Fast, MixGRPO); the
-    others are ODE steps; None = all.
+    velocity(x, t): any callable, x (B, C, H, W) and a float -> v, shaped like x; bind prompts with a lambda. `generators`,
+    one per sample, make each sample's noise its own, whatever batch it is in. `window`: the steps that get noise
+    (Flow-GRPO-Fast, MixGRPO); the others are ODE steps; None = all.
     Raises ValueError for a grid that does not fall from exactly 1: sigma is patched there alone, and huge beside it.
     """
     if grid[0] != 1 or any(t <= t_next for t, t_next in zip(grid[:-1], grid[1:])) or grid[-1] < 0:
@@ -146,7 +146,9 @@ def rollout(
             if generators is None:
                 noise = torch.randn_like(mean)
             else:
-                noise = torch.stack([torch.randn(m.shape, generator=g, device=g.device) for m, g in zip(mean, generators)])
+                noise = torch.stack(
+                    [torch.randn(m.shape, generator=g, device=g.device) for m, g in zip(mean, generators, strict=True)]
+                )
             x = mean + std * noise.to(mean)
             log_probs.append(log_prob(x, mean, std))
         else:

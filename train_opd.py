@@ -33,10 +33,10 @@ def parse_args():
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--teacher", action="append", metavar="TASK=DIR|HUB", help="a task's teacher; repeatable; default MODEL/adapters/TASK")
+    flag("--teacher", nargs="+", action="extend", metavar="TASK=DIR|HUB", help="the teachers; default MODEL/adapters/TASK")
     flag("--teacher_guidance", nargs="+", metavar="TASK=SCALE", help="a guidance scale of its own for a teacher")
     flag("--teacher_alpha", nargs="+", metavar="TASK=ALPHA", help="LoRA alpha where a teacher's file does not say it")
-    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default MODEL/prompts/TASK_train.txt")
+    flag("--prompts", nargs="+", action="extend", metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
     flag("--task_mix", nargs="+", metavar="TASK=SHARE", help="prompts of each task in an iteration, as shares; default equal")
     flag("--init", metavar="DIR|HUB", help="student's start: base or an adapter; default MODEL/adapters/merged")
     flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or an adapter; default MODEL/adapters/deqa")
@@ -73,18 +73,19 @@ def parse_args():
     flag("--sample_every", type=at_least(0), default=10, help="iterations between sample pictures; 0 = never")
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task in the final evaluation; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of evaluation and pictures (40 in the paper)")
-    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
+    flag("--test_prompts", nargs="+", action="extend", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
     cli.reward_flags(flag)
     cli.run_flags(flag)
     flag("--dry_run", action="store_true", help="print each phase's memory and all derived numbers; load and write nothing")
     args = parser.parse_args()
 
     cli.check_model(args.model)
-    args.teacher = pairs(args.teacher, "--teacher") or {task: f"{args.model}/adapters/{task}" for task in TASKS}
+    args.teacher = pairs(args.teacher, "--teacher", overrule=True) or {task: f"{args.model}/adapters/{task}" for task in TASKS}
     tasks = list(args.teacher)
-    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), tasks, "train", args.model)
-    tests = pairs(args.test_prompts, "--test_prompts")
-    args.test_prompts = prompt_files(tests, tasks, "test", args.model, "--test_prompts") if args.eval_prompts else {}
+    args.prompts = prompt_files(args.prompts, tasks, "train", args.model)
+    args.test_prompts = (
+        prompt_files(args.test_prompts, tasks, "test", args.model, "--test_prompts") if args.eval_prompts else {}
+    )
     args.task_mix = pairs(args.task_mix, "--task_mix", number=True) or {task: 1 for task in tasks}
     args.teacher_guidance = pairs(args.teacher_guidance, "--teacher_guidance", number=True)
     args.teacher_alpha = pairs(args.teacher_alpha, "--teacher_alpha", number=True)
@@ -434,7 +435,7 @@ def main(args):
         panels = {"KL to the task's own teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
         common.draw_curves(run, panels | {"fraction of ratios clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
-        print(f"{args.iterations - start} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
+        print(f"{max(args.iterations - start, 0)} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:
         name = "merged start" if Path(args.init).name == "merged" else "start"
         if layers:

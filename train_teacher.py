@@ -38,8 +38,8 @@ def parse_args():
         help="GRPO-Mix instead: each task in this share of the prompts, scored by the reward of its own name",
     )
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in every reward of --mix; the rest is its own")
-    flag("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts; default MODEL/prompts/TASK_train.txt")
-    flag("--test_prompts", nargs="+", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
+    flag("--prompts", nargs="+", action="extend", metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
+    flag("--test_prompts", nargs="+", action="extend", metavar="TASK=FILE", help="default MODEL/prompts/TASK_test.txt")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA), or an adapter to go on from")
     flag("--rank", type=positive, default=16, help="LoRA rank of a fresh adapter (32 in the paper)")
     flag("--alpha", type=within(0), default=32, help="LoRA alpha: the update is scaled by alpha / rank (64 in the paper)")
@@ -93,14 +93,16 @@ def parse_args():
             fail("--mix: shares are whole numbers from 1 to 1000")
     else:
         args.reward = pairs([r if "=" in r else f"{r}=1" for r in args.reward], "--reward", number=True)
+        if any(weight <= 0 for weight in args.reward.values()):
+            fail("--reward: weights are above 0; for less of something write a scorer that gives its negative")
         args.tasks = args.tasks or [name for name in args.reward][:1]
         args.mix = None
     for task in args.tasks:
-        if task not in TASKS and task not in pairs(args.prompts, "--prompts"):
+        if task not in TASKS and task not in pairs(args.prompts, "--prompts", overrule=True):
             fail(f"unknown task {task!r} (--tasks, or as --reward): {', '.join(TASKS)}, or any with --prompts {task}=FILE")
-    args.prompts = prompt_files(pairs(args.prompts, "--prompts"), args.tasks, "train", args.model)
-    tests = pairs(args.test_prompts, "--test_prompts")
-    args.test_prompts = prompt_files(tests, args.tasks, "test", args.model, "--test_prompts") if args.eval_every else {}
+    args.prompts = prompt_files(args.prompts, args.tasks, "train", args.model)
+    tests = prompt_files(args.test_prompts, args.tasks, "test", args.model, "--test_prompts") if args.eval_every else {}
+    args.test_prompts = tests
     if args.final == "best" and not args.eval_every:
         fail("--final best needs test rewards: give --eval_every")
     if args.group_size < 2:
@@ -146,8 +148,8 @@ def make_reward(args, scorers):
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in scorers:
             fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(scorers)}")
-        low, high = getattr(scorers[name], "range", (0, 0))
-        if not low < high:
+        limits = getattr(scorers[name], "range", None)
+        if not (isinstance(limits, tuple | list) and len(limits) == 2 and limits[0] < limits[1]):
             fail(f"reward {name!r} of {args.rewards}: give it .range = (low, high), the scores that count as 0 and as 1")
 
     def reward(images, task, prompts, metadata):
@@ -332,7 +334,8 @@ def main(args):
                         file = run / "samples" / f"{task}_{iteration + 1:05d}.png"
                         picture_grid(file, {"student": images[:8]}, asked[:8], {"student": values[:8]})
             mean = sum(log[f"test/{task}"] for task in tests) / len(tests)
-            if rank == 0 and mean > max((line.get("test") or -1 for line in common.read_log(run)), default=-1):
+            before = [line["test"] for line in common.read_log(run) if line.get("test") is not None]
+            if rank == 0 and mean > max(before, default=-math.inf):
                 adapters.save_adapter(run / "tmp_best", ema, config)
                 publish(run / "tmp_best", run / "best")
             log["test"] = mean
@@ -357,7 +360,7 @@ def main(args):
         }
         common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
-        print(f"{args.iterations - start} iterations in {minutes} -> {run}/adapter, curves.png, samples/")
+        print(f"{max(args.iterations - start, 0)} iterations in {minutes} -> {run}/adapter, curves.png, samples/")
         print(f"next: python evaluate.py --models base teacher={run}/adapter --out {run}/evaluate")
     common.stop_processes()
 

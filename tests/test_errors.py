@@ -245,6 +245,7 @@ ADAPTER_ROWS = [
     ("bad", "not an adapter"),
     ("nowhere", "not an adapter"),
 ]
+HUB = "--tasks ocr --prompts ocr=good.txt --model"
 TABLE = {
     "train_opd": [
         ("--itertions 5", "unrecognized arguments: --itertions 5; did you mean --iterations?"),
@@ -258,7 +259,6 @@ TABLE = {
         ("--teacher zebra=toy/adapters/ocr", "zebra"),
         ("--teacher ../x=good --prompts ../x=good.txt --test_prompts ../x=good.txt", "letters, digits"),
         ("--teacher ocr", "NAME=VALUE"),
-        ("--teacher ocr=good --teacher ocr=good", "twice"),
         ("--teacher ocr=good --task_mix geneval=1", "'geneval' has no teacher"),
         ("--task_mix geneval=1", "ocr: its task is not in --task_mix"),
         ("--task_mix geneval=x", "'x' is not a number"),
@@ -348,6 +348,7 @@ TABLE = {
         (f"{TINY} --out run --resume --prompts ocr=good.txt", "prompts"),
     ],
     "train_teacher": [
+        ("--reward ocr=-1", "weights are above 0"),
         ("--reward ocr --final best --eval_every 0", "--final best needs test rewards"),
         ("", "--reward"),
         ("--reward ocr --mix ocr=1", "--reward"),
@@ -426,19 +427,21 @@ TABLE = {
         ("--size 33 --tasks ocr", "--size 33: this model paints multiples of 8 pixels, up to 32"),
         ("--size 64 --tasks ocr", "up to 32"),
         ("--dtype fp16 --tasks ocr", "fp16 without CUDA", lambda m: m.setattr(torch.cuda, "is_available", lambda: False)),
-        ("--model some/model --tasks ocr --prompts ocr=good.txt", "gated; accept its licence", hub(errors.GatedRepoError)),
-        ("--model some/model@v9 --tasks ocr --prompts ocr=good.txt", "no revision 'v9' of some/model", hub(errors.RevisionNotFoundError)),
-        ("--model some/model --tasks ocr --prompts ocr=good.txt", "neither a directory here nor a model", hub(errors.RepositoryNotFoundError)),
-        ("--model some/model --tasks ocr --prompts ocr=good.txt", "try `hf download some/model`", hub(errors.LocalEntryNotFoundError)),
-        ("--model some/model --tasks ocr --prompts ocr=good.txt", "try `hf download some/model`", hub(errors.OfflineModeIsEnabled)),
-        ("--model some--/model --tasks ocr --prompts ocr=good.txt", "a name that the hub allows", hub(errors.HFValidationError)),
+        (f"{HUB} some/model", "gated; accept its licence", hub(errors.GatedRepoError)),
+        (f"{HUB} some/model@v9", "no revision 'v9' of some/model", hub(errors.RevisionNotFoundError)),
+        (f"{HUB} some/model", "neither a directory here nor a model", hub(errors.RepositoryNotFoundError)),
+        (f"{HUB} some/model", "try `hf download some/model`", hub(errors.LocalEntryNotFoundError)),
+        (f"{HUB} some/model", "try `hf download some/model`", hub(errors.OfflineModeIsEnabled)),
+        (f"{HUB} some--/model", "a name that the hub allows", hub(errors.HFValidationError)),
         ("--models some/lora", "gated; accept its licence", hub(errors.GatedRepoError)),
         ("--prompt a --scores_only toy", "choose one"),
+        ("--models base --scores_only pictures", "choose one"),
+        ("--models run", "did you mean run/adapter?"),
         ("--scores_only nowhere", "nowhere"),
         ("--scores_only models", "no folder models/geneval"),
         ("--scores_only pictures/list --tasks ocr", 'needs the "file_name"'),
         ("--scores_only pictures/named --tasks ocr", "its name is no line number"),
-        ("--scores_only pictures/cut --tasks ocr", "0 image(s) 00001"),
+        ("--scores_only pictures/cut --tasks ocr", "0 image(s) of prompt 00001"),
         ("--scores_only pictures/cut pictures/two --tasks ocr --num_prompts 1", "not the ocr prompts, or not as many images"),
         ("--scores_only pictures/cut --tasks ocr --num_prompts 1", "cannot be decoded"),
         ("--scores_only pictures/large --tasks ocr --num_prompts 1", "nothing could be scored"),  # no 32 x 32 pixels

@@ -80,7 +80,7 @@ def test_help_has_every_flag_of_its_commands(script):
 def test_flags_that_the_readme_speaks_of_exist():
     """`--flag` between backticks, outside commands: one of the scripts', or torchrun's, pytest's and Slurm's own."""
     known = {flag for script in SCRIPTS for flag in flags_of(script)}
-    known |= {"--slow", "--max-restarts", "--signal", "--nproc_per_node", "--signals-to-handle"}
+    known |= {"--slow", "--max-restarts", "--signal", "--nproc_per_node", "--signals-to-handle", "--node_rank"}
     words = [word for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README) for word in code.split()]
     assert not [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
 

@@ -289,13 +289,13 @@ def pictures(folder, *names):
 @pytest.mark.parametrize(
     "names, says",
     [
-        (["00000.png", "00002.png"], "0 image(s) 00001"),
-        (["00001.png", "00002.png"], "0 image(s) 00000"),
-        ([], "0 image(s) 00000"),
-        (["0.png", "1.png", "2.png", "2.jpg"], "2 image(s) 00002"),
-        (["0.png", "1.png", "2.png", "3.png"], "1 image(s) 00003"),
+        (["00000.png", "00002.png"], "0 image(s) of prompt 00001"),
+        (["00001.png", "00002.png"], "0 image(s) of prompt 00000"),
+        ([], "0 image(s) of prompt 00000"),
+        (["0.png", "1.png", "2.png", "2.jpg"], "2 image(s) of prompt 00002"),
+        (["0.png", "1.png", "2.png", "3.png"], "1 image(s) of prompt 00003"),
         (["0.png", "1.png", "cat.png"], "cat.png: its name is no line number"),
-        (["0/samples/0.png", "0/samples/1.png", "1/samples/0.png", "2/samples/0.png"], "1 image(s) 00001"),
+        (["0/samples/0.png", "0/samples/1.png", "1/samples/0.png", "2/samples/0.png"], "1 image(s) of prompt 00001"),
         (["0.png", "1.png", "2.png", "BROKEN"], "cannot be decoded"),
         (["0.png", "LIST"], "line 2 needs"),
         (["0.png", "1.png", "2.png", "TASKS"], "--tasks"),
@@ -469,6 +469,15 @@ def test_published_rows_have_the_published_average():
     assert "| SD3.5-M | 0.63 | 0.59 | 4.07 | 21.64 | 0.7165 |" in tables.table(rows)
 
 
+def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tmp_path):
+    import train_opd
+
+    (tmp_path / "r.args").write_text("--teacher ocr=toy/adapters/ocr deqa=toy/adapters/deqa  # a recipe's\n")
+    flags = [f"@{tmp_path}/r.args", "--teacher", "ocr=toy/adapters/merged", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train_opd.py", *flags])
+    assert train_opd.parse_args().teacher == {"ocr": "toy/adapters/merged", "deqa": "toy/adapters/deqa"}
+
+
 @pytest.mark.parametrize("split, name", [("train", "train.txt"), ("train", "train_metadata.jsonl"), ("test", "test.txt"),
                                          ("test", "test_metadata.jsonl"), ("test", "evaluation_metadata.jsonl")])  # fmt: skip
 def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, name):
@@ -476,11 +485,11 @@ def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, 
 
     line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats ½ 猫"}
     (tmp_path / name).write_text(json.dumps(line) + "\n" if name.endswith("l") else line["prompt"] + "\n", encoding="utf-8")
-    file = prompt_files({"geneval": str(tmp_path)}, ["geneval"], split, "toy")["geneval"]
+    file = prompt_files([f"geneval={tmp_path}"], ["geneval"], split, "toy")["geneval"]
     prompts, metadata = read_prompts(file)
     assert file == str(tmp_path / name) and prompts == [line["prompt"]] and metadata == [line if name.endswith("l") else {}]
     with pytest.raises(SystemExit):
-        prompt_files({"geneval": str(tmp_path)}, ["geneval"], "other", "toy")
+        prompt_files([f"geneval={tmp_path}"], ["geneval"], "other", "toy")
 
 
 def test_evaluate_paints_ones_own_prompt(monkeypatch, tmp_path):
