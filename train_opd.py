@@ -224,7 +224,6 @@ def main(args):
         adapters.add_adapter(transformer, anchor, layers, path=args.anchor, flag="--anchor")
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     student, ema = adapters.add_student(transformer, args, layers)
-    # Betas and weight decay are the public code's.
     optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True)
 
     # Every derived number, once.
@@ -434,8 +433,8 @@ def main(args):
         cosines = [f"cosine/{a}-{b}" for m, a in enumerate(tasks) for b in tasks[m + 1 :]]
         panels = {"KL to the task's own teacher": [f"kl/{t}" for t in tasks], "gradient cosine of two tasks": cosines}
         common.draw_curves(run, panels | {"fraction of ratios clipped": ["clip_fraction"], "loss": ["loss"] if sft else []})
-        minutes = f"{(time.time() - began) / 60:.1f} minutes"
-        print(f"{max(args.iterations - start, 0)} iterations in {minutes} -> {run}/adapter, curves.png, samples/", flush=True)
+        done = f"{max(args.iterations - start, 0)} iterations in {(time.time() - began) / 60:.1f} minutes"
+        print(f"{done} -> {run}/adapter, curves.png, samples/", flush=True)
     if tests:
         name = "merged start" if Path(args.init).name == "merged" else "start"
         if layers:

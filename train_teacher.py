@@ -186,7 +186,6 @@ def main(args):
     layers = None if args.init == "base" else adapters.read_adapter(args.init, "--init")
     student, ema = adapters.add_student(transformer, args, layers)
     config = transformer.peft_config["student"]
-    # Betas and weight decay are the public code's.
     optimizer = torch.optim.AdamW(student.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True)
 
     # Every derived number, once.
