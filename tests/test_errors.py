@@ -248,6 +248,7 @@ ADAPTER_ROWS = [
 HUB = "--tasks ocr --prompts ocr=good.txt --model"
 TABLE = {
     "train_opd": [
+        ("--task_mix ocr=1 ocr=2", "ocr is given twice"),
         ("--itertions 5", "unrecognized arguments: --itertions 5; did you mean --iterations?"),
         *((f"{OPD_LORA} ocr={folder}", says) for folder, says in ADAPTER_ROWS),
         (f"{OPD_LORA} ocr=bad/silent", "give --teacher_alpha"),
