@@ -135,17 +135,18 @@ def draw(file, base, teachers, students, grid):
     panels[1].plot([], [], color=BLUE, lw=3, label="the student's velocity")
     panels[1].plot([], [], color=ORANGE, lw=3, label="its teacher's")
     panels[1].legend(loc="lower left", fontsize=8)
-    for (name, (_, curve)), colour, style in zip(students.items(), [BLUE, PINK, GREY, ORANGE] * 2, ["-", "--", ":", "-."] * 2):
-        right.semilogy(curve, style, color=colour, label=name)
+    colours = dict(zip(students, [BLUE, PINK, "#009E73", "#E69F00", "#56B4E9", "black", "0.4"]))
+    for (name, (_, curve)), style in zip(students.items(), ["-", "--", ":", "-."] * 2):
+        right.semilogy(curve, style, color=colours[name], label=name)
     right.set(title="KL(student, teacher) at the visited states, cut off at 10", xlabel="iteration", ylim=(None, 10))
     right.grid(alpha=0.3)
     right.legend()
 
-    how = "All paint without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points; dotted: where the task wants them"
+    how = "All paint without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points; dotted: where the task wants its share of them"
     bottom.suptitle(how, fontsize=13)
     columns = {"its own teacher": (*teachers, ORANGE), "the other task's teacher": (*teachers[::-1], ORANGE)}
     columns["the student before"] = (base, base, GREY)
-    columns |= {f"the student after, {name}": (net, net, BLUE) for name, (net, _) in students.items()}
+    columns |= {f"the student after, {name}": (net, net, colours[name]) for name, (net, _) in students.items()}
     lattice = torch.linspace(-2.6, 2.6, 15)
     where = torch.cartesian_prod(lattice, lattice)  # (225, 2)
     for task, row in enumerate(bottom.subplots(2, len(columns))):
