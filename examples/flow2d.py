@@ -142,8 +142,8 @@ def draw(file, base, teachers, students, grid):
     right.grid(alpha=0.3)
     right.legend()
 
-    how = "All paint without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points; dotted: where the task wants its share of them"
-    bottom.suptitle(how, fontsize=13)
+    how = "All paint without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points"
+    bottom.suptitle(f"{how}; dotted: where the task wants its share of them", fontsize=13)
     columns = {"its own teacher": (*teachers, ORANGE), "the other task's teacher": (*teachers[::-1], ORANGE)}
     columns["the student before"] = (base, base, GREY)
     columns |= {f"the student after, {name}": (net, net, colours[name]) for name, (net, _) in students.items()}
