@@ -36,7 +36,7 @@ def self_checks(
     prompts: list[str],
     trained: Sequence[int],
     guidance: dict[str | None, float],
-    student: dict[str, torch.Tensor],
+    student: dict[str, torch.nn.Parameter],
 ) -> None:
     """On rank 0. prompts: two or more that are in `text`; trained: the steps that may be trained; guidance {adapter: scale} of
     "student" and of the teachers; student {name: parameter}."""
@@ -74,7 +74,7 @@ def self_checks(
             check_batches(backbone_dtype(transformer), velocities(teachers[0], x, t), alone(teachers[0], x, t))
 
 
-def check_disk(args: argparse.Namespace, student: dict[str, torch.Tensor]) -> None:
+def check_disk(args: argparse.Namespace, student: dict[str, torch.nn.Parameter]) -> None:
     """A checkpoint holds student, average and Adam's two moments, and the average twice more as an adapter: 6 x 4 bytes a
     parameter. While one is written, there is one more than are kept; at the end a copy of the adapter."""
     need = (args.keep + 2) * 24 * sum(p.numel() for p in student.values())
