@@ -5,10 +5,12 @@ megabytes, not another copy of the model. Loading is strict because LoRAs fail s
 no layer, a file without its alpha or an adapter of zeros would otherwise be a teacher that teaches nothing.
 """
 
+import argparse
 import contextlib
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +28,9 @@ LORA_TARGETS = [
 ]
 
 
-def read_adapter(path, flag, alpha=None):
+def read_adapter(
+    path: str | Path, flag: str, alpha: float | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}, float32, all of it finite.
 
     Reads safetensors and JSON, no pickle; of the JSON alpha, alpha_pattern and use_rslora alone, so nothing in it leads to
@@ -74,7 +78,7 @@ def read_adapter(path, flag, alpha=None):
     return layers
 
 
-def alpha_of(layer, config, where):
+def alpha_of(layer: str, config: dict, where: str) -> object:
     """What adapter_config.json says; None: nothing. peft takes the keys of alpha_pattern for regular expressions, the first
     that matches a layer's name or the end of it counts; here they must be plain: a stranger's can take for ever to match."""
     pattern = config.get("alpha_pattern") or {}
@@ -89,7 +93,15 @@ def alpha_of(layer, config, where):
     return config.get("lora_alpha")
 
 
-def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None, flag=None):
+def add_adapter(
+    transformer: torch.nn.Module,
+    name: str,
+    layers: dict[str, tuple] | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    path: str | Path | None = None,
+    flag: str | None = None,
+) -> None:
     """Put a LoRA on the backbone: `layers` as read_adapter gives them, or a fresh one of that rank (A gaussian, B zero)."""
     if layers is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
@@ -123,7 +135,7 @@ def add_adapter(transformer, name, layers=None, rank=None, alpha=None, path=None
         parameter.requires_grad_(False)
 
 
-def add_student(transformer, args, layers):
+def add_student(transformer: torch.nn.Module, args: argparse.Namespace, layers: dict[str, tuple] | None) -> tuple[dict, dict]:
     """The student, a LoRA as `layers` say or a fresh one, and "ema", a second one that holds its running average; both
     in float32 whatever the backbone is: an update of 1e-4 would be lost in bfloat16's three digits.
 
@@ -140,7 +152,7 @@ def add_student(transformer, args, layers):
     return student, ema
 
 
-def adapter_parameters(transformer, name):
+def adapter_parameters(transformer: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
     """{"LAYER.lora_A.weight": parameter, …} of one adapter, in a fixed order."""
     return {
         k.replace(f".{name}.", "."): p
@@ -150,7 +162,7 @@ def adapter_parameters(transformer, name):
 
 
 @contextlib.contextmanager
-def adapter(transformer, name):
+def adapter(transformer: torch.nn.Module, name: str | None) -> Iterator[None]:
     """Inside, the backbone carries this adapter (None: none at all); outside, what it carried before.
 
     peft's own switch turns gradients on for the adapter it activates and off for the others; here requires_grad
@@ -175,7 +187,7 @@ def adapter(transformer, name):
         switch(before)
 
 
-def save_adapter(folder, tensors, config):
+def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
     """tensors {"LAYER.lora_A.weight": tensor, …} -> a folder that peft and `pipe.load_lora_weights` both load.
 
     Two files on purpose: diffusers silently loads nothing from a PEFT folder, and assumes alpha = rank without metadata."""

@@ -4,6 +4,7 @@ A checkpoint is everything that the next iteration depends on: the student, its 
 iterations done. Prompts and noise are functions of (seed, iteration, sample), so there is no generator state to save.
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -11,8 +12,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn, TextIO
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +29,7 @@ from common import cut_log, gather, sha256
 # ----------------------------------------------------------------------------------------------------------
 
 
-def publish(beside, final):
+def publish(beside: Path, final: Path) -> None:
     """A finished folder gets its name. What it holds is on the disk by then, not only in the system's memory: after a
     power cut the folder is there as a whole, or not at all."""
     for path in (*beside.rglob("*"), beside):
@@ -39,7 +43,7 @@ def publish(beside, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync(path):
+def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -48,7 +52,7 @@ def sync(path):
         os.close(handle)
 
 
-def publish_adapter(source, final):
+def publish_adapter(source: str | Path, final: Path) -> None:
     """A copy of an adapter under another name, by the same rule."""
     beside = final.with_name(f"tmp_{final.name}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -56,20 +60,20 @@ def publish_adapter(source, final):
     publish(beside, final)
 
 
-def checksums(folder):
+def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of all files in a folder, but for the list itself."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "checksums.json")
     return {str(f.relative_to(folder)): sha256(f) for f in files}
 
 
-def whole(checkpoint):
+def whole(checkpoint: Path) -> bool:
     """Is it as it was saved? The names in its list are compared, never opened."""
     with contextlib.suppress(OSError, ValueError):
         return read_json((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
     return False
 
 
-def checkpoints(run):
+def checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     found = (p for p in (Path(run) / "checkpoints").glob("step_*") if p.name[5:].isdecimal())
     return sorted(found, key=lambda p: int(p.name[5:]))
@@ -80,7 +84,16 @@ def checkpoints(run):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def begin_run(args, harmless, files, rank, student, ema, optimizer, config):
+def begin_run(
+    args: argparse.Namespace,
+    harmless: str,
+    files: list[tuple[str, str | Path]],
+    rank: int,
+    student: dict[str, torch.nn.Parameter],
+    ema: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: LoraConfig,
+) -> tuple[int, "Saver"]:
     """Make the run folder, or put a checkpoint back (all ranks participate). Returns the iterations done and the Saver.
 
     --resume compares the flags, except the `harmless` ones (a string of names) that do not change the mathematics, and
@@ -113,7 +126,7 @@ def begin_run(args, harmless, files, rank, student, ema, optimizer, config):
     return int(checkpoint.name[5:]) if checkpoint else 0, Saver(args, rank, student, ema, optimizer, config, state, lock)
 
 
-def lock_run(run):
+def lock_run(run: Path) -> TextIO:
     """One process at a time writes into a run. The lock goes with the process, however that ends."""
     lock = open(run / "lock", "a")
     with contextlib.suppress(ImportError):  # Windows has no such lock
@@ -129,7 +142,7 @@ def lock_run(run):
     return lock
 
 
-def choose_checkpoint(run, wanted, state):
+def choose_checkpoint(run: Path, wanted: str, state: dict) -> Path | None:
     """The checkpoint named, or the newest that is whole; None where there is none yet. One made with other flags or
     files is refused."""
     found = [c for c in reversed(checkpoints(run)) if wanted == "newest" or c.resolve() == Path(wanted).resolve()]
@@ -174,7 +187,17 @@ class Saver:
     awaited in a thread of its own: Python's handlers run in the main thread, which may be waiting for a process that is
     gone. A second Ctrl-C exits at once; what is half written then is never taken for a checkpoint."""
 
-    def __init__(self, args, rank, student, ema, optimizer, config, state, lock):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        rank: int,
+        student: dict[str, torch.nn.Parameter],
+        ema: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: LoraConfig,
+        state: dict,
+        lock: TextIO | None,
+    ) -> None:
         self.run, self.kept, self.rank, self.state, self.lock = Path(args.out), args.keep, rank, state, lock
         self.student, self.ema, self.optimizer, self.config = student, ema, optimizer, config
         self.ready, self.saving, self.interrupts = None, threading.RLock(), 0
@@ -186,7 +209,7 @@ class Saver:
         sys.excepthook = self.failed
         threading.Thread(target=self.wait, args=(numbers,), daemon=True).start()
 
-    def keep(self, iterations):
+    def keep(self, iterations: int) -> None:
         """The state after that many iterations, in host memory (rank 0)."""
         if self.rank == 0:
             tensors = {}
@@ -197,7 +220,7 @@ class Saver:
             with self.saving:
                 self.ready = iterations, copies
 
-    def save(self):
+    def save(self) -> None:
         """checkpoints/step_N: adapter/ (the average, for use) and the full training state; the oldest ones go (rank 0)."""
         with self.saving:
             if not self.ready:
@@ -226,18 +249,18 @@ class Saver:
                 os.replace(old, gone)
                 shutil.rmtree(gone)
 
-    def give_up(self, message):
+    def give_up(self, message: str) -> NoReturn:
         """Save what was last good and stop."""
         self.save()
         print(file=sys.stderr)
         fail(message)
 
-    def count(self, number, frame):
+    def count(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             os._exit(128 + number)
 
-    def wait(self, numbers):
+    def wait(self, numbers: list[int]) -> None:
         """The thread: one of the signals ends the process as it would any other (exit code 130 for Ctrl-C), after saving."""
         while received := os.read(self.read, 1):
             if (number := received[0]) in numbers:
@@ -247,19 +270,19 @@ class Saver:
                     os._exit(128 + number)
         os.close(self.read)
 
-    def failed(self, kind, error, trace):
+    def failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """An error that nobody caught: its own message first."""
         sys.__excepthook__(kind, error, trace)
         self.save_and_say()
 
-    def save_and_say(self):
+    def save_and_say(self) -> None:
         if self.rank == 0:
             with self.saving:  # the main thread goes on meanwhile, but keeps nothing newer
                 self.save()
                 what = f"saved after {self.ready[0]} iterations" if self.ready else "nothing to save yet"
             print(f"\nstopped; {what}; go on with the same command and --resume", file=sys.stderr, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         """After the loop: Ctrl-C is Ctrl-C again. The lock goes with the object."""
         sys.excepthook = sys.__excepthook__
         for number, handler in self.handlers.items():

@@ -4,28 +4,40 @@ Faults in this kind of training are silent: an adapter that was not loaded, a sa
 is not 1 because dropout was on. Each of them trains, and learns nothing.
 """
 
+import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from adapters import adapter
 from cli import fail
 from common import generator
 from model import backbone_dtype, initial_noise, velocity
-from sde import kl_weight, rollout, step
+from sde import Trajectory, kl_weight, rollout, step
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of labels, relative to the largest velocity
 
 
-def say(passed, line):
+def say(passed: bool, line: str) -> None:
     """A check that does not pass warns and lets the run go on: the person who sees it may know why."""
     print(f"check: {line}" if passed else f"WARNING: check: {line}", file=sys.stdout if passed else sys.stderr, flush=True)
 
 
-def self_checks(args, pipe, text, grid, prompts, trained, guidance, student):
+def self_checks(
+    args: argparse.Namespace,
+    pipe: StableDiffusion3Pipeline,
+    text: dict,
+    grid: list[float],
+    prompts: list[str],
+    trained: Sequence[int],
+    guidance: dict[str | None, float],
+    student: dict[str, torch.nn.Parameter],
+) -> None:
     """On rank 0. prompts: two or more that are in `text`; trained: the steps that may be trained; guidance {adapter: scale} of
     "student" and of the teachers; student {name: parameter}."""
     check_disk(args, student)
@@ -62,7 +74,7 @@ def self_checks(args, pipe, text, grid, prompts, trained, guidance, student):
             check_batches(backbone_dtype(transformer), velocities(teachers[0], x, t), alone(teachers[0], x, t))
 
 
-def check_disk(args, student):
+def check_disk(args: argparse.Namespace, student: dict[str, torch.nn.Parameter]) -> None:
     """A checkpoint holds student, average and Adam's two moments, and the average twice more as an adapter: 6 x 4 bytes a
     parameter. While one is written, there is one more than are kept; at the end a copy of the adapter."""
     need = (args.keep + 2) * 24 * sum(p.numel() for p in student.values())
@@ -73,7 +85,7 @@ def check_disk(args, student):
     say(True, f"disk: {free / 1e9:.1f} GB free, checkpoints take {need / 1e9:.3f} GB")
 
 
-def check_step(pipe, grid):
+def check_step(pipe: StableDiffusion3Pipeline, grid: list[float]) -> None:
     """Without noise, sde.step is the step of the pipeline's own scheduler."""
     pipe.scheduler.set_timesteps(len(grid) - 1)
     x, v = torch.randn(2, 1, 4, 8, 8, generator=generator("check"))
@@ -88,7 +100,9 @@ def check_step(pipe, grid):
     say(True, f"step: with noise 0 it is {type(pipe.scheduler).__name__}'s within {gap:.0e}")
 
 
-def check_ratio(args, grid, steps, path, v, ratio_of):
+def check_ratio(
+    args: argparse.Namespace, grid: list[float], steps: list[int], path: Trajectory, v: torch.Tensor, ratio_of: str
+) -> None:
     """Before the first update the policy is the one that drew the actions: every ratio is 1, up to the rounding of another
     batch size. Where that rounding reaches the clip range, PPO clips noise. v (S, 2, C, H, W): the policy's once more."""
     gap = 0.0
@@ -101,7 +115,7 @@ def check_ratio(args, grid, steps, path, v, ratio_of):
     say(gap < args.clip_range / 2, line)
 
 
-def check_teachers(args, grid, steps, v):
+def check_teachers(args: argparse.Namespace, grid: list[float], steps: list[int], v: dict[str, torch.Tensor]) -> None:
     """A teacher that does not differ from the student teaches nothing; two that are the same are probably one by mistake.
     v {adapter: velocities (S 2, C, H, W)}."""
     weight = [(grid[i] - grid[i + 1]) ** 2 / 2 for i in steps]
@@ -119,7 +133,7 @@ def check_teachers(args, grid, steps, v):
         say(smallest > 0, f"teachers: the closest two are {a} and {b}, KL {smallest:.1e}" + ("" if smallest else ": the same"))
 
 
-def check_batches(dtype, v, v_alone):
+def check_batches(dtype: torch.dtype, v: torch.Tensor, v_alone: torch.Tensor) -> None:
     """A label must not depend on what else is in its batch: v (S 2, C, H, W) of one batch, v_alone of batches of one."""
     gap, name = ((v_alone - v).abs().max() / v.abs().max()).item(), str(dtype).removeprefix("torch.")
     line = f"labels: alone or in a batch the same within {gap:.0e} of the largest velocity"

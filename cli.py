@@ -12,25 +12,27 @@ import shutil
 import socket
 import sys
 import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its start-up notices on a missing torchvision concern nobody here
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
 
 
-def one_line(text):
+def one_line(text: object) -> str:
     """For people to look at: what would break or hide a line (newlines, control and format characters) as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def fail(message):
+def fail(message: str) -> NoReturn:
     """One line (what is wrong, which flag or file, what would be right) and exit code 2."""
     print(f"error: {one_line(message)[:2000]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """The first line of an exception's message, or its kind: for the end of an error of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
@@ -57,33 +59,33 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that fails in one line, and whose files of flags name no further files: one could name itself."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if typed := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             known = list(self._option_string_actions)
             near = [flag for flag in known if flag.startswith(typed[1])] or difflib.get_close_matches(typed[1], known, 1)
             message += "".join(f"; did you mean {flag}?" for flag in near[:1])
         fail(message)
 
-    def convert_arg_line_to_args(self, line):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
         words = line.split("#")[0].split()
         for word in words:
             if word.startswith("@"):
                 fail(f"{word}: a file of flags cannot name another; give both on the command line")
         return words
 
-    def parse_args(self, *given):
+    def parse_args(self, *given) -> argparse.Namespace:
         try:
             return super().parse_args(*given)
         except UnicodeDecodeError:
             fail("@FILE: a file of flags is UTF-8 text, this one is not")
 
 
-def make_parser(doc):
+def make_parser(doc: str | None) -> Parser:
     """A parser that also reads flags from a file: `@recipes/NAME.args`, # starts a comment."""
     return Parser(description=doc, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False)
 
 
-def pairs(items, flag, number=False, overrule=False):
+def pairs(items: Iterable[str] | None, flag: str, number: bool = False, overrule: bool = False) -> dict[str, str | float]:
     """["geneval=A", …] -> {"geneval": "A", …}, or to finite floats. overrule: of two for one name the later counts, so that
     the command line overrules a file of flags."""
     out = {}
@@ -102,7 +104,7 @@ def pairs(items, flag, number=False, overrule=False):
     return out
 
 
-def read_json(text):
+def read_json(text: str) -> Any:
     """json.loads, where too deep a nesting is a ValueError like any other fault of the text."""
     try:
         return json.loads(text)
@@ -110,13 +112,13 @@ def read_json(text):
         raise ValueError("nested too deeply") from None
 
 
-def check_prompt(prompt, where):
+def check_prompt(prompt: str, where: str) -> None:
     """Any text is a prompt. A NUL (UTF-16, or no text at all) and half a surrogate pair, which no tokenizer takes, are not."""
     if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
         fail(f"{where} is not text: it holds a NUL or half a surrogate pair; expected UTF-8")
 
 
-def read_prompts(path, flag="--prompts"):
+def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], list[dict]]:
     """A UTF-8 file -> (prompts, metadata), in its order. .txt: a prompt a line, without the spaces around it. .jsonl: an
     object with "prompt", a text that is not empty, a line; the whole object is the metadata that a scorer may want, and
     nothing in it is ever taken for a path. Lines end in LF, CRLF or CR; empty ones are skipped. A prompt that stands there
@@ -153,7 +155,9 @@ def read_prompts(path, flag="--prompts"):
     return prompts, metadata
 
 
-def prompt_files(given, tasks, split, model, flag="--prompts"):
+def prompt_files(
+    given: Iterable[str] | None, tasks: Collection[str], split: str, model: str, flag: str = "--prompts"
+) -> dict[str, str]:
     """["geneval=A", …] -> {task: file}: the --prompts given, for the other tasks the model's own. A folder is one of
     Flow-GRPO's dataset/."""
     given = pairs(given, flag, overrule=True)
@@ -172,7 +176,7 @@ def prompt_files(given, tasks, split, model, flag="--prompts"):
     return files
 
 
-def at_least(low):
+def at_least(low: int) -> Callable[[str], int]:
     """argparse type: a whole number of at least `low` that fits into 63 bits."""
 
     def whole(text):
@@ -183,7 +187,7 @@ def at_least(low):
     return whole
 
 
-def finite(text):
+def finite(text: str) -> float:
     """argparse type: a number, neither nan nor infinite."""
     try:
         if math.isfinite(number := float(text)):
@@ -193,7 +197,7 @@ def finite(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
-def within(low, high=math.inf):
+def within(low: float, high: float = math.inf) -> Callable[[str], float]:
     """argparse type: a number from `low` to `high`."""
 
     def number(text):
@@ -208,7 +212,7 @@ def within(low, high=math.inf):
 positive = at_least(1)
 
 
-def model_flags(parser):
+def model_flags(parser: argparse.ArgumentParser) -> None:
     """The base model and how it is held: the same flags in every script."""
     flag = parser.add_argument_group("base model").add_argument
     flag(
@@ -227,13 +231,13 @@ def model_flags(parser):
     flag("--size", type=positive, help="image side in pixels; default the model's own")
 
 
-def reward_flags(flag):
+def reward_flags(flag: Callable) -> None:
     """Which scorers, and where they run: the same flags in every script that scores."""
     flag("--rewards", default="toy", help="Python module whose REWARDS holds the scorers by name")
     flag("--reward_device", metavar="DEVICE", help="where scorers with weights run: cpu, cuda:1; default the model's device")
 
 
-def run_flags(flag):
+def run_flags(flag: Callable) -> None:
     """How a run is repeated, saved, stopped and taken up again: the same flags in both training scripts."""
     flag("--seed", type=at_least(0), default=0, help="of prompts, noise and fresh weights")
     flag("--save_every", type=positive, default=20, help="iterations between checkpoints; Ctrl-C and errors save as well")
@@ -251,14 +255,14 @@ PIPELINE = ("model_index.json", *(f"{n}/*" for n in ("transformer", "vae", "sche
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
-def hub_id(path):
+def hub_id(path: str) -> bool:
     """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here, or .. stands in it: then it is a path."""
     known = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) and ".." not in path
     return bool(known) and not os.path.exists(path.split("/")[0])
 
 
 @functools.cache
-def fetch(path, flag, files):
+def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
     """A directory as it is; a hub id as the directory of its snapshot, fetched once, of those `files` (patterns) alone.
 
     The hub's own rules hold: HF_TOKEN or `hf auth login` for gated models, HF_HUB_OFFLINE=1 for the cache alone."""
@@ -283,7 +287,7 @@ def fetch(path, flag, files):
         )
 
 
-def check_model(path, flag="--model"):
+def check_model(path: str, flag: str = "--model") -> None:
     """A pipeline of the right kind, if it is here; a hub id is looked up when it is loaded."""
     if hub_id(path):
         return
@@ -306,7 +310,7 @@ def check_model(path, flag="--model"):
             fail(f"{flag} {path}: no safetensors in {part}; a pickle (.bin) can run code and is not opened")
 
 
-def check_adapter(path, flag):
+def check_adapter(path: str, flag: str) -> None:
     """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format, or a hub id of one."""
     if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in ADAPTER[1:]):
         return
@@ -317,7 +321,7 @@ def check_adapter(path, flag):
     fail(f"{flag} {path}: not an adapter (a directory with {' or '.join(ADAPTER[1:])})")
 
 
-def check_train_steps(args):
+def check_train_steps(args: argparse.Namespace) -> None:
     """--train_steps -> the list of steps that may be trained, and how many of them in an iteration."""
     kind, _, number = args.train_steps.partition(":")
     try:
@@ -334,7 +338,7 @@ def check_train_steps(args):
     args.eligible_steps, args.trained_steps = eligible, count
 
 
-def check_folder(out):
+def check_folder(out: str | Path) -> None:
     """--out can be made and written into, which is better known before the work than after it."""
     try:
         there = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
@@ -346,7 +350,7 @@ def check_folder(out):
         fail(f"--out {out}: no permission to write into {there}")
 
 
-def check_out(args):
+def check_out(args: argparse.Namespace) -> None:
     """A run never lands on anything else: the folder must be new or empty, unless it is a run and --resume or
     --overwrite says what to do with it. Where torchrun starts a failed run anew (--max-restarts), it is resumed."""
     out = Path(args.out)
@@ -367,12 +371,12 @@ def check_out(args):
         fail(f"--out {out} already holds a run: choose another folder, or --resume it, or --overwrite it")
 
 
-def launcher():
+def launcher() -> str:
     """Who started this process: the same for a process that torchrun has started anew."""
     return f"{socket.gethostname()} {os.getppid()}"
 
 
-def save_json(path, value):
+def save_json(path: str | Path, value: object) -> None:
     """Beside it first, then renamed: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +385,9 @@ def save_json(path, value):
     beside.replace(path)
 
 
-def find_images(path, task, tasks, model, file=None, number=0):
+def find_images(
+    path: str, task: str, tasks: Collection[str], model: str, file: str | None = None, number: int = 0
+) -> tuple[list[Path], list[str], list[dict]]:
     """A folder given to `evaluate.py --scores_only` -> (files, prompts, metadata), an entry an image; see its docstring.
 
     file: the task's prompt file, where the folder lists no prompts; number: only its first lines, 0 = all. Exit 2 unless
@@ -419,7 +425,7 @@ def find_images(path, task, tasks, model, file=None, number=0):
 
 
 @contextlib.contextmanager
-def written_beside(folder):
+def written_beside(folder: str | Path) -> Iterator[Path]:
     """Gives a folder to write into, beside `folder`; its files take their places there when all are whole, else none does."""
     folder = Path(folder).resolve()
     beside = folder.with_name(folder.name + ".tmp")

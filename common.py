@@ -3,12 +3,14 @@
 No method in here: the sampler is sde.py, the objectives are losses.py, the loops are the scripts.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ import torch.distributed as dist
 # ----------------------------------------------------------------------------------------------------------
 
 
-def start_processes():
+def start_processes() -> tuple[int, int, torch.device]:
     """-> rank, world size, device. Under torchrun joins the group (gloo on a CPU, nccl on GPUs), else (0, 1, device)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -39,24 +41,24 @@ def start_processes():
     return rank, world, device
 
 
-def chunks(index, size):
+def chunks(index: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     """An index tensor in pieces of at most `size`; no piece at all where it is empty (torch.split gives an empty one)."""
     return index.split(size) if len(index) else ()
 
 
-def batches(samples, steps, states):
+def batches(samples: torch.Tensor, steps: int, states: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(samples, steps), index tensors, of batches of at most `states`: all steps of some samples, or some of one sample's."""
     for part in chunks(samples, max(1, states // steps)):
         for some in torch.arange(steps).split(states):
             yield part, some
 
 
-def share(number, rank, world):
+def share(number: int, rank: int, world: int) -> list[int]:
     """This process's part of the global sample indices 0 .. number - 1: a contiguous block."""
     return list(range(rank * number // world, (rank + 1) * number // world))
 
 
-def print_batch(args, trained, world):
+def print_batch(args: argparse.Namespace, trained: int, world: int) -> None:
     """The derived numbers of an iteration, and a notice where processes get parts of unequal size."""
     samples, G = args.prompts_per_iteration * args.group_size, args.group_size
     print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
@@ -69,7 +71,7 @@ def print_batch(args, trained, world):
         print(f"notice: {world} processes, {parts}: the same result, but some wait; equal with --prompts_per_iteration {even}")
 
 
-def all_reduce(tensor):
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place (all ranks participate). With take_gradients and give_gradients it is what
     DistributedDataParallel does, once per optimizer step in one flat transfer; by hand, because adapters are switched
     inside the model and micro-batches differ in number between processes."""
@@ -78,7 +80,7 @@ def all_reduce(tensor):
     return tensor
 
 
-def take_gradients(parameters, scale=1):
+def take_gradients(parameters: Iterable[torch.Tensor], scale: float = 1) -> torch.Tensor:
     """All gradients, over `scale`, as one flat vector (P,), and none left behind."""
     parameters = list(parameters)
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
@@ -87,20 +89,20 @@ def take_gradients(parameters, scale=1):
     return flat / scale
 
 
-def give_gradients(parameters, flat):
+def give_gradients(parameters: Iterable[torch.Tensor], flat: torch.Tensor) -> None:
     """The reverse: what the optimizer will see."""
     parameters = list(parameters)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = gradient.view_as(p).clone()
 
 
-def stop_processes():
+def stop_processes() -> None:
     if dist.is_initialized():
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
 
 
-def gather(value):
+def gather(value: object) -> list:
     """Every process's value, in rank order, on every process (all ranks participate)."""
     if not dist.is_initialized():
         return [value]
@@ -109,7 +111,7 @@ def gather(value):
     return values
 
 
-def sum_logs(log):
+def sum_logs(log: dict[str, float]) -> dict[str, float]:
     """{metric: this process's part} -> {metric: sum over processes} (all ranks participate)."""
     parts = gather(log)
     names = dict.fromkeys(k for part in parts for k in part)
@@ -122,13 +124,13 @@ def sum_logs(log):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def generator(*key):
+def generator(*key) -> torch.Generator:
     """A CPU generator of its own for a key such as (seed, "noise", iteration, sample)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def choose(sizes, cycle, wanted, seed, iteration):
+def choose(sizes: dict[str, int], cycle: list[str], wanted: int, seed: int, iteration: int) -> list[tuple[str, int]]:
     """The `wanted` prompts of an iteration: [(task, index), ...], over all processes.
 
     The task of a slot follows `cycle` (a list of tasks, repeated for ever), so shares are exact in the long run; a
@@ -143,7 +145,16 @@ def choose(sizes, cycle, wanted, seed, iteration):
     return chosen
 
 
-def prompts_used(args, train, tests, sizes, cycle, mine, rank, world):
+def prompts_used(
+    args: argparse.Namespace,
+    train: dict[str, list[str]],
+    tests: dict[str, Sequence],
+    sizes: dict[str, int],
+    cycle: list[str],
+    mine: list[int],
+    rank: int,
+    world: int,
+) -> list[str]:
     """The prompts that this process will need: choose() tells them beforehand, so that a run embeds these and no others.
 
     train {task: prompts}, tests {task: (prompts, metadata)}, mine: this process's samples."""
@@ -160,14 +171,14 @@ def prompts_used(args, train, tests, sizes, cycle, mine, rank, world):
 
 
 @torch.no_grad()
-def update_ema(ema, parameters, updates, decay):
+def update_ema(ema: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], updates: int, decay: float) -> None:
     """ema += (1 - d) (parameters - ema) with d = min((1 + n) / (10 + n), decay): short runs are not held at their start."""
     d = min((1 + updates) / (10 + updates), decay)
     for average, parameter in zip(ema, parameters):
         average.lerp_(parameter, 1 - d)
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Of a file, or of what is read from a directory; names do not matter, contents do."""
     path, kinds = Path(path), (".safetensors", ".json", ".txt", ".model")
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
@@ -181,28 +192,28 @@ def sha256(path):
 class Stopwatch:
     """Seconds of an iteration's phases. A GPU works ahead of Python: each lap waits until it is done."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self.laps, self.began = device, {}, time.perf_counter()
 
-    def lap(self, phase):
+    def lap(self, phase: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.laps[f"seconds/{phase}"] = time.perf_counter() - self.began - sum(self.laps.values())
 
-    def result(self):
+    def result(self) -> dict[str, float]:
         """The laps, their sum, and on a GPU the peak of memory so far in GB (10^9 bytes)."""
         memory = {"memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9} if self.device.type == "cuda" else {}
         return {"seconds": time.perf_counter() - self.began} | self.laps | memory
 
 
-def log_line(run, values):
+def log_line(run: str | Path, values: dict) -> None:
     """Append one iteration to metrics.jsonl: six digits; NaN and infinity, which JSON does not know, as null."""
     short = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in values.items()}
     with open(Path(run) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(short) + "\n")
 
 
-def read_log(run):
+def read_log(run: str | Path) -> list[dict]:
     """The lines of metrics.jsonl as dicts; a last line that was cut by a kill is left out."""
     path, lines = Path(run) / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -211,7 +222,7 @@ def read_log(run):
     return lines
 
 
-def cut_log(run, iteration):
+def cut_log(run: str | Path, iteration: int) -> None:
     """After --resume: drop the lines of iterations that are run again."""
     kept = [json.dumps(line) + "\n" for line in read_log(run) if line["iteration"] < iteration]
     beside = Path(run) / "metrics.tmp"
@@ -219,7 +230,7 @@ def cut_log(run, iteration):
     os.replace(beside, Path(run) / "metrics.jsonl")
 
 
-def draw_curves(run, panels):
+def draw_curves(run: str | Path, panels: dict[str, list[str]]) -> None:
     """curves.png from metrics.jsonl: {title: [metric, ...]}, a panel each; panels without data are left out."""
     import matplotlib
 

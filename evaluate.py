@@ -23,15 +23,17 @@ not there in just that way, be it after a crash, for one more model, or for a sc
     metadata.jsonl and its images  {"file_name": …, "prompt": …, what the scorer wants} a line; no prompt file then
 """
 
+import argparse
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cli
 from cli import TASKS, at_least, fail, one_line, pairs, positive, within
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     cli.model_flags(parser)
     flag = parser.add_argument
@@ -110,6 +112,7 @@ import tempfile
 import traceback
 
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -122,7 +125,7 @@ from tables import GENEVAL, average, compare, published, summarise, table
 # ---- Scorers
 
 
-def load_rewards(module, device="cpu"):
+def load_rewards(module: str, device: torch.device | str = "cpu") -> dict[str, Callable]:
     """{name: scorer} of a Python module's REWARDS; a scorer with weights gets the device, and loads them when first called."""
     try:
         rewards = dict(importlib.import_module(module).REWARDS)
@@ -138,7 +141,7 @@ def load_rewards(module, device="cpu"):
     return rewards
 
 
-def load_scorers(module, tasks, device="cpu"):
+def load_scorers(module: str, tasks: Iterable[str], device: torch.device | str = "cpu") -> dict[str, dict[str, Callable]]:
     """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict where the module has them."""
     rewards = load_rewards(module, device)
     for task in tasks:
@@ -147,7 +150,7 @@ def load_scorers(module, tasks, device="cpu"):
     return {task: {n: f for n, f in rewards.items() if n == task or n.startswith(task + "_")} for task in tasks}
 
 
-def check_prompts(scorer, prompts, metadata, file):
+def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], file: str) -> None:
     """A prompt that a scorer could never score is found before hours of painting, not after them."""
     try:
         if hasattr(scorer, "check"):
@@ -156,7 +159,7 @@ def check_prompts(scorer, prompts, metadata, file):
         fail(f"{file}: {error}")
 
 
-def ask(scorer, images, prompts, metadata):
+def ask(scorer: Callable, images: torch.Tensor | list[Image.Image], prompts: list[str], metadata: list[dict]) -> torch.Tensor:
     """The scores (B,) of a scorer, float64 on the CPU. ValueError, one line, whatever goes wrong in it: an exception of any
     kind, a number that is none, another shape. So an error can be reported or stop a run, and is never a score."""
     try:
@@ -179,7 +182,7 @@ def ask(scorer, images, prompts, metadata):
 # ---- Images: painted into files, or found in them
 
 
-def image_files(folder, tests, about, rank=0, world=1):
+def image_files(folder: Path, tests: dict, about: dict[str, dict], rank: int = 0, world: int = 1) -> tuple[dict, dict]:
     """Where the images of every model are or will be, and which of this process's part are still to be painted.
 
     tests {task: (prompts, metadata)}; about {model: dict}: all that the images of a model depend on.
@@ -196,7 +199,9 @@ def image_files(folder, tests, about, rank=0, world=1):
     return files, todo
 
 
-def paint_files(pipe, text, models, tests, files, todo, steps, guidance, seed=0, batch=128, size=None, rank=0):
+def paint_files(pipe: StableDiffusion3Pipeline, text: dict | None, models: dict, tests: dict, files: dict, todo: dict,
+                steps: int, guidance: dict, seed: int = 0, batch: int = 128, size: int | None = None,
+                rank: int = 0) -> None:  # fmt: skip
     """Paint what is to be painted. models {name: adapter on the backbone, None for the base}; guidance {name: scale}."""
     total = sum(map(len, todo.values()))
     bar = tqdm(total=total, desc="painting", unit="image", disable=rank > 0 or not total, dynamic_ncols=True)
@@ -212,7 +217,7 @@ def paint_files(pipe, text, models, tests, files, todo, steps, guidance, seed=0,
     bar.close()
 
 
-def find_tests(args):
+def find_tests(args: argparse.Namespace) -> tuple[dict, dict]:
     """--scores_only: -> tests {task: (prompts, metadata)}, an entry an image, and files {name: {task: [path, …]}}."""
     tests, files = {}, {name: {} for name in args.models}
     for task in args.tasks:
@@ -228,7 +233,7 @@ def find_tests(args):
 # ---- Scores
 
 
-def score_files(files, tests, scorers, batch=128, rank=0, world=1):
+def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128, rank: int = 0, world: int = 1) -> tuple[dict, dict]:
     """Score the images of every model (all ranks participate, each with its part, none twice).
 
     files {model: {task: [file, …]}}; tests {task: (prompts, metadata)}; scorers {task: {metric: scorer}}.
@@ -269,7 +274,9 @@ def score_files(files, tests, scorers, batch=128, rank=0, world=1):
     return {name: {m: s for m, s in row.items() if m not in failed} for name, row in scores.items()}, failed
 
 
-def score_models(pipe, text, models, tests, scorers, steps, guidance, folder, seed=0, batch=128, size=None, rank=0, world=1):
+def score_models(pipe: StableDiffusion3Pipeline, text: dict, models: dict, tests: dict, scorers: dict, steps: int,
+                 guidance: dict, folder: str | Path, seed: int = 0, batch: int = 128, size: int | None = None, rank: int = 0,
+                 world: int = 1) -> tuple[dict, dict, dict]:  # fmt: skip
     """Paint into an empty folder and score: for the end of a training run, whose weights no file stands for.
     -> scores, failures, files, as above."""
     files, todo = image_files(Path(folder), tests, {name: {} for name in models}, rank, world)
@@ -280,7 +287,7 @@ def score_models(pipe, text, models, tests, scorers, steps, guidance, folder, se
 # ---- Pictures
 
 
-def picture_grid(path, images, prompts, scores=None):
+def picture_grid(path: str | Path, images: dict, prompts: list[str], scores: dict | None = None) -> None:
     """A column per model, a row per prompt, the prompt above each row and the score under each image.
 
     images {column: N of (3, H, W) in [0, 1]}, scores {column: N numbers}."""
@@ -305,7 +312,7 @@ def picture_grid(path, images, prompts, scores=None):
     page.save(path)
 
 
-def read_recorded(model):
+def read_recorded(model: str | Path) -> tuple[dict, dict]:
     """The flags and results in MODEL/results.json; none where it is not there, or of another make: it may be a stranger's."""
     try:
         recorded = cli.read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
@@ -315,7 +322,8 @@ def read_recorded(model):
         return {}, {}
 
 
-def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
+def report(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, text: dict, tests: dict, scorers: dict, models: dict,
+           run: Path, rank: int = 0, world: int = 1) -> None:  # fmt: skip
     """The end of train_opd.py: {start: adapter, "student": adapter} on the same test prompts and noise, beside what
     MODEL/results.json recorded of the others; table.md, results.json and grid.png in `run` (all ranks participate)."""
     guidance = dict.fromkeys(models, args.guidance) | {"student": args.student_guidance}
@@ -351,7 +359,7 @@ def report(args, pipe, text, tests, scorers, models, run, rank=0, world=1):
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
 
 
-def save_grid(path, scores, files, tests, rows):
+def save_grid(path: str | Path, scores: dict, files: dict, tests: dict, rows: dict) -> None:
     """A picture grid of the images `rows` {task: [number, …]}, a column per model, with each task's own score; no file
     where there is none, not even an older one."""
     Path(path).unlink(missing_ok=True)
@@ -362,7 +370,7 @@ def save_grid(path, scores, files, tests, rows):
         picture_grid(path, images, [tests[task][0][j] for task, j in places], marks)
 
 
-def most_different(scores, tests, number=3):
+def most_different(scores: dict, tests: dict, number: int = 3) -> dict[str, list[int]]:
     """{task: the prompts on which the models' scores lie furthest apart, at most so many, most different first}."""
     rows = {}
     for task in tests:
@@ -373,7 +381,7 @@ def most_different(scores, tests, number=3):
     return rows
 
 
-def load_models(transformer, models):
+def load_models(transformer: torch.nn.Module, models: dict[str, str]) -> dict[str, str | None]:
     """Put every adapter of {name: path} on the backbone -> {name: adapter name or None}."""
     on = {}
     for i, (name, path) in enumerate(models.items()):
@@ -383,7 +391,7 @@ def load_models(transformer, models):
     return on
 
 
-def paint_tests(args, tests, device, rank, world):
+def paint_tests(args: argparse.Namespace, tests: dict, device: torch.device, rank: int, world: int) -> dict[str, dict]:
     """Fill OUT/images with what is not there yet -> files {name: {task: [file, …]}} (all ranks participate)."""
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size, compile=args.compile)
     on = load_models(pipe.transformer, args.models)
@@ -405,7 +413,7 @@ def paint_tests(args, tests, device, rank, world):
     return files
 
 
-def paint_prompts(args, device):
+def paint_prompts(args: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
     """One's own prompts, side by side, nothing scored."""
     pipe = load_pipeline(args.model, device, args.dtype, args.no_t5, size=args.size, compile=args.compile)
     text = embed_prompts(pipe, args.prompt, args.text_length, args.no_t5, args.cache_embeddings)

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from model import precision, velocity
 class Live(TorchDispatchMode):
     """Adds up the bytes of the tensors made inside that are still alive; `peak` is the most there were at once."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.now, self.peak, self.known = device, 0, 0, weakref.WeakSet()
 
@@ -49,18 +50,18 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def free(self, size):
+    def free(self, size: int) -> None:
         self.now -= size
 
 
-def size_of(module):
+def size_of(module: torch.nn.Module) -> int:
     """Bytes of its parameters and of the buffers that are saved with it."""
     saved = module.state_dict()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *buffers.values()))
 
 
-def passes(args, world=1):
+def passes(args: argparse.Namespace, world: int = 1) -> dict[str, tuple[int, int]]:
     """{phase: (calls of the transformer, the states in the largest)} of process 0 in one iteration of train_opd.py."""
     sft, G = args.objective == "sft", args.group_size
     S, R = (1, 1) if sft else (args.trained_steps, args.eligible_steps[-1] + 1)  # steps trained, steps of a rollout
@@ -85,14 +86,14 @@ def passes(args, world=1):
     return {"rollout": (R * rollouts, wide), "labels": count([*asked, firsts], args.label_batch, S), "update": update}
 
 
-def scale_of(args, phase):
+def scale_of(args: argparse.Namespace, phase: str) -> float:
     """The guidance scale there: the labels are the teachers', and so is an off-policy rollout; sft's update has none."""
     if args.objective == "sft":
         return 1.0
     return args.guidance if phase == "labels" or (phase, args.rollout) == ("rollout", "teacher") else args.student_guidance
 
 
-def lora(path, flag, args, alpha=None):
+def lora(path: str, flag: str, args: argparse.Namespace, alpha: float | None = None) -> dict:
     """What add_adapter wants of it. Of an adapter on the hub the configuration alone is fetched."""
     if path == "base":
         return {"rank": args.rank, "alpha": args.alpha}
@@ -102,7 +103,7 @@ def lora(path, flag, args, alpha=None):
     return {"rank": json.loads(file.read_text())["r"] if file.is_file() else args.rank, "alpha": 1}
 
 
-def build(args, folder, dtype):
+def build(args: argparse.Namespace, folder: str | Path, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, int]]:
     """The transformer with all its adapters, on no device at all. Returns it, and {what: bytes} of what it holds."""
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(f"{folder}/transformer"))
@@ -128,7 +129,15 @@ def build(args, folder, dtype):
     }
 
 
-def peak_of(transformer, states, side, tokens, guidance, device, backward=False):
+def peak_of(
+    transformer: torch.nn.Module,
+    states: int,
+    side: int,
+    tokens: int,
+    guidance: float,
+    device: torch.device,
+    backward: bool = False,
+) -> int:
     """Peak bytes of one guided velocity (with `backward`: and its gradient) beyond what was there. Also of a real model."""
     config, dtype = transformer.config, transformer.pos_embed.proj.weight.dtype
     x, t = torch.zeros(states, config.in_channels, side, side, device=device), torch.full((states,), 0.5, device=device)
@@ -141,7 +150,9 @@ def peak_of(transformer, states, side, tokens, guidance, device, backward=False)
     return live.peak
 
 
-def phases(args, folder, device, dtype, world=1):
+def phases(
+    args: argparse.Namespace, folder: str | Path, device: torch.device, dtype: torch.dtype, world: int = 1
+) -> tuple[dict, dict]:
     """({what is held all the time: bytes}, {phase: bytes on top at its peak})."""
     transformer, held = build(args, folder, dtype)
     read = lambda name: json.loads((Path(folder) / name).read_text())
@@ -188,7 +199,7 @@ def phases(args, folder, device, dtype, world=1):
     return held, out
 
 
-def dry_run(args):
+def dry_run(args: argparse.Namespace) -> None:
     """Print what this run would hold and do. Nothing is loaded, nothing is written."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank:
@@ -231,7 +242,7 @@ SIGNS = ("not enough memory", "can't allocate memory", "CUDA out of memory", "CU
 GONE = ("closed by peer", "remote process exit")  # gloo's and nccl's words
 
 
-def guarded(main):
+def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
     """main(args) whose lack of memory is one line and exit code 2, on every process."""
 
     @functools.wraps(main)

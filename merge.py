@@ -22,13 +22,14 @@ ties and dare act on the dense dW (through peft's merge_utils) and need the SVD 
 rank and in which layers they adapt: a teacher that leaves a layer alone counts as zero there.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from cli import TASKS, at_least, check_adapter, check_folder, check_model, fail, fetch, make_parser, reason, written_beside
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--adapters", nargs="+", default=[f"toy/adapters/{t}" for t in TASKS], metavar="DIR", help="what to merge"
@@ -83,14 +84,14 @@ from tqdm import tqdm
 from adapters import read_adapter, save_adapter
 
 
-def exact_mean(parts, weights):
+def exact_mean(parts: list[tuple], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """[(A (r_i, in), B (out, r_i), scaling)] -> (A (R, in), B (out, R)), R = sum of ranks, B A = sum_i w_i dW_i."""
     A = torch.cat([A for A, _, _ in parts])  # (R, in)
     B = torch.cat([w * scaling * B for w, (_, B, scaling) in zip(weights, parts)], 1)  # (out, R)
     return A, B
 
 
-def factor_mean(parts, weights):
+def factor_mean(parts: list[tuple], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """mean(A), mean(B): what the public code does. Needs equal ranks and scalings."""
     if len({(A.shape, scaling) for A, _, scaling in parts}) > 1:
         fail("--method factor-mean needs adapters of one rank and alpha that adapt the same layers")
@@ -99,7 +100,7 @@ def factor_mean(parts, weights):
     return A, parts[0][2] * B
 
 
-def truncate(A, B, rank):
+def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The best rank-`rank` approximation of B A, split evenly, and the share of squared singular values it keeps.
 
     The SVD is done in the small space of the factors: B A = Qb (Rb Ra^T) Qa^T."""
@@ -115,7 +116,9 @@ def truncate(A, B, rank):
     return A.float(), B.float(), energy
 
 
-def merge(adapters, method, weights, rank=0, density=0.5, seed=0):
+def merge(
+    adapters: list[dict[str, tuple]], method: str, weights: list[float], rank: int = 0, density: float = 0.5, seed: int = 0
+) -> tuple[dict[str, tuple], list[float]]:
     """adapters: [{layer: (A, B, scaling)}, …] -> {layer: (A, B)} with dW = B A, and the retained energy of each layer."""
     weights = [w / sum(weights) for w in weights]
     names = sorted(set().union(*adapters))
@@ -146,7 +149,7 @@ def merge(adapters, method, weights, rank=0, density=0.5, seed=0):
     return merged, kept
 
 
-def fuse(model, merged, out):
+def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     """Write base + B A of every layer as a full transformer, in the base's own dtype; the sum is taken in float32."""
     from diffusers import SD3Transformer2DModel
     from safetensors import safe_open
@@ -178,7 +181,7 @@ def fuse(model, merged, out):
     print(f"fused into {folder} -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 
-def save(args, merged, kept):
+def save(args: argparse.Namespace, merged: dict[str, tuple], kept: list[float]) -> None:
     """Write the merged adapter, and say what the cut to --rank has kept."""
     ranks = {layer: len(A) for layer, (A, _) in merged.items()}
     rank = max(ranks.values())

@@ -6,6 +6,7 @@ One Stable Diffusion 3 pipeline as stock diffusers loads it; the trained parts a
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ ENCODERS = dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), [CLIPT
 TEXT = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def precision(dtype, device):
+def precision(dtype: str | None, device: torch.device) -> torch.dtype:
     """--dtype -> the torch dtype of the frozen backbone on this device; None = bf16 on a GPU, fp32 on a CPU."""
     if dtype == "fp16" and device.type != "cuda":
         fail("--dtype fp16: fp16 without CUDA is not supported here; take bf16 or fp32")
@@ -42,7 +43,15 @@ def precision(dtype, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, size=None, compile=False):
+def load_pipeline(
+    model: str,
+    device: torch.device,
+    dtype: str | None = None,
+    no_t5: bool = False,
+    checkpointing: bool = False,
+    size: int | None = None,
+    compile: bool = False,
+) -> StableDiffusion3Pipeline:
     """The stock pipeline without its text encoders, frozen and in eval mode: dropout would make the rollout's log-probs
     differ from the update's. The transformer is on the device, the VAE (fp32) stays behind until `decode` wants it.
 
@@ -77,7 +86,7 @@ def load_pipeline(model, device, dtype=None, no_t5=False, checkpointing=False, s
     return pipe
 
 
-def check_weights(module):
+def check_weights(module: torch.nn.Module) -> None:
     """ValueError unless all of it was in the files (diffusers leaves the rest on "meta", without data) and is finite."""
     for name, weight in module.named_parameters():
         if weight.is_meta or not weight.isfinite().all():
@@ -85,7 +94,13 @@ def check_weights(module):
 
 
 @torch.no_grad()
-def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
+def embed_prompts(
+    pipe: StableDiffusion3Pipeline,
+    prompts: Iterable[str],
+    length: int = 128,
+    no_t5: bool = False,
+    cache: str | Path | None = None,
+) -> dict:
     """A table of text embeddings, one row per distinct prompt, row 0 the empty prompt of guidance; it lies on the CPU.
 
     The text encoders are loaded for this alone and dropped again; with `cache`, a folder, only if a prompt is new.
@@ -122,7 +137,7 @@ def embed_prompts(pipe, prompts, length=128, no_t5=False, cache=None):
     return {"rows": rows} | {name: torch.stack([table[p][name] for p in distinct]) for name in ("embeds", "pooled")}
 
 
-def load_text_encoders(pipe, dtype, no_t5):
+def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool) -> StableDiffusion3Pipeline:
     """The stock pipeline with the tokenizers and text encoders, all of their weights from the directory: left to itself
     transformers draws at random what is missing."""
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
@@ -138,12 +153,14 @@ def load_text_encoders(pipe, dtype, no_t5):
         fail(f"--model {folder}: cannot load its text encoders ({reason(error)})")
 
 
-def backbone_dtype(transformer):
+def backbone_dtype(transformer: torch.nn.Module) -> torch.dtype:
     """What the frozen weights are in (`transformer.dtype` may see a LoRA's)."""
     return transformer.pos_embed.proj.weight.dtype
 
 
-def velocity(transformer, x, t, text, rows, guidance):
+def velocity(
+    transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor | float, text: dict, rows: torch.Tensor, guidance: float
+) -> torch.Tensor:
     """The guided velocity at x (B, C, H, W), t in [0, 1] (one, or one per sample), for the prompts in `rows` (B,; on the
     CPU, as the table `text` is): float32.
 
@@ -162,13 +179,15 @@ def velocity(transformer, x, t, text, rows, guidance):
     return v
 
 
-def time_grid(pipe, steps):
+def time_grid(pipe: StableDiffusion3Pipeline, steps: int) -> list[float]:
     """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0."""
     pipe.scheduler.set_timesteps(steps)
     return [float(s) for s in pipe.scheduler.sigmas]
 
 
-def initial_noise(pipe, generators, size=None):
+def initial_noise(
+    pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator], size: int | None = None
+) -> torch.Tensor:
     """One (C, H, W) per generator: (B, C, H, W). size: image pixels; default the transformer's own."""
     config = pipe.transformer.config
     side = size // pipe.vae_scale_factor if size else config.sample_size
@@ -180,14 +199,23 @@ def initial_noise(pipe, generators, size=None):
 
 
 @torch.no_grad()
-def decode(vae, latents):
+def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.to(latents.device).decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
-def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
+def paint(
+    pipe: StableDiffusion3Pipeline,
+    text: dict,
+    prompts: Sequence[str],
+    keys: Sequence[tuple],
+    steps: int,
+    guidance: float,
+    batch: int = 128,
+    size: int | None = None,
+) -> torch.Tensor:
     """ODE samples of the active adapter: images (N, 3, H, W) in [0, 1]. keys[i] seeds the noise of image i, so that
     two models given the same keys start from the same noise."""
     grid, images = time_grid(pipe, steps), []
@@ -200,12 +228,12 @@ def paint(pipe, text, prompts, keys, steps, guidance, batch=128, size=None):
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
 
-def as_picture(image):
+def as_picture(image: torch.Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> PIL, rounded to bytes."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_picture(file, image, mark):
+def save_picture(file: str | Path, image: torch.Tensor, mark: str) -> None:
     """(3, H, W) in [0, 1] -> PNG, with a text in it that says what it was made from. Written beside and renamed: it is
     complete, or not there."""
     info, beside = PngInfo(), Path(file).with_suffix(f".{os.getpid()}")
@@ -215,7 +243,7 @@ def save_picture(file, image, mark):
     beside.replace(file)
 
 
-def is_kept(file, mark):
+def is_kept(file: str | Path, mark: str) -> bool:
     """Whether the file is the image of this mark, which stands in the file itself: the two cannot come apart."""
     try:
         with Image.open(file) as image:
@@ -224,7 +252,7 @@ def is_kept(file, mark):
         return False
 
 
-def read_pictures(files):
+def read_pictures(files: Iterable[str | Path]) -> list[torch.Tensor]:
     """[(3, H, W) in [0, 1]] of whole bytes, of any sizes. ValueError where a file is no image."""
     images = []
     for file in files:

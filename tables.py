@@ -6,6 +6,7 @@ Scores are {model: {metric: (N,) tensor}}, tests {task: (N prompts, N lines of m
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -36,7 +37,7 @@ GENEVAL = {
 }
 
 
-def standard_error(scores, prompts):
+def standard_error(scores: torch.Tensor, prompts: Sequence[str]) -> float:
     """Of the mean of scores (N,). Images of one prompt are alike, so a prompt counts as one draw however many it has:
     with s_p the summed deviations of prompt p of P, sqrt(P / (P - 1) sum s_p^2) / N; std / sqrt(N) if all differ."""
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
@@ -45,11 +46,11 @@ def standard_error(scores, prompts):
     return (sums.square().sum().item() * len(sums) / (len(sums) - 1)) ** 0.5 / len(scores) if len(sums) > 1 else math.nan
 
 
-def mean_of(scores, prompts):
+def mean_of(scores: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
     return {"mean": scores.mean().item(), "se": standard_error(scores, prompts), "n": len(scores)}
 
 
-def average(scores, tests):
+def average(scores: dict[str, torch.Tensor], tests: dict[str, Sequence]) -> tuple[float, float]:
     """The paper's Average and its standard error from {metric: (N,) scores}; nan unless all four tasks are there."""
     if any(task not in scores for task in TASKS):
         return math.nan, math.nan
@@ -58,12 +59,12 @@ def average(scores, tests):
     return mean, variance**0.5
 
 
-def compare(scores, other, tests):
+def compare(scores: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tests: dict[str, Sequence]) -> tuple[float, float]:
     """The difference of two models' Averages and its paired standard error: the same prompts and noise for both."""
     return average({task: scores[task] - other[task] for task in TASKS}, tests)
 
 
-def summarise(scores, tests):
+def summarise(scores: dict[str, dict[str, torch.Tensor]], tests: dict[str, Sequence]) -> dict[str, dict[str, dict]]:
     """{name: {metric: {"mean", "se", "n"}, "average": {...}}}, with the oracle's row if all teachers are there."""
     if all(task in scores and task in scores[task] for task in TASKS):
         scores = scores | {"oracle": {task: scores[task][task] for task in TASKS}}
@@ -90,7 +91,9 @@ def summarise(scores, tests):
     return summary
 
 
-def table(summary, notes=None, columns=None):
+def table(
+    summary: dict[str, dict[str, dict]], notes: dict[str, str] | None = None, columns: dict[str, str] | None = None
+) -> str:
     """A Markdown table of `columns` {metric: title}, or of the paper's and behind them other metrics that were tasks;
     `notes` {name: text} go behind the name. A value without "se" is a published one."""
     digits = {"deqa": 2, "pickscore": 2, "average": 4}
@@ -110,6 +113,6 @@ def table(summary, notes=None, columns=None):
     return "\n".join(lines)
 
 
-def published():
+def published() -> dict[str, dict[str, dict]]:
     """The paper's rows, as `summarise` gives ours. Their GenEval fits the softened reward (README)."""
     return {name: {m: {"mean": v} for m, v in zip([*COLUMNS, "average"], values)} for name, values in PUBLISHED.items()}

@@ -33,19 +33,19 @@ SPOTS = torch.tensor(ring), torch.tensor([[0.0, 0.0], [1.5, 0.0], [-1.5, 0.0], [
 ORANGE, BLUE, GREY, PINK = "#D55E00", "#0072B2", "#666666", "#CC79A7"  # Okabe and Ito: told apart by everyone
 
 
-def data(task, number):
+def data(task: int, number: int) -> torch.Tensor:
     """Points as the task wants them: (number, 2)."""
     return SPOTS[task][torch.randint(len(SPOTS[task]), (number,))] + WIDTH * torch.randn(number, 2)
 
 
-def velocity(net, x, t, task):
+def velocity(net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor | float, task: torch.Tensor) -> torch.Tensor:
     """The model: v (..., 2) at x (..., 2); time t and task are broadcast to the leading dimensions."""
     t = torch.as_tensor(t, dtype=torch.float32).expand(x.shape[:-1])[..., None]  # (..., 1)
     task = torch.nn.functional.one_hot(task, 2).expand(*x.shape[:-1], 2)
     return net(torch.cat([x, t, t.square(), task], dim=-1))
 
 
-def flow_matching(net, points, tasks, steps, name):
+def flow_matching(net: torch.nn.Module, points: torch.Tensor, tasks: torch.Tensor, steps: int, name: str) -> torch.nn.Module:
     """Pre-training and teachers: regress noise - data at a random time. points (N, 2), tasks (N,)."""
     optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -61,7 +61,9 @@ def flow_matching(net, points, tasks, steps, name):
     return net.requires_grad_(False)
 
 
-def distil(base, teachers, objective, grid, iterations, samples):
+def distil(
+    base: torch.nn.Module, teachers: list[torch.nn.Module], objective: str, grid: list[float], iterations: int, samples: int
+) -> tuple[torch.nn.Module, list[float]]:
     """Flow-OPD. Returns the student and its KL to the teachers (a mean over steps and samples) in every iteration."""
     student, curve = copy.deepcopy(base).requires_grad_(True), []
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
@@ -107,7 +109,7 @@ def distil(base, teachers, objective, grid, iterations, samples):
 
 
 @torch.no_grad()
-def paint(net, task):
+def paint(net: torch.nn.Module, task: int) -> tuple[torch.Tensor, float]:
     """500 points of one task, without noise: all states (21, 500, 2), and how well they fill the spots, 0 to 1: the share
     of points within three standard deviations of a spot, where a spot counts no more than its part of all."""
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
@@ -116,7 +118,9 @@ def paint(net, task):
     return path, near.float().mean(1).clamp(max=1 / len(near)).sum().item()
 
 
-def draw(file, base, teachers, students, grid):
+def draw(
+    file: Path, base: torch.nn.Module, teachers: list[torch.nn.Module], students: dict[str, tuple], grid: list[float]
+) -> None:
     """Above: what one iteration sees, and the KL. Below: what every model makes of both tasks."""
     figure = plt.figure(figsize=(3.1 * (3 + len(students)), 11.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 2))
@@ -161,14 +165,16 @@ def draw(file, base, teachers, students, grid):
     plt.close(figure)
 
 
-def arrows(axis, net, x, t, task, colour, **how):
+def arrows(
+    axis: plt.Axes, net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor | float, task: int, colour: str, **how
+) -> None:
     """-v at x: painting goes from t = 1 to 0."""
     with torch.no_grad():
         v = velocity(net, x, t, torch.tensor(task))
     axis.quiver(*x.reshape(-1, 2).T, *-v.reshape(-1, 2).T, color=colour, zorder=2, **how)
 
 
-def frame(axis, task, title):
+def frame(axis: plt.Axes, task: int, title: str) -> None:
     for spot in SPOTS[task].tolist():
         axis.add_patch(plt.Circle(spot, 3 * WIDTH, fill=False, color="black", lw=0.9, ls=":", zorder=4))
     axis.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xticks=[], yticks=[])

@@ -38,19 +38,26 @@ TINY |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embed
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-def pack(x):
+def pack(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) -> (B, H W / 4, 4 C), as FluxPipeline._pack_latents."""
     B, C, H, W = x.shape
     return x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
 
 
-def unpack(x, H, W):
+def unpack(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
     """The reverse, for the VAE: (B, H W / 4, 4 C) -> (B, C, H, W)."""
     B, C = len(x), x.shape[2] // 4
     return x.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
-def velocity(transformer, x, t, embeds, pooled, guidance=3.5):
+def velocity(
+    transformer: torch.nn.Module,
+    x: torch.Tensor,
+    t: torch.Tensor | float,
+    embeds: torch.Tensor,
+    pooled: torch.Tensor,
+    guidance: float = 3.5,
+) -> torch.Tensor:
     """v at packed latents x (B, N, 4 C), t in [0, 1] (one, or one per sample): (B, N, 4 C)."""
     img_ids = torch.zeros(H // 2, W // 2, 3)
     img_ids[..., 1], img_ids[..., 2] = torch.arange(H // 2)[:, None], torch.arange(W // 2)

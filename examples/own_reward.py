@@ -26,13 +26,13 @@ from sde import log_prob, rollout, step
 PROMPTS = ["two circles", "nice mural of squares", "triangle above circle", "pretty view of triangles"]  # they name no colour
 
 
-def reward(images, prompts):
+def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """Redness: how much more red than green and blue a picture is, on average. (B,)"""
     red, green, blue = images.mean(dim=(2, 3)).unbind(1)
     return red - (green + blue) / 2
 
 
-def decode(vae, latents):
+def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)

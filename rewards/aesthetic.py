@@ -14,6 +14,7 @@ Not checked against the real weights here.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +38,18 @@ class Aesthetic:
     name, higher_is_better = "aesthetic", True
     range = (1.0, 10.0)  # the ratings it was fitted to
 
-    def __init__(self, device="cpu", weights="openai/clip-vit-large-patch14", head=FILE, sha256=SHA256, batch=32):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        weights: str | Path = "openai/clip-vit-large-patch14",
+        head: str | Path = FILE,
+        sha256: str | None = SHA256,
+        batch: int = 32,
+    ) -> None:
         self.device, self.weights, self.head, self.sha256, self.batch = device, weights, Path(head), sha256, batch
         self.model = None
 
-    def load(self):
+    def load(self) -> None:
         if not self.head.is_file():
             raise ValueError(f"aesthetic: no file {self.head}; fetch it with: {FETCH_HEAD}")
         if self.sha256 and hashlib.sha256(self.head.read_bytes()).hexdigest() != self.sha256:
@@ -63,7 +71,12 @@ class Aesthetic:
         self.model = model.eval().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images, prompts=None, metadata=None):
+    def __call__(
+        self,
+        images: torch.Tensor | Sequence[Image.Image],
+        prompts: Sequence[str] | None = None,
+        metadata: Sequence[dict] | None = None,
+    ) -> torch.Tensor:
         pictures = as_pictures(images)
         if pictures and self.model is None:
             self.load()
@@ -76,7 +89,7 @@ class Aesthetic:
         return torch.cat(scores)
 
 
-def fold(state):
+def fold(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The file's five layers as one affine map: w (768,), b (). Every key must be there and be used; in float64."""
     state = dict(state)
     w, b = torch.eye(SIZES[0], dtype=torch.float64), torch.zeros(SIZES[0], dtype=torch.float64)
@@ -90,7 +103,7 @@ def fold(state):
     return w[0].float(), b[0].float()
 
 
-def as_pictures(images):
+def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Image]:
     """(B, 3, H, W) floats in [0, 1], rounded to bytes as flow_grpo's training does, or PIL images -> RGB PIL images."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():

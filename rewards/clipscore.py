@@ -11,9 +11,13 @@ Weights: openai/clip-vit-large-patch14 (MIT).
 Not checked against the real weights here; with random ones it equals CLIPModel's own logits_per_image / 30.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 FETCH = "hf download openai/clip-vit-large-patch14 --include '*.json' --include merges.txt --include model.safetensors"
@@ -30,10 +34,12 @@ class CLIPScore:
     name, higher_is_better = "clipscore", True
     range = (0.0, 1.2)  # usual, not bounds: a cosine can be negative
 
-    def __init__(self, device="cpu", weights="openai/clip-vit-large-patch14", batch=32):
+    def __init__(
+        self, device: torch.device | str = "cpu", weights: str | Path = "openai/clip-vit-large-patch14", batch: int = 32
+    ) -> None:
         self.device, self.weights, self.batch, self.model = device, weights, batch, None
 
-    def load(self):
+    def load(self) -> None:
         try:
             model, info = CLIPModel.from_pretrained(
                 self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -50,7 +56,9 @@ class CLIPScore:
         self.model = model.eval().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images, prompts, metadata=None):
+    def __call__(
+        self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> torch.Tensor:
         pixels, prompts = as_tensors(images), list(prompts)
         if len(pixels) != len(prompts):
             raise ValueError(f"clipscore: {len(pixels)} images and {len(prompts)} prompts; give one prompt per image")
@@ -71,7 +79,7 @@ class CLIPScore:
         return torch.cat(scores)
 
 
-def prepare(pixels, side):
+def prepare(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """(3, H, W) in [0, 1] -> (3, side, side), normalised. torchvision's Resize, CenterCrop, Normalize on a tensor."""
     H, W = pixels.shape[1:]
     short = min(H, W)
@@ -82,7 +90,7 @@ def prepare(pixels, side):
     return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 
-def as_tensors(images):
+def as_tensors(images: torch.Tensor | Sequence[Image.Image]) -> list[torch.Tensor]:
     """(B, 3, H, W) floats in [0, 1], or PIL images of any sizes -> [(3, H, W) float32 in [0, 1]]."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():

@@ -22,6 +22,7 @@ Not checked against the real weights here. float32 takes 33 GB; the authors run 
 
 import copy
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,10 +57,16 @@ class DeQA:
     name, higher_is_better = "deqa", True
     range = (1.0, 5.0)
 
-    def __init__(self, device="cpu", weights="zhiyuanyou/DeQA-Score-Mix3", dtype=None, batch=8):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        weights: str | Path = "zhiyuanyou/DeQA-Score-Mix3",
+        dtype: torch.dtype | None = None,
+        batch: int = 8,
+    ) -> None:
         self.device, self.weights, self.dtype, self.batch, self.model = device, weights, dtype, batch, None
 
-    def load(self):
+    def load(self) -> None:
         try:
             folder = Path(cached_file(self.weights, "config.json", local_files_only=True)).parent
             config = json.loads((folder / "config.json").read_text())
@@ -74,7 +81,12 @@ class DeQA:
         self.model = model.eval().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images, prompts=None, metadata=None):
+    def __call__(
+        self,
+        images: torch.Tensor | Sequence[Image.Image],
+        prompts: Sequence[str] | None = None,
+        metadata: Sequence[dict] | None = None,
+    ) -> torch.Tensor:
         pictures = [square(p) for p in as_pictures(images)]
         if pictures and self.model is None:
             self.load()
@@ -86,7 +98,7 @@ class DeQA:
         return torch.cat(scores)
 
 
-def level_logits(model, pixels):
+def level_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Logits (B, 5) of the five words after the prompt, best level first; pixels (B, 3, S, S)."""
     core = model.model
     tokens = core.vision_model(pixels).last_hidden_state  # (B, 1 + patches, D), before the last norm
@@ -98,12 +110,12 @@ def level_logits(model, pixels):
     return logits[:, -1, list(LEVELS.values())]
 
 
-def expected_level(logits):
+def expected_level(logits: torch.Tensor) -> torch.Tensor:
     """(B, 5) logits of excellent … bad -> (B,) expectation of 5 … 1 under their softmax."""
     return logits.float().softmax(1) @ torch.arange(5.0, 0.0, -1.0, device=logits.device)
 
 
-def square(picture):
+def square(picture: Image.Image) -> Image.Image:
     """Padded to a square with CLIP's mean colour, int(mean * 255), the picture in the middle (scorer.py)."""
     side = max(picture.size)
     padded = Image.new("RGB", (side, side), (122, 116, 104))
@@ -114,11 +126,11 @@ def square(picture):
 class Multiway(nn.Module):
     """Two copies of a layer, one for the places of words and one for those of the picture (modeling_llama2.py)."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.multiway = nn.ModuleList([layer, copy.deepcopy(layer)])  # 0 words, 1 picture, as in the checkpoint
 
-    def forward(self, x):  # (B, 15 words + picture + 12 words, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 15 words + picture + 12 words, D)
         words, picture = self.multiway
         first, last = len(BEFORE), x.shape[1] - len(AFTER)
         return torch.cat([words(x[:, :first]), picture(x[:, first:last]), words(x[:, last:])], 1)
@@ -127,7 +139,7 @@ class Multiway(nn.Module):
 class AbstractorLayer(nn.Module):
     """Queries attend to themselves and the picture's tokens; then a gated MLP. Names as in the checkpoint."""
 
-    def __init__(self, config, queries):
+    def __init__(self, config: dict, queries: int) -> None:
         super().__init__()
         D, E, inner = config["hidden_size"], config["encoder_hidden_size"], config["intermediate_size"]
         attention = nn.ModuleDict({"query": nn.Linear(D, D), "key": nn.Linear(E, D), "value": nn.Linear(E, D)})
@@ -141,7 +153,7 @@ class AbstractorLayer(nn.Module):
         )
         self.heads = config["num_attention_heads"]
 
-    def forward(self, x, tokens):  # (B, 64, D), (B, 1025, E)
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # (B, 64, D), (B, 1025, E)
         attention, output = self.crossattention["attention"], self.crossattention["output"]
         x = self.crossattention["norm1"](x)  # also what the residual adds to
         both = torch.cat([x, self.crossattention["normk"](tokens)], 1)  # (B, 64 + 1025, D)
@@ -158,7 +170,7 @@ class AbstractorLayer(nn.Module):
 class Abstractor(nn.Module):
     """1025 tokens of the picture -> 64 learned queries + 1 end token, in the language model's space (visual_encoder.py)."""
 
-    def __init__(self, config, hidden):
+    def __init__(self, config: dict, hidden: int) -> None:
         super().__init__()
         queries, D = config["num_learnable_queries"], config["hidden_size"]
         self.encoder = nn.ModuleDict(
@@ -168,14 +180,14 @@ class Abstractor(nn.Module):
         self.query_embeds = nn.Parameter(torch.zeros(1, queries, D))
         self.vit_eos = nn.Parameter(torch.zeros(1, 1, hidden))
 
-    def forward(self, tokens):  # (B, 1025, E)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, 1025, E)
         x = self.query_embeds.expand(len(tokens), -1, -1)
         for layer in self.encoder["layers"]:
             x = layer(x, tokens)
         return torch.cat([self.visual_fc(x), self.vit_eos.expand(len(tokens), -1, -1)], 1)  # (B, 65, hidden)
 
 
-def build(config, state, dtype=torch.float32):
+def build(config: dict, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The model with the converted weights `state`; every weight must be there, in its shape, and none too many."""
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     llama = LlamaConfig(
@@ -212,7 +224,7 @@ RENAMED = {
 }
 
 
-def convert(published, config):
+def convert(published: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
     """Published weights by name -> the names and shapes of `build`. One to one, but for the picture encoder's joint
     query_key_value, which becomes three. Only LLaMA's rotary_emb.inv_freq, a computed table, is left out."""
     heads = config["visual_config"]["visual_model"]["num_attention_heads"]
@@ -241,7 +253,7 @@ def convert(published, config):
     return state
 
 
-def read_checkpoint(folder):
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """All shards of a directory as one dict on the CPU. A shard named in the index and not there is an error."""
     index = folder / "pytorch_model.bin.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
@@ -253,7 +265,7 @@ def read_checkpoint(folder):
     return state
 
 
-def check_vocabulary(path):
+def check_vocabulary(path: Path) -> None:
     """The token numbers above must spell the prompt and the five words in this tokenizer.model, else ValueError."""
     pieces = []
     for number, piece in fields(path.read_bytes()):  # ModelProto (sentencepiece_model.proto): field 1 holds the pieces ...
@@ -265,7 +277,7 @@ def check_vocabulary(path):
             raise ValueError(f"{path}: tokens {ids} spell {spelled!r} there, not {text!r}: another tokenizer")
 
 
-def fields(message):
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(number, value) of each field of a protobuf message; value is an int, or bytes for anything longer."""
     at = 0
 
@@ -289,7 +301,7 @@ def fields(message):
         at += size
 
 
-def as_pictures(images):
+def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Image]:
     """(B, 3, H, W) floats in [0, 1], rounded to bytes as flow_grpo's training does, or PIL images -> RGB PIL images."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():

@@ -33,7 +33,9 @@ import math
 import random
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ FETCH = (
 FETCH_CLIP = f"hf download {CLIP} --include '*.json' --include merges.txt --include model.safetensors"
 
 
-def refuse(what, cause=None):
+def refuse(what: str, cause: Exception | None = None) -> NoReturn:
     """Every error about the detector ends in the command that gets the right one."""
     raise ValueError(f"geneval: {what}; fetch and convert GenEval's: {FETCH}") from cause
 
@@ -83,7 +85,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 # ---- The rules. objects: {class: [{"box": (x1, y1, x2, y2), "colour": name, …}, …]}, each list from the best score down
 
 
-def relative_position(a, b):
+def relative_position(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """Where box a lies, seen from box b: a subset of RELATIONS, at most two of them (evaluate_images.py)."""
     offset = [(a[k] + a[k + 2] - b[k] - b[k + 2]) / 2 for k in (0, 1)]  # between the centres, x and y
     reach = [max(abs(offset[k]) - DEAD_ZONE * (a[k + 2] - a[k] + b[k + 2] - b[k]), 0) for k in (0, 1)]
@@ -93,12 +95,12 @@ def relative_position(a, b):
     return {name for name, far in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if far}
 
 
-def in_place(found, target, relation):
+def in_place(found: list[dict], target: list[dict] | None, relation: str) -> bool:
     """Every object found stands in the relation to every object of the target group; None: there is no target."""
     return target is not None and all(relation in relative_position(a["box"], b["box"]) for a in found for b in target)
 
 
-def official(objects, metadata):
+def official(objects: dict[str, list[dict]], metadata: dict) -> bool:
     """The official verdict on one image (evaluate in evaluate_images.py) -> bool.
 
     Only the best `count` objects of a class are looked at, so a cat too many is no error, unless `exclude` says so."""
@@ -116,7 +118,7 @@ def official(objects, metadata):
     return None not in groups and not excluded
 
 
-def softened(objects, metadata, position_slip=True):
+def softened(objects: dict[str, list[dict]], metadata: dict, position_slip: bool = True) -> tuple[float, bool]:
     """The reward that trains, and the strict verdict (evaluate_reward in reward-server's gen_eval.py) -> (float, bool).
 
     The mean of one term a count, colour and position. A count's term is 1 - |wanted - found| / wanted: with 1 wanted and
@@ -143,7 +145,7 @@ def softened(objects, metadata, position_slip=True):
     return sum(terms) / len(terms), None not in groups
 
 
-def summary(results):
+def summary(results: list[dict]) -> dict:
     """The four numbers that go by the name of GenEval, from `judge`'s results of all images.
 
     official         mean of the task accuracies, as GenEval reports it (summary_scores.py); tasks weigh the same
@@ -159,7 +161,7 @@ def summary(results):
     return {"official": sum(tasks.values()) / len(tasks), **images, "tasks": tasks}
 
 
-def check_metadata(metadata, i):
+def check_metadata(metadata: object, i: int) -> None:
     """ValueError, one line, unless this is a line of GenEval's metadata that the rules can judge."""
     where = f"geneval: metadata {i}"
     if not isinstance(metadata, dict) or metadata.get("tag") not in [*TAGS]:
@@ -188,7 +190,7 @@ def check_metadata(metadata, i):
 # ---- The detector: mmdet's Mask2Former in transformers' class
 
 
-def preprocess(pixels, swap=False):
+def preprocess(pixels: torch.Tensor, swap: bool = False) -> tuple[torch.Tensor, tuple[int, int]]:
     """The test pipeline of mmdet's config: uint8 (B, 3, H, W) -> normalised (B, 3, h', w'), and (h, w) without the padding.
 
     Keep the ratio, fit into EDGES; cv2's bilinear has no antialias, so Pillow's would differ when shrinking. Padding on the
@@ -202,7 +204,7 @@ def preprocess(pixels, swap=False):
     return ((x.flip(1) if swap else x) - mean) / std, (h, w)
 
 
-def detector_logits(model, head, x):
+def detector_logits(model: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, 3, h', w') -> class logits (B, Q, 81), the last being "no object", and mask logits (B, Q, h'/4, w'/4).
 
     What Mask2FormerForUniversalSegmentation computes; that class wants scipy for its loss. The head reads the states
@@ -212,7 +214,14 @@ def detector_logits(model, head, x):
     return head(states), out.masks_queries_logits[-1]
 
 
-def postprocess(class_logits, mask_logits, padded, resized, size, threshold):
+def postprocess(
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    threshold: float,
+) -> dict[str, list[dict]]:
     """mmdet's maskformer_fusion_head.instance_postprocess for one image, then GenEval's choice of objects.
 
     class_logits (Q, C + 1), mask_logits (Q, h, w); padded, resized, size: (height, width) of the detector's input, of the
@@ -239,7 +248,7 @@ def postprocess(class_logits, mask_logits, padded, resized, size, threshold):
     return {name: objects[name] for name in CLASSES if objects.get(name)}
 
 
-def detector_config():
+def detector_config() -> Mask2FormerConfig:
     """mmdet's config of that name in transformers' words. decoder_layers counts the prediction before the first layer."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=stages)
@@ -292,7 +301,7 @@ NAMES = (  # mmdet 2.x -> transformers 5, in front of .weight and .bias; what is
 )
 
 
-def rename(key):
+def rename(key: str) -> str | None:
     """The name in transformers of a parameter of mmdet 2.x, or None where NAMES has none."""
     for source, target in NAMES:
         if match := re.match(source.replace(".", r"\.") + r"(?=\.weight$|\.bias$|$)", key):
@@ -300,7 +309,7 @@ def rename(key):
     return None
 
 
-def convert(state, config):
+def convert(state: dict[str, torch.Tensor], config: Mask2FormerConfig) -> dict[str, torch.Tensor]:
     """mmdet 2.x state_dict -> transformers state_dict of Mask2FormerForUniversalSegmentation; one to one or ValueError.
 
     Swin's patch merging stacks the four pixels of a 2 x 2 patch in another order: nn.Unfold has (channel, row, column),
@@ -338,7 +347,7 @@ def convert(state, config):
     return out
 
 
-def convert_file(path, out):
+def convert_file(path: str | Path, out: str | Path) -> None:
     """The .pth that GenEval uses -> a folder that transformers loads. Only a file with the published hash is opened."""
     if not Path(path).is_file():
         refuse(f"{path} is not a file")
@@ -356,7 +365,7 @@ def convert_file(path, out):
     save_detector(convert(state, config), config, out, digest)
 
 
-def save_detector(state, config, out, digest):
+def save_detector(state: dict[str, torch.Tensor], config: Mask2FormerConfig, out: str | Path, digest: str) -> None:
     """config.json and model.safetensors; the hash of the .pth goes along, so that no other model passes for this one."""
     Path(out).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
@@ -364,7 +373,7 @@ def save_detector(state, config, out, digest):
     (Path(out) / "model.tmp").replace(Path(out) / "model.safetensors")
 
 
-def load_detector(folder, device):
+def load_detector(folder: str | Path, device: torch.device | str) -> tuple[Mask2FormerModel, torch.nn.Linear]:
     """A converted folder -> the model and the linear class head, float32, in eval mode."""
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
@@ -389,7 +398,7 @@ def load_detector(folder, device):
 # ---- Colours: CLIP on the object alone, against grey
 
 
-def clip_pixels(picture):
+def clip_pixels(picture: Image.Image) -> torch.Tensor:
     """CLIP's preprocessing as torchvision does it: PIL -> (3, 224, 224). transformers' own floors the crop's offset."""
     w, h = picture.size
     picture = picture.resize((224, int(224 * h / w)) if w <= h else (int(224 * w / h), 224), Image.Resampling.BICUBIC)
@@ -398,7 +407,7 @@ def clip_pixels(picture):
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
-def crop_object(array, found):
+def crop_object(array: np.ndarray, found: dict) -> torch.Tensor:
     """(H, W, 3) uint8 and an object -> (3, 224, 224): what is not the object becomes #999, then its box is cut out."""
     picture, mask = Image.fromarray(array), Image.fromarray(found["mask"])
     alone = Image.composite(picture, Image.new("RGB", picture.size, "#999"), mask)
@@ -408,7 +417,7 @@ def crop_object(array, found):
 # ---- The scorer
 
 
-def to_arrays(images):
+def to_arrays(images: torch.Tensor | Sequence[Image.Image]) -> list[np.ndarray]:
     """Floats (B, 3, H, W) in [0, 1] or PIL images -> a list of (H, W, 3) uint8 arrays. Rounded, not truncated."""
     if torch.is_tensor(images):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
@@ -425,7 +434,7 @@ def to_arrays(images):
     return arrays
 
 
-def as_jpeg(array):
+def as_jpeg(array: np.ndarray) -> np.ndarray:
     """What is left of an image after flow_grpo's client has sent it: JPEG at Pillow's defaults (quality 75, 4:2:0)."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG")
@@ -433,7 +442,7 @@ def as_jpeg(array):
 
 
 @contextlib.contextmanager
-def exact_float32(device):
+def exact_float32(device: torch.device | str) -> Iterator[None]:
     """No autocast and no TF32 inside (geneval issue 15: an A100 with TF32 scores differently); settings restored after."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -458,14 +467,22 @@ class GenEval:
     name, higher_is_better = "geneval", True
     range = (0.0, 1.0)  # what a weighted sum of rewards scales by; a softened reward can lie below: 4 found, 1 wanted is -2
 
-    def __init__(self, device="cpu", weights=WEIGHTS, clip=CLIP, mode="reward_server", position_slip=True, batch=8):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        weights: str | Path = WEIGHTS,
+        clip: str | Path = CLIP,
+        mode: str = "reward_server",
+        position_slip: bool = True,
+        batch: int = 8,
+    ) -> None:
         if mode not in ("official", "reward_server"):
             raise ValueError(f"geneval: mode {mode!r} is neither 'official' nor 'reward_server'")
         self.paths, self.device, self.mode = (weights, clip), device, mode
         self.position_slip, self.batch = position_slip, batch
         self.model = None
 
-    def load(self):
+    def load(self) -> None:
         weights, clip = self.paths
         model, head = load_detector(weights, self.device)
         try:
@@ -486,7 +503,7 @@ class GenEval:
         self.classifiers, self.model = {}, (model, head, clip_model)
 
     @torch.no_grad()
-    def detect(self, arrays, thresholds):
+    def detect(self, arrays: list[np.ndarray], thresholds: Sequence[float]) -> list[dict]:
         """(H, W, 3) uint8 arrays of any sizes, a threshold each -> the objects of each image, see `postprocess`.
 
         Only images of one size share a batch, so none is padded for the sake of another."""
@@ -508,7 +525,7 @@ class GenEval:
         return found
 
     @torch.no_grad()
-    def colour_classifier(self, name):
+    def colour_classifier(self, name: str) -> torch.Tensor:
         """(10, D): for each colour the normalised mean of three normalised text embeddings (clip_benchmark's zero-shot)."""
         if name not in self.classifiers:
             forms = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object")
@@ -519,7 +536,7 @@ class GenEval:
         return self.classifiers[name]
 
     @torch.no_grad()
-    def name_colours(self, arrays, found, metadata):
+    def name_colours(self, arrays: list[np.ndarray], found: list[dict], metadata: Sequence[dict]) -> None:
         """Fills in "colour" of the objects of every class whose colour the metadata asks for."""
         targets = []
         for array, objects, line in zip(arrays, found, metadata):
@@ -535,12 +552,12 @@ class GenEval:
                 for (_, name, o), feature in zip(part, features):
                     o["colour"] = COLOURS[(self.colour_classifier(name) @ feature).argmax()]
 
-    def check(self, prompts, metadata):
+    def check(self, prompts: Sequence[str] | None, metadata: Sequence[dict]) -> None:
         """ValueError, one line, where a prompt's metadata cannot be judged: to be asked before anything is painted."""
         for i, line in enumerate(metadata):
             check_metadata(line, i)
 
-    def judge(self, images, metadata):
+    def judge(self, images: torch.Tensor | Sequence[Image.Image], metadata: Sequence[dict]) -> list[dict]:
         """-> a dict an image: tag, correct (official), strict, soft. Images as the mode sees them, all three rules on them."""
         self.check(None, metadata)
         arrays = to_arrays(images)
@@ -559,7 +576,9 @@ class GenEval:
             results.append({"tag": line["tag"], "correct": official(objects, line), "strict": strict, "soft": soft})
         return results
 
-    def __call__(self, images, prompts, metadata):
+    def __call__(
+        self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict]
+    ) -> torch.Tensor:
         if len(prompts) != len(metadata):
             raise ValueError(f"geneval: {len(prompts)} prompts and {len(metadata)} lines of metadata; give one each")
         key = "correct" if self.mode == "official" else "soft"
@@ -569,7 +588,7 @@ class GenEval:
 # ---- Prompts for training, by the rules of the test prompts (geneval prompts/create_prompts.py)
 
 
-def make_prompt(tag, rng):
+def make_prompt(tag: str, rng: random.Random) -> dict:
     """One line of metadata. rng: random.Random. Persons get no colour; two objects never share class or colour."""
     article = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
     a, b = rng.sample(CLASSES[1:] if tag in ("colors", "color_attr") else CLASSES, 2)
@@ -594,7 +613,7 @@ def make_prompt(tag, rng):
     return {"tag": tag, "include": include, **exclude, "prompt": f"a photo of {text}"}
 
 
-def training_prompts(n, test_prompts, seed=0):
+def training_prompts(n: int, test_prompts: Iterable[str], seed: int = 0) -> list[dict]:
     """n lines of metadata in the shares of TAGS, none of whose prompts is in test_prompts. Repeats are left in, as upstream
     (its file of 50,000 is not public and other numbers were drawn for it: the same rule, not the same lines)."""
     if n < 1:
@@ -607,7 +626,7 @@ def training_prompts(n, test_prompts, seed=0):
     return lines
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(print(f"error: {message}", file=sys.stderr) or 2)  # one line, no usage
     task = parser.add_mutually_exclusive_group(required=True)

@@ -12,11 +12,15 @@ Definitions are ours, kept simple on purpose. Signature and attributes as in eve
 (images, prompts, metadata) -> (B,) float32 on the CPU; images (B, 3, H, W) floats in [0, 1]; higher_is_better is None.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 
-def edge_density(images, prompts=None, metadata=None, threshold=0.25):
+def edge_density(
+    images: torch.Tensor, prompts: Sequence[str] | None = None, metadata: Sequence[dict] | None = None, threshold: float = 0.25
+) -> torch.Tensor:
     """Share of pixels on an edge: Sobel gradient of the grey image above `threshold` (a full black-white step is 1)."""
     grey = luminance(check(images))  # (B, 1, H, W)
     smooth, slope = grey.new_tensor([1.0, 2.0, 1.0]) / 4, grey.new_tensor([-1.0, 0.0, 1.0])
@@ -25,7 +29,9 @@ def edge_density(images, prompts=None, metadata=None, threshold=0.25):
     return (gradient > threshold).flatten(1).float().mean(1).cpu()
 
 
-def colour_entropy(images, prompts=None, metadata=None, bins=8):
+def colour_entropy(
+    images: torch.Tensor, prompts: Sequence[str] | None = None, metadata: Sequence[dict] | None = None, bins: int = 8
+) -> torch.Tensor:
     """Entropy in bits of the image's colours on a grid of bins^3: 0 for one flat colour, at most 9 with 8 bins."""
     levels = (check(images) * bins).long().clamp(0, bins - 1)  # (B, 3, H, W)
     cells = ((levels[:, 0] * bins + levels[:, 1]) * bins + levels[:, 2]).flatten(1)  # (B, H W)
@@ -36,7 +42,9 @@ def colour_entropy(images, prompts=None, metadata=None, bins=8):
     return (torch.special.entr(share).sum(1) / torch.log(share.new_tensor(2.0))).cpu()  # entr(p) = -p log p, 0 at p = 0
 
 
-def diversity(images, prompts, metadata=None, side=32):
+def diversity(
+    images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, side: int = 32
+) -> torch.Tensor:
     """How far each image is from the others of its prompt: mean over them of the root mean square difference of the
     two images at side x side pixels. 0 = all alike. nan where a prompt has one image: there is nothing to compare."""
     small = F.interpolate(check(images), (side, side), mode="bilinear", antialias=True, align_corners=False).flatten(1)
@@ -56,12 +64,12 @@ edge_density.range, colour_entropy.range, diversity.range = (0.0, 1.0), (0.0, 9.
 edge_density.higher_is_better = colour_entropy.higher_is_better = diversity.higher_is_better = None
 
 
-def luminance(images):
+def luminance(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) -> (B, 1, H, W), weights of ITU-R BT.601."""
     return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))[:, None]
 
 
-def check(images):
+def check(images: torch.Tensor) -> torch.Tensor:
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError("images: a tensor (B, 3, H, W) of floats in [0, 1] is needed")
     if len(images) and not (images.amin() >= -1e-3 and images.amax() <= 1 + 1e-3):  # so written, nan fails too

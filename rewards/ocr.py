@@ -20,7 +20,9 @@ import contextlib
 import json
 import random
 import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +48,21 @@ class OCR:
 
     name, range, higher_is_better = "ocr", (0.0, 1.0), True
 
-    def __init__(self, device="cpu", engine="transformers", detector=DETECTOR, reader=READER, nfkc=False, batch=16):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        engine: str = "transformers",
+        detector: str | Path = DETECTOR,
+        reader: str | Path = READER,
+        nfkc: bool = False,
+        batch: int = 16,
+    ) -> None:
         if engine not in ("transformers", "paddleocr"):
             raise ValueError(f"ocr: no engine {engine!r}; there are transformers and paddleocr")
         self.device, self.engine, self.detector, self.reader = device, engine, detector, reader
         self.nfkc, self.batch, self.model = nfkc, batch, None
 
-    def load(self):
+    def load(self) -> None:
         if self.engine == "paddleocr":
             self.model = load_paddle(self.device)
             return
@@ -69,12 +79,14 @@ class OCR:
         self.scale = [torch.tensor(config.get(key, [0.5] * 3))[:, None, None] for key in ("image_mean", "image_std")]
         self.model = detector, reader
 
-    def check(self, prompts, metadata=None):
+    def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
         """ValueError, one line, where a prompt quotes no text: to be asked before anything is painted."""
         for prompt in prompts:
             quoted(prompt)
 
-    def __call__(self, images, prompts, metadata=None):
+    def __call__(
+        self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> torch.Tensor:
         pictures, targets = as_pictures(images), [quoted(prompt) for prompt in prompts]
         if len(pictures) != len(targets):
             raise ValueError(f"ocr: {len(pictures)} images and {len(targets)} prompts; give one prompt per image")
@@ -83,7 +95,7 @@ class OCR:
         return torch.tensor([score_text(text, target, self.nfkc) for text, target in zip(texts, targets)])
 
     @torch.no_grad()
-    def read(self, pictures):
+    def read(self, pictures: list[Image.Image]) -> list[str]:
         """What stands in each RGB picture: its confident lines in reading order, joined without anything between."""
         if self.model is None:
             self.load()
@@ -99,7 +111,7 @@ class OCR:
         pages = [[next(lines) for _ in found] for found in quads]
         return ["".join(text for text, confidence in page if confidence >= CONFIDENT) for page in pages]
 
-    def forward(self, model, inputs):
+    def forward(self, model: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs on the CPU, in the order of the inputs; inputs of equal shape go through together."""
         outputs = {}
         for shape in sorted({x.shape for x in inputs}):
@@ -115,7 +127,7 @@ class OCR:
 
 
 @contextlib.contextmanager
-def exact_float32(device):
+def exact_float32(device: torch.device | str) -> Iterator[None]:
     """No autocast and no TF32 inside: a box just above or below a threshold is a line more or less. Settings restored after."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -131,7 +143,7 @@ def exact_float32(device):
 # ---- The formula
 
 
-def quoted(prompt):
+def quoted(prompt: str) -> str:
     """The text between the prompt's first two double quotes. ValueError where there is none."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].replace(" ", ""):
@@ -139,7 +151,7 @@ def quoted(prompt):
     return parts[1]
 
 
-def score_text(text, target, nfkc=False):
+def score_text(text: str, target: str, nfkc: bool = False) -> float:
     """1 - min(edit distance, length) / length of the target, after removing spaces (only) and case. 1 as soon as the
     target stands anywhere in the text: what else is written costs nothing."""
     clean = lambda s: (unicodedata.normalize("NFKC", s) if nfkc else s).replace(" ", "").lower()
@@ -148,7 +160,7 @@ def score_text(text, target, nfkc=False):
     return 1 - distance / len(target)
 
 
-def edit_distance(a, b):
+def edit_distance(a: str, b: str) -> int:
     """Levenshtein: how many letters to insert, delete or replace to turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -161,7 +173,7 @@ def edit_distance(a, b):
 # ---- Detection: from a picture to the four corners of each line
 
 
-def for_detector(pixels):
+def for_detector(pixels: torch.Tensor) -> torch.Tensor:
     """(3, H, W) in 0 to 255 -> (3, h, w) normalised: longest side at most 960, both sides multiples of 32."""
     H, W = pixels.shape[1:]
     shrink = min(1.0, LONGEST / max(H, W))
@@ -170,12 +182,12 @@ def for_detector(pixels):
     return (bgr - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def resize(pixels, h, w):
+def resize(pixels: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """OpenCV's bilinear resize of bytes: no antialiasing, rounded."""
     return F.interpolate(pixels[None], (h, w), mode="bilinear", align_corners=False)[0].round()
 
 
-def find_lines(probability, height, width):
+def find_lines(probability: np.ndarray, height: int, width: int) -> list[np.ndarray]:
     """Map (h, w) of text probabilities -> corners (4, 2) of each line, in pixels of the height x width picture, clockwise
     from the top left, in reading order. DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes.
     Holes in a text region get no box of their own here; OpenCV's contours give them one, which scores below BOX."""
@@ -202,7 +214,7 @@ def find_lines(probability, height, width):
     return found
 
 
-def components(bitmap):
+def components(bitmap: np.ndarray) -> list[np.ndarray]:
     """Regions of a (h, w) bool map that hang together, corners included -> [(N, 2) x, y of the ends of their rows]."""
     steps = np.diff(np.pad(bitmap, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(steps == 1)  # runs of True: row, first column, one past the last column
@@ -230,7 +242,7 @@ def components(bitmap):
     return [np.array(points, float) for points in groups.values()]
 
 
-def smallest_rectangle(points):
+def smallest_rectangle(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rectangle of least area around points (N, 2): (axes (2, 2), centre along the axes (2,), sides (2,)).
     One of its sides lies on an edge of the convex hull (Freeman and Shapira, 1975), so those are all tried."""
     hull = convex_hull(points)
@@ -244,7 +256,7 @@ def smallest_rectangle(points):
     return axes[best], (low[best] + high[best]) / 2, high[best] - low[best]
 
 
-def convex_hull(points):
+def convex_hull(points: np.ndarray) -> np.ndarray:
     """The points (N, 2) on the outline of the hull, in order (Andrew's monotone chain)."""
     points, hull = sorted(set(map(tuple, points.tolist()))), []
     for ordered in (points, points[::-1]):
@@ -260,13 +272,13 @@ def convex_hull(points):
     return np.array(hull or points)
 
 
-def corners(rectangle, grow=0.0):
+def corners(rectangle: tuple[np.ndarray, np.ndarray, np.ndarray], grow: float = 0.0) -> np.ndarray:
     """(4, 2) corners, in order around the rectangle, each side moved outwards by `grow`."""
     axes, centre, sides = rectangle
     return (centre + (sides / 2 + grow) * [[-1, -1], [1, -1], [1, 1], [-1, 1]]) @ axes
 
 
-def mean_inside(probability, quad):
+def mean_inside(probability: np.ndarray, quad: np.ndarray) -> np.floating:
     """Mean of the map over the pixels of a convex quad, its outline included (box_score_fast, corners cut to integers)."""
     last = [probability.shape[1] - 1, probability.shape[0] - 1]
     (x0, y0), (x1, y1) = np.floor(quad.min(0)).clip(0, last).astype(int), np.ceil(quad.max(0)).clip(0, last).astype(int)
@@ -281,7 +293,7 @@ def mean_inside(probability, quad):
     return probability[y0 : y1 + 1, x0 : x1 + 1][inside].mean()
 
 
-def clockwise(quad):
+def clockwise(quad: np.ndarray) -> np.ndarray:
     """Corners from the top left: least x + y first, most x + y third, and of the others the one further right second."""
     total, lean = quad.sum(1), quad[:, 1] - quad[:, 0]
     first, third = total.argmin(), total.argmax()
@@ -292,7 +304,7 @@ def clockwise(quad):
 # ---- Recognition: from a line to its letters
 
 
-def cut(pixels, quad):
+def cut(pixels: torch.Tensor, quad: np.ndarray) -> torch.Tensor:
     """The line inside the quad, straightened: (3, H, W) -> (3, h, w). Upright ones (h >= 1.5 w) are laid on their side
     (get_rotate_crop_image: perspective, bicubic, edges repeated)."""
     side = lambda i, j: np.linalg.norm(quad[i] - quad[j])
@@ -312,7 +324,7 @@ def cut(pixels, quad):
     return crop.rot90(1, (1, 2)) if h / w >= 1.5 else crop
 
 
-def for_reader(crop, mean, std):
+def for_reader(crop: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(3, h, w) in 0 to 255 -> (3, 48, 320 or more): 48 high, its own width, zeros to the right (resize_norm_img).
     Red, green, blue: transformers' processor of this checkpoint does not swap. PaddleOCR pads a batch to its widest
     line and so lets a line's neighbours change how it is read; here every line has its own width."""
@@ -323,7 +335,7 @@ def for_reader(crop, mean, std):
     return F.pad(crop, (0, total - own))
 
 
-def decode(steps, letters):
+def decode(steps: np.ndarray, letters: Sequence[str]) -> tuple[str, float]:
     """Probabilities (T, letters) of each place along the line -> (text, mean confidence): the likeliest letter of each
     place, a repeated one once, and none where that is the blank, letter 0 (CTCLabelDecode)."""
     best = steps.argmax(1)
@@ -332,7 +344,7 @@ def decode(steps, letters):
     return "".join(letters[i] for i in best[keep]), confidence
 
 
-def alphabet(listed, outputs):
+def alphabet(listed: Sequence[str], outputs: int) -> list[str]:
     """The letter of each of the reader's outputs. The blank comes first and the space last; a list may lack them."""
     letters = list(listed)
     if len(letters) == outputs - 2:
@@ -347,7 +359,7 @@ def alphabet(listed, outputs):
 # ---- Loading
 
 
-def load(kind, weights):
+def load(kind: type, weights: str | Path) -> torch.nn.Module:
     try:
         folder = Path(cached_file(weights, "config.json", local_files_only=True)).parent  # by name, Auto classes ask the hub
         how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -361,7 +373,7 @@ def load(kind, weights):
     return model.eval()
 
 
-def load_paddle(device):
+def load_paddle(device: torch.device | str) -> Any:
     wanted = "pip install paddleocr==2.9.1 paddlepaddle"
     try:
         import paddleocr
@@ -374,7 +386,7 @@ def load_paddle(device):
     return paddleocr.PaddleOCR(lang="en", use_angle_cls=False, use_gpu=gpu, show_log=False)
 
 
-def as_pictures(images):
+def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Image]:
     """(B, 3, H, W) floats in [0, 1], rounded to bytes as flow_grpo's training does, or PIL images -> RGB PIL images."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
@@ -409,7 +421,7 @@ WORDS = (
 ).split()
 
 
-def make_prompts(count, seed=0, exclude=()):
+def make_prompts(count: int, seed: int = 0, exclude: Iterable[str] = ()) -> list[str]:
     """`count` different prompts of the kind of flow_grpo's dataset/ocr, each with one quoted text of 2 to 29 letters, as in
     its test set. Flow-OPD's repository leaves its 19,653 training prompts out; these are ours. exclude: prompts (a test
     set, say) whose quoted texts must not come up."""

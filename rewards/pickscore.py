@@ -13,6 +13,9 @@ Weights: yuvalkirstain/PickScore_v1 (MIT), a fine-tuned CLIP ViT-H/14. The token
 Not checked against the real weights here; with random ones it equals CLIPModel's own logits_per_image.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -34,10 +37,16 @@ class PickScore:
     name, higher_is_better = "pickscore", True
     range = (0.0, 26.0)  # not bounds: (score - 0) / 26 is the reward that flow_grpo trains on
 
-    def __init__(self, device="cpu", weights=MODEL, tokenizer=TOKENIZER, batch=32):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        weights: str | Path = MODEL,
+        tokenizer: str | Path = TOKENIZER,
+        batch: int = 32,
+    ) -> None:
         self.device, self.weights, self.words, self.batch, self.model = device, weights, tokenizer, batch, None
 
-    def load(self):
+    def load(self) -> None:
         try:
             model, info = CLIPModel.from_pretrained(
                 self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -56,7 +65,9 @@ class PickScore:
         self.model = model.eval().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images, prompts, metadata=None):
+    def __call__(
+        self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> torch.Tensor:
         pictures, prompts = as_pictures(images), list(prompts)
         if len(pictures) != len(prompts):
             raise ValueError(f"pickscore: {len(pictures)} images and {len(prompts)} prompts; give one prompt per image")
@@ -77,7 +88,7 @@ class PickScore:
         return torch.cat(scores)
 
 
-def as_pictures(images):
+def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Image]:
     """(B, 3, H, W) floats in [0, 1], rounded to bytes as flow_grpo's training does, or PIL images -> RGB PIL images."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():

@@ -210,3 +210,21 @@ def test_flags_of_both_training_scripts_are_explained_in_the_same_words():
     both = {name: pair for name, pair in lines.items() if len(pair) == 2}
     assert len(both) > 8
     assert not [name for name, (one, other) in both.items() if one != other and name not in DIFFERENT.split()]
+
+
+# ---- Type hints
+
+HINTED = "sde losses model adapters common checkpoint checks memory tables cli evaluate merge".split()
+HINTED = [f"{name}.py" for name in HINTED] + [str(p) for d in ("rewards", "examples") for p in sorted(Path(d).glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", HINTED)
+def test_public_functions_have_type_hints(file):
+    """On every parameter and for what comes back: functions and methods without a leading underscore, __init__, __call__."""
+    body = ast.parse(Path(file).read_text()).body
+    body += [node for kind in body if isinstance(kind, ast.ClassDef) for node in kind.body]
+    for node in (node for node in body if isinstance(node, ast.FunctionDef) and node.name != "main"):
+        if not node.name.startswith("_") or node.name in ("__init__", "__call__"):
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [p.arg for p in parameters if p.annotation is None and p.arg != "self"]
+            assert not bare and node.returns, f"{file}: {node.name} lacks the hint of {bare or 'what it returns'}"
