@@ -50,10 +50,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _fill_text(self, text, width, indent):
         parts = re.split(r"\n(?=\n| {4}| ?\d+\. )", text)  # paragraphs, numbered items, lines of code
-        wrap = lambda part: textwrap.fill(
-            " ".join(part.split()), width, subsequent_indent="   " * part.lstrip()[:1].isdecimal()
-        )
-        return "\n".join(part if part.startswith("    ") else "\n" * part.startswith("\n") + wrap(part) for part in parts)
+        for n, part in enumerate(parts):
+            if not part.startswith("    "):
+                hang = "   " if part.lstrip()[:1].isdecimal() else ""
+                filled = textwrap.fill(" ".join(part.split()), width, subsequent_indent=hang)
+                parts[n] = "\n" * part.startswith("\n") + filled
+        return "\n".join(parts)
 
 
 class Parser(argparse.ArgumentParser):

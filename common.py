@@ -62,8 +62,8 @@ def print_batch(args: argparse.Namespace, trained: int, world: int) -> None:
     """The derived numbers of an iteration, and a notice where processes get parts of unequal size."""
     samples, G = args.prompts_per_iteration * args.group_size, args.group_size
     print(f"{samples} images an iteration = {args.prompts_per_iteration} prompts x {G} samples, {world} process(es)")
-    share = f"{samples // args.updates} images x {trained} of {args.steps} steps"
-    print(f"{args.updates} update{'s' * (args.updates > 1)} of {share}", flush=True)
+    each = f"{samples // args.updates} images x {trained} of {args.steps} steps"
+    print(f"{args.updates} update{'s' * (args.updates > 1)} of {each}", flush=True)
     if samples % world:
         even = world // math.gcd(world, G)
         even *= -(-args.prompts_per_iteration // even)  # rounded up
@@ -242,9 +242,7 @@ def draw_curves(run: str | Path, panels: dict[str, list[str]]) -> None:
     panels = {title: names for title, names in panels.items() if names}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items()):
-        axis.set_prop_cycle(
-            color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-        )  # for the colour-blind too
+        axis.set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])  # safe for all eyes
         for name in names:
             points = [(line["iteration"], line[name]) for line in log if name in line]
             axis.plot(*zip(*points), marker="." if len(points) < 10 else "", label=name.split("/")[-1])

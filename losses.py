@@ -29,7 +29,7 @@ One update, for states of any shape (B, ...):
 
   path = sde.rollout(student, noise, grid, a)                    # no gradient inside; student(x, t) -> v
   for i in range(len(grid) - 2):                                 # all but the last step, as is the custom; std above 0
-      times = grid[i], grid[i + 1], a, grid[1]                   # grid[1] is t_1, at every step
+      times = grid[i], grid[i + 1], a, grid[1]                   # grid[1] is t_max, at every step
       with torch.no_grad():                                      # saves memory; the losses detach it anyway
           mean_teacher, _ = sde.step(path.x[i], teacher(path.x[i], grid[i]), *times)
       mean, std = sde.step(path.x[i], student(path.x[i], grid[i]), *times)  # once more, now with gradient

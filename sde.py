@@ -14,8 +14,8 @@ Notation, here, in losses.py and in the scripts (the papers' letter behind the n
                 C, H, W       of the latents; D = C H W. For sde.py and losses.py any shape behind B will do: (B, N, C), (B, 2)
   t, t_next     t, t - dt     time, 1 = pure noise ... 0 = data; the transformer is told 1000 t       floats
   dt            dt            t - t_next > 0                                                          float
-  grid          t_0 ... t_T   the scheduler's times, from t_0 = 1 to t_T = 0; t_1, the second, stands  T + 1 floats
-                              in for t in 1 - t at the first step, where that would be 0
+  grid          t_0 ... t_T   the scheduler's times, from t_0 = 1 to t_T = 0                          T + 1 floats
+  t_max         t_1           the grid's second: the largest t at which 1 - t is not 0                float
   x, x_next     x_t           latents before and after a step, x_t = (1 - t) x_0 + t noise            (B, C, H, W)
   x0, noise     x_0, eps      data, and the start of a rollout, Normal(0, I)                          (B, C, H, W)
   v             v_theta       velocity, predicts noise - x_0; v_teacher, v_anchor: theirs, at         (B, C, H, W)
@@ -49,14 +49,14 @@ from dataclasses import dataclass
 import torch
 
 
-def noise_scale(t: float, t_next: float, a: float, t_1: float, kind: str = "flow") -> float:
+def noise_scale(t: float, t_next: float, a: float, t_max: float, kind: str = "flow") -> float:
     """sigma of the step t -> t_next, so that the step's standard deviation is sigma sqrt(t - t_next).
 
     Source: Flow-GRPO, with a = 0.7 (`flow`); at t = 1, where it diverges, the 1 - t inside the root is
-    replaced by 1 - t_1, as Flow-GRPO's code does. Raises ValueError for an unknown kind.
+    replaced by 1 - t_max, as Flow-GRPO's code does. Raises ValueError for an unknown kind.
     """
     if kind == "flow":
-        return a * math.sqrt(t / (1 - (t_1 if t == 1 else t)))
+        return a * math.sqrt(t / (1 - (t_max if t == 1 else t)))
     if kind == "dance":
         return a
     if kind == "cps":
@@ -65,7 +65,7 @@ def noise_scale(t: float, t_next: float, a: float, t_1: float, kind: str = "flow
 
 
 def step(
-    x: torch.Tensor | float, v: torch.Tensor | float, t: float, t_next: float, a: float, t_1: float, kind: str = "flow"
+    x: torch.Tensor | float, v: torch.Tensor | float, t: float, t_next: float, a: float, t_max: float, kind: str = "flow"
 ) -> tuple[torch.Tensor | float, float]:
     """The Gaussian that the next state is drawn from: (mean, std).
 
@@ -73,7 +73,7 @@ def step(
     Returns mean, shaped like x, and std, a float. a = 0 is the scheduler's Euler step, exactly, with std 0.
     """
     dt = t - t_next
-    sigma = noise_scale(t, t_next, a, t_1, kind)
+    sigma = noise_scale(t, t_next, a, t_max, kind)
     std = sigma * math.sqrt(dt)
     if kind == "cps":  # re-mix the predicted data and noise; what noise is added is taken off the predicted noise
         x0, noise = x - t * v, x + (1 - t) * v
@@ -95,14 +95,14 @@ def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tens
     return (-0.5 * z.square() - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)  # (B,)
 
 
-def kl_weight(t: float, t_next: float, a: float, t_1: float, kind: str = "flow") -> float:
+def kl_weight(t: float, t_next: float, a: float, t_max: float, kind: str = "flow") -> float:
     """w(t) with KL(student step, teacher step) = w(t) mean((v - v_teacher)^2): Flow-OPD v5 Eq. 15.
 
     Both policies share std, so the KL is (mean - mean_teacher)^2 / (2 std^2), and the means differ only through v:
     w = (d mean / d v)^2 / (2 std^2). For `flow` inside (0, 1) this is (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t): small
     at high noise, large near the data. Raises ValueError where std is 0.
     """
-    gain, std = step(0.0, 1.0, t, t_next, a, t_1, kind)  # the mean is linear: its value at x = 0, v = 1 is d mean / d v
+    gain, std = step(0.0, 1.0, t, t_next, a, t_max, kind)  # the mean is linear: its value at x = 0, v = 1 is d mean / d v
     if not std > 0:
         raise ValueError("kl_weight needs std > 0: an ODE step (a = 0, or the last cps step) has no density")
     return gain**2 / (2 * std**2)

@@ -147,12 +147,12 @@ from model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time
 from sde import kl_weight, rollout, step
 
 
-def objective(args, v, v_teacher, mean_teacher, mean_old, x, x_next, kl_to_go, t, t_next, t_1, std):
+def objective(args, v, v_teacher, mean_teacher, mean_old, x, x_next, kl_to_go, t, t_next, t_max, std):
     """The chosen loss at one step of a micro-batch: (loss, metrics). Tensors (c, C, H, W), kl_to_go (c,); `v` alone
     carries gradient."""
     if args.objective == "ode":
         return losses.opd_ode(v, v_teacher, t - t_next)
-    mean, _ = step(x, v, t, t_next, args.noise, t_1, args.noise_kind)
+    mean, _ = step(x, v, t, t_next, args.noise, t_max, args.noise_kind)
     if args.objective == "kl":
         return losses.opd_kl(mean, mean_teacher, std)
     ppo = (mean, mean_old, mean_teacher, x_next, std)

@@ -352,11 +352,8 @@ def main(args):
     if rank == 0:
         best = args.final == "best" and (run / "best").is_dir()  # not there where no test could be scored
         publish_adapter(run / "best" if best else checkpoints(run)[-1] / "adapter", run / "adapter")
-        panels = {
-            "reward": ["reward"],
-            "test reward": [f"test/{t}" for t in tests],
-            "fraction of ratios clipped": ["clip_fraction"],
-        }
+        panels = {"reward": ["reward"], "test reward": [f"test/{task}" for task in tests]}
+        panels["fraction of ratios clipped"] = ["clip_fraction"]
         common.draw_curves(run, panels | {"signs of reward hacking": ["monitor/edge_density", "monitor/diversity"]})
         minutes = f"{(time.time() - began) / 60:.1f} minutes"
         print(f"{max(args.iterations - start, 0)} iterations in {minutes} -> {run}/adapter, curves.png, samples/")

@@ -147,9 +147,9 @@ def test_opd_trajectory_has_the_gradient_of_the_whole_trajectory():  # E
 def test_the_direct_losses_equal_their_closed_forms():  # D, F, MAR, flow matching
     (x, v, v_teacher), times = randn(3, 2, 4, 3, 3), (0.7, 0.55)  # t, t_next
     v.requires_grad_()
-    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, a=0.7, t_1=0.96) for u in (v, v_teacher))
-    euler, euler_teacher = (sde.step(x, u, *times, a=0.0, t_1=0.96)[0] for u in (v, v_teacher))
-    kl, w = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean(), sde.kl_weight(*times, a=0.7, t_1=0.96)
+    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, a=0.7, t_max=0.96) for u in (v, v_teacher))
+    euler, euler_teacher = (sde.step(x, u, *times, a=0.0, t_max=0.96)[0] for u in (v, v_teacher))
+    kl, w = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean(), sde.kl_weight(*times, a=0.7, t_max=0.96)
     anchored, metrics = losses.mar(v, v_teacher, 0.02 * w)
     for loss, truth in (
         (opd_kl(mean, mean_teacher, std)[0], kl),
