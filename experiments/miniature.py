@@ -164,9 +164,11 @@ def plan(out):
 
     # All of it once more with other teachers, from the same base.
     other = {task: f"{out}/other_{task}_seed1/adapter" for task in TASKS}
+    at = {"geneval": (40, 120), "ocr": (20, 45), "deqa": (25, 60), "pickscore": (10, 20, 40)}  # and the end, for section 7
     for task in TASKS:
         *flags, _, iterations = toy.ADAPTERS[task]
-        train("train_teacher.py", "repeat", f"other_{task}", 1, *flags, "--eval_every", "0", at=(int(iterations),))
+        stages = (*at[task], int(iterations))
+        train("train_teacher.py", "repeat", f"other_{task}", 1, *flags, "--eval_every", "0", at=stages)
     flags = ["--adapters", *other.values(), "--rank", "24"]
     jobs.append(Job("repeat", "other_merged", 1, "merge.py", flags, ()))
     others = (*(f for task, path in other.items() for f in ("--teacher", f"{task}={path}")), "--anchor", other["deqa"])
