@@ -119,7 +119,7 @@ def draw_all(runs, found, folder):
 
     if complete:
         names = {"opd_small": "Flow-OPD, 32 images an iteration", "opd_merge": "Flow-OPD, 128 images an iteration",
-                 "ode_lr3e-3": "Flow-OPD, 32 images, objective F at 3e-3",
+                 "ode_lr3e-3": "Flow-OPD, 32 images, ode at 3e-3",
                  "published_schedule": "published schedule, 32 images an iteration",
                  "merge_mix": "merge + GRPO-Mix, 192 images an iteration"}  # fmt: skip
         lines = [line for name, label in names.items() for line in average_line(runs, name, label)]
