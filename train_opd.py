@@ -287,7 +287,7 @@ def main(args):
     #                                       -> the anchor:          v_anchor
     #   micro-batch: v* = student(states) -> mean* = step(states, v*)
     #   loss = objective(mean*, mean_old, mean_teacher, x[i + 1]) + mar_weight w(t) |v* - v_anchor|^2
-    #   a gradient per task (tasks, P) -> summed over tasks and processes -> clip -> Adam -> average of the weights
+    #   a gradient per task (tasks, P) -> summed over tasks and processes -> clip -> AdamW -> average of the weights
     for iteration in bar:
         watch, log = common.Stopwatch(device), {}
         # 1. Prompts: every task in its share; which steps of the trajectory are trained.

@@ -7,8 +7,9 @@ import json
 import math
 import statistics
 
-TASKS = ("geneval", "ocr", "deqa", "pickscore")
-SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}
+from cli import TASKS
+from tables import SCALES
+
 OUTSIDE = ("counts", "places", "three", "letters")
 COLUMNS = {  # metric: heading, digits
     "geneval": ("GenEval", 3), "ocr": ("OCR", 3), "deqa": ("DeQA", 2), "pickscore": ("PickScore", 2), "average": ("Average", 4),

@@ -250,3 +250,8 @@ def test_the_update_in_the_docstring_runs():
     x, times = names["path"].x, [(t, t_next, 0.7, 0.8) for t, t_next in zip(names["grid"][:-2], names["grid"][1:-1])]
     exact = sum(2 * sde.kl_weight(*step) * (0.5 - 0.4) * x[i].square().mean() for i, step in enumerate(times)) / 3
     torch.testing.assert_close(weight.grad, exact, rtol=0.1, atol=0)
+
+
+def test_grpo_refuses_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match="one number a sample"):
+        grpo(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4))

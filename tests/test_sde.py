@@ -200,3 +200,8 @@ def test_a_grid_that_does_not_fall_from_one_is_refused(grid):
     """At .999 sigma would be 22 and not 0.7: a start beside 1 is a mistake, not a finer grid."""
     with pytest.raises(ValueError, match="fall from exactly 1"):
         rollout(lambda x, t: x, torch.zeros(1, 2), grid, 0.7)
+
+
+def test_rollout_wants_a_generator_for_every_sample():
+    with pytest.raises(ValueError):
+        sde.rollout(lambda x, t: -x, torch.zeros(2, 3), [1.0, 0.5, 0.0], 0.7, generators=[torch.Generator()])
