@@ -204,4 +204,4 @@ def test_a_grid_that_does_not_fall_from_one_is_refused(grid):
 
 def test_rollout_wants_a_generator_for_every_sample():
     with pytest.raises(ValueError):
-        sde.rollout(lambda x, t: -x, torch.zeros(2, 3), [1.0, 0.5, 0.0], 0.7, generators=[torch.Generator()])
+        rollout(lambda x, t: -x, torch.zeros(2, 3), [1.0, 0.5, 0.0], 0.7, generators=[torch.Generator()])
