@@ -29,8 +29,8 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import cli
-from cli import TASKS, at_least, fail, one_line, pairs, positive, within
+import support.flags as cli
+from support.flags import TASKS, at_least, fail, one_line, pairs, positive, within
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,11 +116,11 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-import adapters
-import common
-import memory
-from model import TEXT, as_picture, backbone_dtype, embed_prompts, is_kept, load_pipeline, paint, read_pictures, save_picture
-from tables import GENEVAL, average, compare, published, summarise, table
+import support.lora as adapters
+import support.run as common
+import support.memory as memory
+from support.model import TEXT, as_picture, backbone_dtype, embed_prompts, is_kept, load_pipeline, paint, read_pictures, save_picture
+from support.tables import GENEVAL, average, compare, published, summarise, table
 
 # ---- Scorers
 

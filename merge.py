@@ -26,7 +26,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli import TASKS, at_least, check_adapter, check_folder, check_model, fail, fetch, make_parser, reason, written_beside
+from support.flags import TASKS, at_least, check_adapter, check_folder, check_model, fail, fetch, make_parser, reason, written_beside
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,7 +81,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from adapters import read_adapter, save_adapter
+from support.lora import read_adapter, save_adapter
 
 
 def exact_mean(parts: list[tuple], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +154,7 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     from diffusers import SD3Transformer2DModel
     from safetensors import safe_open
 
-    from model import check_weights
+    from support.model import check_weights
 
     folder = fetch(model, "--fuse", ("model_index.json", "transformer/*"))
     check_model(folder, "--fuse")  # a hub id has been looked up only now

@@ -23,8 +23,8 @@ import os
 import time
 from pathlib import Path
 
-import cli
-from cli import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
+import support.flags as cli
+from support.flags import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
 
 OBJECTIVES = ("ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "kl", "trajectory", "ode", "sft")
 
@@ -136,14 +136,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import adapters
-import common
+import support.lora as adapters
+import support.run as common
 import losses
-import memory
-from checkpoint import begin_run, checkpoints, publish_adapter
-from checks import self_checks
+import support.memory as memory
+from support.checkpoint import begin_run, checkpoints, publish_adapter
+from support.checks import self_checks
 from evaluate import load_scorers, picture_grid, report
-from model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from support.model import TEXT, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from sde import kl_weight, rollout, step
 
 

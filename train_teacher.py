@@ -18,8 +18,8 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
 import time
 from pathlib import Path
 
-import cli
-from cli import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
+import support.flags as cli
+from support.flags import TASKS, at_least, fail, pairs, positive, prompt_files, read_prompts, within
 
 
 def parse_args():
@@ -130,14 +130,14 @@ import sys
 import torch
 from tqdm import tqdm
 
-import adapters
-import common
-import memory
-from checkpoint import begin_run, checkpoints, publish, publish_adapter
-from checks import self_checks
+import support.lora as adapters
+import support.run as common
+import support.memory as memory
+from support.checkpoint import begin_run, checkpoints, publish, publish_adapter
+from support.checks import self_checks
 from evaluate import ask, check_prompts, load_rewards, picture_grid
 from losses import group_advantage, grpo
-from model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
+from support.model import TEXT, decode, embed_prompts, initial_noise, load_pipeline, paint, time_grid, velocity
 from rewards.monitors import colour_entropy, diversity, edge_density
 from sde import kl_weight, log_prob, rollout, step
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import adapters
-import common
+import support.lora as adapters
+import support.run as common
 import losses
-from cli import TASKS, Help, Parser, at_least, check_adapter, read_prompts, save_json
+from support.flags import TASKS, Help, Parser, at_least, check_adapter, read_prompts, save_json
 from evaluate import load_rewards
-from model import decode, embed_prompts, initial_noise, load_pipeline, time_grid, velocity
+from support.model import decode, embed_prompts, initial_noise, load_pipeline, time_grid, velocity
 from sde import log_prob, rollout, step
 from train_teacher import make_reward
 

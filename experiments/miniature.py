@@ -28,9 +28,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common
+import support.run as common
 import toy
-from cli import TASKS, Help, Parser, at_least, finite, save_json
+from support.flags import TASKS, Help, Parser, at_least, finite, save_json
 from experiments import report
 
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]

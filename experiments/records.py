@@ -7,8 +7,8 @@ import json
 import math
 import statistics
 
-from cli import TASKS
-from tables import SCALES
+from support.flags import TASKS
+from support.tables import SCALES
 
 OUTSIDE = ("counts", "places", "three", "letters")
 COLUMNS = {  # metric: heading, digits

@@ -40,11 +40,11 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel  # noqa: E402
 
-import adapters  # noqa: E402
-import cli  # noqa: E402
+import support.lora as adapters  # noqa: E402
+import support.flags as cli  # noqa: E402
 import losses  # noqa: E402
-import memory  # noqa: E402
-import model  # noqa: E402
+import support.memory as memory  # noqa: E402
+import support.model as model  # noqa: E402
 import sde  # noqa: E402
 import toy  # noqa: E402
 import train_opd  # noqa: E402

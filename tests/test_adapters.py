@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-import adapters
-import model
+import support.lora as adapters
+import support.model as model
 
 LAYER = "transformer_blocks.0.attn.to_q"
 

@@ -26,10 +26,10 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import checks
-import cli
-import common
+import support.checkpoint as checkpoint
+import support.checks as checks
+import support.flags as cli
+import support.run as common
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -129,7 +129,7 @@ def place(tmp_path_factory):
 
     pictures = {
         "list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n',
-        "large/0.png": (ROOT / "picture.png").read_bytes(),
+        "large/0.png": (ROOT / "examples" / "picture.png").read_bytes(),
     }
     for name in ("named/cat.png", "cut/0.png", "two/0/samples/0.png", "two/0/samples/1.png"):
         pictures[name] = b"cut"

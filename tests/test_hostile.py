@@ -25,10 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-import adapters
-import cli
+import support.lora as adapters
+import support.flags as cli
 import evaluate
-import model
+import support.model as model
 from rewards import deqa, geneval
 
 CPU = torch.device("cpu")

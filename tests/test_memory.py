@@ -14,14 +14,14 @@ import pytest
 import torch
 from test_scripts import OPD, call
 
-import adapters
-import cli
-import common
-import memory
-import model
+import support.lora as adapters
+import support.flags as cli
+import support.run as common
+import support.memory as memory
+import support.model as model
 import train_opd
 import train_teacher  # noqa: F401  before a test below replaces what it imports
-from cli import TASKS
+from support.flags import TASKS
 
 CPU = torch.device("cpu")
 

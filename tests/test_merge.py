@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
 from torch.testing import assert_close
 
-from adapters import read_adapter, save_adapter
+from support.lora import read_adapter, save_adapter
 from merge import merge, truncate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,10 +17,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-import adapters
-import cli
+import support.lora as adapters
+import support.flags as cli
 import merge
-import model
+import support.model as model
 
 CPU = torch.device("cpu")
 PROMPTS = ["red circle", "sign reads K T in red"]

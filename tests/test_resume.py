@@ -17,9 +17,9 @@ import torch
 from conftest import process_ends
 from test_scripts import OPD, call, metrics, shell, weights
 
-import checkpoint
-import checks
-import common
+import support.checkpoint as checkpoint
+import support.checks as checks
+import support.run as common
 
 BIT_IDENTICAL = {"rtol": 0, "atol": 0}
 
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch, run, capsys):
 
 def test_the_lock_and_torchruns_restarts(monkeypatch, run):
     """A process that torchrun starts anew resumes its own run, and nobody else's."""
-    from cli import check_out, launcher
+    from support.flags import check_out, launcher
 
     class Args:
         out, resume, overwrite = str(run), None, True

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cli import TASKS
+from support.flags import TASKS
 
 TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 2 --eval_steps 2".split()
 OPD = [*TINY, "--eval_prompts", "0", "--sample_every", "0"]
@@ -128,7 +128,7 @@ def test_opd_lowers_the_kl(monkeypatch, tmp_path):
 
 
 def test_opd_needs_no_scorer_and_no_vae(monkeypatch, tmp_path):
-    import model
+    import support.model as model
 
     def refuse(*_):
         raise AssertionError("the training path decoded or scored an image")
@@ -433,7 +433,7 @@ def test_a_batch_that_one_process_cannot_score_is_dropped_by_both(monkeypatch, t
 
 
 def test_tables_standard_errors_and_the_names_of_geneval():
-    import tables
+    import support.tables as tables
     from rewards.geneval import TAGS, summary
 
     scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -460,7 +460,7 @@ def test_tables_standard_errors_and_the_names_of_geneval():
 
 
 def test_published_rows_have_the_published_average():
-    import tables
+    import support.tables as tables
 
     rows = tables.published()
     for row in rows.values():
@@ -481,7 +481,7 @@ def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tm
 @pytest.mark.parametrize("split, name", [("train", "train.txt"), ("train", "train_metadata.jsonl"), ("test", "test.txt"),
                                          ("test", "test_metadata.jsonl"), ("test", "evaluation_metadata.jsonl")])  # fmt: skip
 def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, name):
-    from cli import prompt_files, read_prompts
+    from support.flags import prompt_files, read_prompts
 
     line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats ½ 猫"}
     (tmp_path / name).write_text(json.dumps(line) + "\n" if name.endswith("l") else line["prompt"] + "\n", encoding="utf-8")

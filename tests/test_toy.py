@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-import adapters
-import common
-import model
+import support.lora as adapters
+import support.run as common
+import support.model as model
 import toy
-from cli import read_prompts
+from support.flags import read_prompts
 from evaluate import load_scorers, score_models
 
 N = 400

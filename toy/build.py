@@ -32,7 +32,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cli import make_parser, positive
+from support.flags import make_parser, positive
 
 
 def parse_args():

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-import adapters
-from cli import check_model, fetch, hub_id
-from common import print_batch, share
-from model import precision, velocity
+import support.lora as adapters
+from support.flags import check_model, fetch, hub_id
+from support.run import print_batch, share
+from support.model import precision, velocity
 
 
 class Live(TorchDispatchMode):

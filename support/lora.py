@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import ADAPTER, check_adapter, fail, fetch, one_line, read_json, reason, written_beside
+from support.flags import ADAPTER, check_adapter, fail, fetch, one_line, read_json, reason, written_beside
 
 # The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
 LORA_TARGETS = [

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from adapters import adapter
-from cli import fail
-from common import generator
-from model import backbone_dtype, initial_noise, velocity
+from support.lora import adapter
+from support.flags import fail
+from support.run import generator
+from support.model import backbone_dtype, initial_noise, velocity
 from sde import Trajectory, kl_weight, rollout, step
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of labels, relative to the largest velocity

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adapters import save_adapter
-from cli import fail, launcher, read_json, save_json
-from common import cut_log, gather, sha256
+from support.lora import save_adapter
+from support.flags import fail, launcher, read_json, save_json
+from support.run import cut_log, gather, sha256
 
 # ----------------------------------------------------------------------------------------------------------
 # Folders that are whole or not there

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from cli import PIPELINE, check_model, fail, fetch, reason
-from common import generator, sha256
+from support.flags import PIPELINE, check_model, fail, fetch, reason
+from support.run import generator, sha256
 from sde import rollout
 
 diffusers_logging.set_verbosity_error()  # no lines about every prompt that is cut, none beside our own line on an error

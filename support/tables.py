@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cli import TASKS
+from support.flags import TASKS
 
 COLUMNS = {"geneval": "GenEval", "ocr": "OCR", "deqa": "DeQA", "pickscore": "PickScore"}
 SCALES = {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}  # what Average divides each metric by
