@@ -1,9 +1,9 @@
-"""The scorers of the paper's tables by name, for `--rewards rewards`. Nothing is loaded until a scorer is first called.
+"""The scorers of the paper's tables by name, for `--rewards rewards`.
 
-    python evaluate.py --rewards rewards --tasks geneval ocr pickscore deqa --prompts geneval=data/geneval_test.jsonl …
+    python evaluate.py --rewards rewards --tasks ocr --prompts ocr=data/ocr_test.txt …
 
-A reward is a metric is a function: `REWARDS["pickscore"](images, prompts, metadata) -> scores (B,)`. Every file beside this
-one stands alone and can be copied.
+Nothing is loaded until a scorer is first called. A reward and a metric are the same function:
+`REWARDS["pickscore"](images, prompts, metadata) -> scores (B,)`.
 """
 
 from rewards.aesthetic import Aesthetic
@@ -14,7 +14,7 @@ from rewards.ocr import OCR
 from rewards.pickscore import PickScore
 
 REWARDS = {
-    "geneval": GenEval(),  # the softened reward: what trains, and what the published GenEval column fits
+    "geneval": GenEval(),  # the softened reward; the published column fits it
     "geneval_official": GenEval(mode="official"),
     "ocr": OCR(),
     "deqa": DeQA(),

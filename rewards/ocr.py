@@ -1,26 +1,30 @@
-"""OCR reward: how much of the text that the prompt puts in quotes can be read in the image. 0 to 1.
+"""OCR reward: how much of the text that the prompt puts in quotes can be read in the image, 0 to 1.
 
     from rewards.ocr import OCR
     scores = OCR(device="cuda")(images, ['a sign that says "Hello World"', ...])  # (B,)
 
-The paper's formula (flow_grpo/ocr.py) is `score_text`; "OCR Acc." is its mean over 1018 test prompts. The engine reads:
-  transformers  PP-OCRv5: `find_lines` on a map of text pixels, `cut` each line out, `decode` its letters (the default)
-  paddleocr     PaddleOCR 2.9.1 (en_PP-OCRv3_det, en_PP-OCRv4_rec), what the paper ran; needs that package
-Both are a segmentation network and a CTC reader without a language model, so misspelt letters are read as drawn. They
-are not the same networks: compare numbers within one engine only. Everything before and after the networks follows
-PaddleOCR 2.9.1 (ppocr/postprocess/db_postprocess.py, tools/infer/predict_{system,det,rec}.py), without OpenCV.
+The paper's formula (flow_grpo/ocr.py) is `score_text`; "OCR Acc." is its mean over the 1018 test
+prompts. Two engines can read the image:
+  transformers  PP-OCRv5 (the default): `find_lines` on a map of text pixels, `cut` each line out,
+                `decode` its letters
+  paddleocr     PaddleOCR 2.9.1 (en_PP-OCRv3_det, en_PP-OCRv4_rec), as in the paper; needs that
+                package
+Both are a segmentation network and a CTC reader without a language model, so a misspelt word is
+read as it is. They are not the same networks: compare numbers within one engine only. Everything
+before and after the networks follows PaddleOCR 2.9.1 (ppocr/postprocess/db_postprocess.py,
+tools/infer/predict_{system,det,rec}.py), without OpenCV.
 
 Weights (Apache-2.0), 20 MB together:
     hf download PaddlePaddle/PP-OCRv5_mobile_det_safetensors
     hf download PaddlePaddle/PP-OCRv5_mobile_rec_safetensors
-PP-OCRv5_server_{det,rec}_safetensors fit too: larger, slower, better. Not checked against the real weights here.
+PP-OCRv5_server_{det,rec}_safetensors fit too: larger, slower, better. Not checked here against the
+real weights.
 """
 
-import contextlib
 import json
 import random
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +35,32 @@ from PIL import Image
 from transformers import AutoModelForObjectDetection, AutoModelForTextRecognition
 from transformers.utils import cached_file
 
-DETECTOR, READER = "PaddlePaddle/PP-OCRv5_mobile_det_safetensors", "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the detector, in its channel order: blue, green, red
-LONGEST, PIXEL, BOX, UNCLIP, MIN_SIDE, MAX_LINES = 960, 0.3, 0.6, 1.5, 3, 1000  # predict_det.py's defaults
+from rewards.images import as_pictures, exact_float32
+
+DETECTOR = "PaddlePaddle/PP-OCRv5_mobile_det_safetensors"
+READER = "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the detector's: blue, green, red
+# predict_det.py's defaults
+LONGEST = 960  # pixels of the longer side for the detector
+PIXEL = 0.3  # a pixel is text above this probability
+BOX = 0.6  # a box is a line from this mean probability
+UNCLIP = 1.5  # how far a box grows: times area / perimeter
+MIN_SIDE = 3  # pixels of the shorter side of a box
+MAX_LINES = 1000
 CONFIDENT = 0.5  # drop_score of predict_system.py: a line read with less confidence does not count
 
 
 class OCR:
-    """Callable (images, prompts, metadata=None) -> (B,) float32 on the CPU. images: see `as_pictures`.
+    """Callable (images, prompts, metadata=None) -> (B,) float32 on the CPU.
 
-    device: where the models live once they are needed (first call); `reward.model = None` drops them again.
-    engine: "transformers" or "paddleocr". detector, reader: hub ids or directories; never downloaded here.
+    images: see `as_pictures`.
+    device: where the models are loaded at the first call; `reward.model = None` drops them again.
+    engine: "transformers" or "paddleocr". detector, reader: hub ids or folders; nothing is
+    downloaded.
     nfkc: full-width letters and the like count as plain ones (the paper does not do this).
-    batch: pictures and lines per forward pass; scores do not depend on it beyond rounding.
-    ValueError where a prompt quotes no text, an image cannot be decoded, or weights or the package are missing."""
+    batch: pictures and lines per forward pass; it changes scores by no more than rounding.
+    ValueError where a prompt quotes no text, an image cannot be decoded, or weights or the package
+    are missing."""
 
     name, range, higher_is_better = "ocr", (0.0, 1.0), True
 
@@ -59,8 +75,13 @@ class OCR:
     ) -> None:
         if engine not in ("transformers", "paddleocr"):
             raise ValueError(f"ocr: no engine {engine!r}; there are transformers and paddleocr")
-        self.device, self.engine, self.detector, self.reader = device, engine, detector, reader
-        self.nfkc, self.batch, self.model = nfkc, batch, None
+        self.device = device
+        self.engine = engine
+        self.detector = detector
+        self.reader = reader
+        self.nfkc = nfkc
+        self.batch = batch
+        self.model = None
 
     def load(self) -> None:
         if self.engine == "paddleocr":
@@ -70,74 +91,84 @@ class OCR:
         reader = load(AutoModelForTextRecognition, self.reader).to(self.device)
         for kind in (detector.config.model_type, reader.config.model_type):
             if not kind.startswith("pp_ocrv5"):
-                raise ValueError(f"ocr: {kind} wants its pictures prepared in another way; expected PP-OCRv5")
+                what = f"{kind} needs its pictures prepared in another way"
+                raise ValueError(f"ocr: {what}; expected PP-OCRv5")
         try:
-            config = json.loads(Path(cached_file(self.reader, "preprocessor_config.json", local_files_only=True)).read_text())
+            file = cached_file(self.reader, "preprocessor_config.json", local_files_only=True)
+            config = json.loads(Path(file).read_text())
             self.letters = alphabet(config["character_list"], reader.config.head_out_channels)
         except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"ocr: no usable alphabet in {self.reader} ({error}); hf download {self.reader}") from error
-        self.scale = [torch.tensor(config.get(key, [0.5] * 3))[:, None, None] for key in ("image_mean", "image_std")]
+            what = f"no usable alphabet in {self.reader} ({error})"
+            raise ValueError(f"ocr: {what}; hf download {self.reader}") from error
+        mean, std = (config.get(key, [0.5] * 3) for key in ("image_mean", "image_std"))
+        self.scale = [torch.tensor(values)[:, None, None] for values in (mean, std)]
         self.model = detector, reader
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
-        """ValueError, one line, where a prompt quotes no text: to be asked before anything is painted."""
+        """ValueError, one line, where a prompt quotes no text. To be called before sampling."""
         for prompt in prompts:
             quoted(prompt)
 
     def __call__(
-        self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
+        self,
+        images: torch.Tensor | Sequence[Image.Image],
+        prompts: Sequence[str],
+        metadata: Sequence[dict] | None = None,
     ) -> torch.Tensor:
         pictures, targets = as_pictures(images), [quoted(prompt) for prompt in prompts]
         if len(pictures) != len(targets):
-            raise ValueError(f"ocr: {len(pictures)} images and {len(targets)} prompts; give one prompt per image")
-        n = self.batch
-        texts = [text for i in range(0, len(pictures), n) for text in self.read(pictures[i : i + n])]
-        return torch.tensor([score_text(text, target, self.nfkc) for text, target in zip(texts, targets)])
+            counts = f"{len(pictures)} images and {len(targets)} prompts"
+            raise ValueError(f"ocr: {counts}; give one prompt per image")
+        texts = []
+        for i in range(0, len(pictures), self.batch):
+            texts += self.read(pictures[i : i + self.batch])
+        pairs = zip(texts, targets)
+        return torch.tensor([score_text(text, target, self.nfkc) for text, target in pairs])
 
     @torch.no_grad()
     def read(self, pictures: list[Image.Image]) -> list[str]:
-        """What stands in each RGB picture: its confident lines in reading order, joined without anything between."""
+        """The text in each RGB picture: its confident lines in reading order, joined."""
         if self.model is None:
             self.load()
-        if self.engine == "paddleocr":  # given red, green, blue though it expects the reverse: as flow_grpo does
-            pages = [self.model.ocr(np.array(picture), cls=False)[0] or [] for picture in pictures]
-            return ["".join(text for _, (text, confidence) in page if confidence > 0) for page in pages]
+        if self.engine == "paddleocr":
+            return [self.read_with_paddle(picture) for picture in pictures]
         detector, reader = self.model
-        pixels = [torch.from_numpy(np.array(p)).permute(2, 0, 1).float() for p in pictures]  # (3, H, W), 0 to 255
-        maps = self.forward(detector, [for_detector(p) for p in pixels])  # (1, h, w) each, probability of text
-        quads = [find_lines(m[0].numpy(), *p.shape[1:]) for m, p in zip(maps, pixels)]
-        crops = [for_reader(cut(p, quad), *self.scale) for p, found in zip(pixels, quads) for quad in found]
-        lines = iter([decode(steps.numpy(), self.letters) for steps in self.forward(reader, crops)])
-        pages = [[next(lines) for _ in found] for found in quads]
-        return ["".join(text for text, confidence in page if confidence >= CONFIDENT) for page in pages]
+        arrays = [torch.from_numpy(np.array(picture)) for picture in pictures]
+        pixels = [array.permute(2, 0, 1).float() for array in arrays]  # (3, H, W), 0 to 255
+        # The probability of text, (1, h, w) for each picture
+        maps = self.forward(detector, [for_detector(p) for p in pixels])
+        page_of, crops = [], []  # the picture that each line belongs to, and its pixels
+        for page, (probability, p) in enumerate(zip(maps, pixels)):
+            for quad in find_lines(probability[0].numpy(), *p.shape[1:]):
+                page_of.append(page)
+                crops.append(for_reader(cut(p, quad), *self.scale))
+        texts = [""] * len(pictures)
+        for page, steps in zip(page_of, self.forward(reader, crops)):
+            text, confidence = decode(steps.numpy(), self.letters)
+            if confidence >= CONFIDENT:
+                texts[page] += text
+        return texts
+
+    def read_with_paddle(self, picture: Image.Image) -> str:
+        """Like flow_grpo we give it red, green, blue, though it expects the reverse."""
+        lines = self.model.ocr(np.array(picture), cls=False)[0] or []
+        return "".join(text for _, (text, confidence) in lines if confidence > 0)
 
     def forward(self, model: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs on the CPU, in the order of the inputs; inputs of equal shape go through together."""
+        """Outputs on the CPU, in the order of the inputs; inputs of one shape share batches."""
         outputs = {}
         for shape in sorted({x.shape for x in inputs}):
             same = [i for i, x in enumerate(inputs) if x.shape == shape]
             for start in range(0, len(same), self.batch):
-                part = same[start : start + self.batch]
+                chosen = same[start : start + self.batch]
+                x = torch.stack([inputs[i] for i in chosen]).to(self.device)
                 with exact_float32(self.device):
-                    got = model(torch.stack([inputs[i] for i in part]).to(self.device)).last_hidden_state
-                if not got.isfinite().all():  # would read as "no text", a score of 0
-                    raise ValueError("ocr: a network's output is not finite; check the device and fetch the weights again")
-                outputs |= zip(part, got.float().cpu())
+                    output = model(x).last_hidden_state
+                if not output.isfinite().all():  # it would mean "no text", a score of 0
+                    advice = "check the device and fetch the weights again"
+                    raise ValueError(f"ocr: a network's output is not finite; {advice}")
+                outputs |= zip(chosen, output.float().cpu())
         return [outputs[i] for i in range(len(inputs))]
-
-
-@contextlib.contextmanager
-def exact_float32(device: torch.device | str) -> Iterator[None]:
-    """No autocast and no TF32 inside: a box just above or below a threshold is a line more or less. Settings restored after."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(torch.device(device).type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
 
 
 # ---- The formula
@@ -147,15 +178,18 @@ def quoted(prompt: str) -> str:
     """The text between the prompt's first two double quotes. ValueError where there is none."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].replace(" ", ""):
-        raise ValueError(f'ocr: the prompt {prompt!r} quotes no text; expected one such as: a sign that says "Hi"')
+        example = 'expected one such as: a sign that says "Hi"'
+        raise ValueError(f"ocr: the prompt {prompt!r} quotes no text; {example}")
     return parts[1]
 
 
 def score_text(text: str, target: str, nfkc: bool = False) -> float:
-    """1 - min(edit distance, length) / length of the target, after removing spaces (only) and case. 1 as soon as the
-    target stands anywhere in the text: what else is written costs nothing."""
-    clean = lambda s: (unicodedata.normalize("NFKC", s) if nfkc else s).replace(" ", "").lower()
-    text, target = clean(text), clean(target)
+    """1 - min(edit distance, length) / length of the target, without spaces (only) and case.
+
+    1 as soon as the target is anywhere in the text: what else is written costs nothing."""
+    if nfkc:
+        text, target = (unicodedata.normalize("NFKC", s) for s in (text, target))
+    text, target = (s.replace(" ", "").lower() for s in (text, target))
     distance = 0 if target in text else min(edit_distance(text, target), len(target))
     return 1 - distance / len(target)
 
@@ -174,7 +208,9 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def for_detector(pixels: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) in 0 to 255 -> (3, h, w) normalised: longest side at most 960, both sides multiples of 32."""
+    """(3, H, W) in 0 to 255 -> (3, h, w), normalised blue, green, red.
+
+    The longer side is at most 960; both are multiples of 32."""
     H, W = pixels.shape[1:]
     shrink = min(1.0, LONGEST / max(H, W))
     h, w = (max(round(int(side * shrink) / 32) * 32, 32) for side in (H, W))
@@ -188,9 +224,11 @@ def resize(pixels: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 def find_lines(probability: np.ndarray, height: int, width: int) -> list[np.ndarray]:
-    """Map (h, w) of text probabilities -> corners (4, 2) of each line, in pixels of the height x width picture, clockwise
-    from the top left, in reading order. DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes.
-    Holes in a text region get no box of their own here; OpenCV's contours give them one, which scores below BOX."""
+    """Map (h, w) of text probabilities -> corners (4, 2) of each line, in reading order.
+
+    Corners are in pixels of the height x width picture, clockwise from the top left. This is
+    DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes. Holes in a text
+    region get no box here; OpenCV's contours give them one, but it scores below BOX."""
     h, w = probability.shape
     found = []
     for points in components(probability > PIXEL)[:MAX_LINES]:
@@ -198,27 +236,37 @@ def find_lines(probability: np.ndarray, height: int, width: int) -> list[np.ndar
         sides = rectangle[2]
         if sides.min() < MIN_SIDE or mean_inside(probability, corners(rectangle)) < BOX:
             continue
-        grow = sides.prod() * UNCLIP / (2 * sides.sum())  # area * 1.5 / perimeter, outwards on every side
+        grow = sides.prod() * UNCLIP / (2 * sides.sum())  # area * 1.5 / perimeter, on every side
         if sides.min() + 2 * grow < MIN_SIDE + 2:
             continue
         quad = np.round(corners(rectangle, grow) * [width / w, height / h]).clip(0, [width, height])
         quad = clockwise(quad).clip(0, [width - 1, height - 1])
-        if min(int(np.linalg.norm(quad[0] - quad[1])), int(np.linalg.norm(quad[0] - quad[3]))) > 3:
+        line_width = int(np.linalg.norm(quad[0] - quad[1]))
+        line_height = int(np.linalg.norm(quad[0] - quad[3]))
+        if min(line_width, line_height) > 3:
             found.append(quad)
-    found.sort(key=lambda quad: (quad[0][1], quad[0][0]))  # by the top left corner: y, then x ...
-    for i in range(1, len(found)):  # ... but corners less than 10 pixels apart in y are on one row, left to right
+    return in_reading_order(found)
+
+
+def in_reading_order(quads: list[np.ndarray]) -> list[np.ndarray]:
+    """By the top left corner: y, then x. Corners less than 10 pixels apart in y are in one row."""
+    quads = sorted(quads, key=lambda quad: (quad[0][1], quad[0][0]))
+    for i in range(1, len(quads)):
         for j in range(i, 0, -1):
-            if abs(found[j][0][1] - found[j - 1][0][1]) >= 10 or found[j][0][0] >= found[j - 1][0][0]:
+            (x_before, y_before), (x, y) = quads[j - 1][0], quads[j][0]
+            if abs(y - y_before) >= 10 or x >= x_before:
                 break
-            found[j - 1], found[j] = found[j], found[j - 1]
-    return found
+            quads[j - 1], quads[j] = quads[j], quads[j - 1]
+    return quads
 
 
 def components(bitmap: np.ndarray) -> list[np.ndarray]:
-    """Regions of a (h, w) bool map that hang together, corners included -> [(N, 2) x, y of the ends of their rows]."""
+    """Connected regions of a (h, w) bool map -> for each the ends of its rows, (N, 2) x, y.
+
+    Pixels that touch at a corner are connected."""
     steps = np.diff(np.pad(bitmap, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(steps == 1)  # runs of True: row, first column, one past the last column
-    ends = np.nonzero(steps == -1)[1]
+    rows, starts = np.nonzero(steps == 1)  # each run of True: its row, its first column
+    ends = np.nonzero(steps == -1)[1]  # one past its last column
     root = list(range(len(rows)))
 
     def find(i):
@@ -237,19 +285,24 @@ def components(bitmap: np.ndarray) -> list[np.ndarray]:
                 root[find(i)] = find(touching)
                 touching += 1
     groups = {}
-    for i in range(len(rows)):
-        groups.setdefault(find(i), []).extend([(starts[i], rows[i]), (ends[i] - 1, rows[i])])
+    for i, row in enumerate(rows):
+        groups.setdefault(find(i), []).extend([(starts[i], row), (ends[i] - 1, row)])
     return [np.array(points, float) for points in groups.values()]
 
 
 def smallest_rectangle(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rectangle of least area around points (N, 2): (axes (2, 2), centre along the axes (2,), sides (2,)).
-    One of its sides lies on an edge of the convex hull (Freeman and Shapira, 1975), so those are all tried."""
+    """Rectangle of least area around points (N, 2): axes (2, 2), centre on them (2,), sides (2,).
+
+    One of its sides lies on an edge of the convex hull (Freeman and Shapira, 1975); we try all."""
     hull = convex_hull(points)
     edges = np.roll(hull, -1, 0) - hull
     lengths = np.linalg.norm(edges, axis=1)
-    along = edges[lengths > 0] / lengths[lengths > 0, None] if lengths.any() else np.array([[1.0, 0.0]])
-    axes = np.stack([along, along[:, ::-1] * [-1, 1]], 1)  # (edges, 2, 2): along the edge, across it
+    if lengths.any():
+        along = edges[lengths > 0] / lengths[lengths > 0, None]  # (edges, 2)
+    else:  # a single pixel
+        along = np.array([[1.0, 0.0]])
+    across = along[:, ::-1] * [-1, 1]
+    axes = np.stack([along, across], 1)  # (edges, 2, 2)
     spread = np.einsum("eax,px->epa", axes, hull)  # (edges, points, 2)
     low, high = spread.min(1), spread.max(1)  # (edges, 2)
     best = (high - low).prod(1).argmin()
@@ -264,7 +317,7 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
         for x, y in ordered:
             while len(half) > 1:
                 (ax, ay), (bx, by) = half[-2:]
-                if (bx - ax) * (y - ay) > (by - ay) * (x - ax):  # a, b, (x, y) turn the right way: b stays
+                if (bx - ax) * (y - ay) > (by - ay) * (x - ax):  # the turn at b is convex: it stays
                     break
                 half.pop()
             half.append((x, y))
@@ -279,9 +332,12 @@ def corners(rectangle: tuple[np.ndarray, np.ndarray, np.ndarray], grow: float = 
 
 
 def mean_inside(probability: np.ndarray, quad: np.ndarray) -> np.floating:
-    """Mean of the map over the pixels of a convex quad, its outline included (box_score_fast, corners cut to integers)."""
+    """Mean of the map over the pixels of a convex quad, its outline included.
+
+    This is box_score_fast: corners are truncated to integers."""
     last = [probability.shape[1] - 1, probability.shape[0] - 1]
-    (x0, y0), (x1, y1) = np.floor(quad.min(0)).clip(0, last).astype(int), np.ceil(quad.max(0)).clip(0, last).astype(int)
+    x0, y0 = np.floor(quad.min(0)).clip(0, last).astype(int)
+    x1, y1 = np.ceil(quad.max(0)).clip(0, last).astype(int)
     y, x = np.mgrid[y0 : y1 + 1, x0 : x1 + 1]
     quad = np.trunc(quad - [x0, y0]) + [x0, y0]
     inside = np.ones(x.shape, bool)
@@ -289,12 +345,13 @@ def mean_inside(probability: np.ndarray, quad: np.ndarray) -> np.floating:
     for a, b in zip(quad, np.roll(quad, -1, 0)):
         normal = np.array([b[1] - a[1], a[0] - b[0]]) / max(np.linalg.norm(b - a), 1e-9)
         normal *= np.sign(normal @ (centre - a)) or 1
-        inside &= (x - a[0]) * normal[0] + (y - a[1]) * normal[1] >= -0.5  # half a pixel: those the outline runs through
+        # Half a pixel of tolerance includes the pixels that the outline runs through.
+        inside &= (x - a[0]) * normal[0] + (y - a[1]) * normal[1] >= -0.5
     return probability[y0 : y1 + 1, x0 : x1 + 1][inside].mean()
 
 
 def clockwise(quad: np.ndarray) -> np.ndarray:
-    """Corners from the top left: least x + y first, most x + y third, and of the others the one further right second."""
+    """Corners from the top left: least x + y first, most x + y third, the right one second."""
     total, lean = quad.sum(1), quad[:, 1] - quad[:, 0]
     first, third = total.argmin(), total.argmax()
     second, fourth = sorted(set(range(4)) - {first, third}, key=lambda i: lean[i])[:2]
@@ -305,47 +362,62 @@ def clockwise(quad: np.ndarray) -> np.ndarray:
 
 
 def cut(pixels: torch.Tensor, quad: np.ndarray) -> torch.Tensor:
-    """The line inside the quad, straightened: (3, H, W) -> (3, h, w). Upright ones (h >= 1.5 w) are laid on their side
-    (get_rotate_crop_image: perspective, bicubic, edges repeated)."""
-    side = lambda i, j: np.linalg.norm(quad[i] - quad[j])
-    w, h = max(int(max(side(0, 1), side(2, 3))), 1), max(int(max(side(0, 3), side(1, 2))), 1)
-    # Homography from the crop's corners (u, v) to the quad's (x, y): x = (a u + b v + c) / (g u + h v + 1), y likewise
+    """The line inside the quad, straightened: (3, H, W) -> (3, h, w).
+
+    Upright lines (h >= 1.5 w) are turned on their side. This is get_rotate_crop_image: perspective,
+    bicubic, edges repeated."""
+    top, right, bottom, left = np.linalg.norm(quad - np.roll(quad, -1, 0), axis=1)
+    w, h = max(int(max(top, bottom)), 1), max(int(max(left, right)), 1)
+    # The homography from the crop's corners (u, v) to the quad's (x, y):
+    # x = (m0 u + m1 v + m2) / (m6 u + m7 v + 1) and y = (m3 u + m4 v + m5) / (m6 u + m7 v + 1)
     rows = []
     for (u, v), (x, y) in zip([(0, 0), (w, 0), (w, h), (0, h)], quad):
         rows += [[u, v, 1, 0, 0, 0, -u * x, -v * x], [0, 0, 0, u, v, 1, -u * y, -v * y]]
-    # least squares: corners that fell together at the picture's edge give nonsense to read instead of an exception
-    matrix = np.append(np.linalg.lstsq(np.array(rows, float), quad.flatten())[0], 1.0).reshape(3, 3)
+    # Least squares: corners that coincide at the picture's edge give a senseless crop, no error.
+    solution = np.linalg.lstsq(np.array(rows, float), quad.flatten())[0]
+    matrix = np.append(solution, 1.0).reshape(3, 3)
     v, u = np.mgrid[:h, :w]
     x, y, z = np.einsum("ij,jhw->ihw", matrix, np.stack([u, v, np.ones_like(u)]))
     H, W = pixels.shape[1:]
-    grid = np.stack([2 * x / z / max(W - 1, 1) - 1, 2 * y / z / max(H - 1, 1) - 1], -1)  # (h, w, 2) in -1 to 1
-    options = {"mode": "bicubic", "padding_mode": "border", "align_corners": True}
-    crop = F.grid_sample(pixels[None].double(), torch.from_numpy(grid)[None], **options)[0].float().round().clamp(0, 255)
-    return crop.rot90(1, (1, 2)) if h / w >= 1.5 else crop
+    places = [2 * x / z / max(W - 1, 1) - 1, 2 * y / z / max(H - 1, 1) - 1]  # in -1 to 1
+    grid = torch.from_numpy(np.stack(places, -1))[None]  # (1, h, w, 2)
+    sampling = {"mode": "bicubic", "padding_mode": "border", "align_corners": True}
+    crop = F.grid_sample(pixels[None].double(), grid, **sampling)[0]
+    crop = crop.float().round().clamp(0, 255)
+    if h / w >= 1.5:
+        return crop.rot90(1, (1, 2))
+    return crop
 
 
 def for_reader(crop: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(3, h, w) in 0 to 255 -> (3, 48, 320 or more): 48 high, its own width, zeros to the right (resize_norm_img).
-    Red, green, blue: transformers' processor of this checkpoint does not swap. PaddleOCR pads a batch to its widest
-    line and so lets a line's neighbours change how it is read; here every line has its own width."""
+    """(3, h, w) in 0 to 255 -> (3, 48, 320 or more): resized to 48 high, zeros to the right.
+
+    This is resize_norm_img. The channels stay red, green, blue: transformers' processor of this
+    checkpoint does not swap them. PaddleOCR pads a batch to its widest line, so that a line's
+    neighbours change how it is read; here every line has its own width."""
     h, w = crop.shape[1:]
-    total = min(int(48 * max(320 / 48, w / h)), 3200)
-    own = min(total, -(-48 * w // h))  # 48 w / h, rounded up
-    crop = (resize(crop, 48, own) / 255 - mean) / std
-    return F.pad(crop, (0, total - own))
+    padded = min(int(48 * max(320 / 48, w / h)), 3200)
+    width = min(padded, -(-48 * w // h))  # 48 w / h, rounded up
+    crop = (resize(crop, 48, width) / 255 - mean) / std
+    return F.pad(crop, (0, padded - width))
 
 
 def decode(steps: np.ndarray, letters: Sequence[str]) -> tuple[str, float]:
-    """Probabilities (T, letters) of each place along the line -> (text, mean confidence): the likeliest letter of each
-    place, a repeated one once, and none where that is the blank, letter 0 (CTCLabelDecode)."""
+    """Probabilities (T, letters) of each place along the line -> (text, mean confidence).
+
+    The likeliest letter of each place, a repeated one once, none where it is the blank, letter 0
+    (CTCLabelDecode)."""
     best = steps.argmax(1)
     keep = (best != 0) & np.append(True, best[1:] != best[:-1])
-    confidence = float(steps.max(1)[keep].mean()) if keep.any() else 0.0
-    return "".join(letters[i] for i in best[keep]), confidence
+    if not keep.any():
+        return "", 0.0
+    return "".join(letters[i] for i in best[keep]), float(steps.max(1)[keep].mean())
 
 
 def alphabet(listed: Sequence[str], outputs: int) -> list[str]:
-    """The letter of each of the reader's outputs. The blank comes first and the space last; a list may lack them."""
+    """The letter of each of the reader's outputs: first the blank, last the space.
+
+    The list may lack the blank, or both."""
     letters = list(listed)
     if len(letters) == outputs - 2:
         letters.append(" ")
@@ -361,71 +433,72 @@ def alphabet(listed: Sequence[str], outputs: int) -> list[str]:
 
 def load(kind: type, weights: str | Path) -> torch.nn.Module:
     try:
-        folder = Path(cached_file(weights, "config.json", local_files_only=True)).parent  # by name, Auto classes ask the hub
-        how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-        model, info = kind.from_pretrained(folder, **how, output_loading_info=True)
+        # A folder and not a name: for a name the Auto classes query the hub.
+        folder = Path(cached_file(weights, "config.json", local_files_only=True)).parent
+        model, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"ocr: cannot load {weights} ({reason}); fetch it with: hf download {weights}") from error
+        what = f"cannot load {weights} ({reason})"
+        raise ValueError(f"ocr: {what}; fetch it with: hf download {weights}") from error
     missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-    if missing:  # transformers would go on with random weights in their place
-        raise ValueError(f"ocr: {weights} lacks {len(missing)} weights ({missing[0]}, …); hf download {weights}")
+    if missing:  # transformers would use random weights in their place
+        what = f"{weights} lacks {len(missing)} weights ({missing[0]}, …)"
+        raise ValueError(f"ocr: {what}; hf download {weights}")
     return model.eval()
 
 
 def load_paddle(device: torch.device | str) -> Any:
-    wanted = "pip install paddleocr==2.9.1 paddlepaddle"
+    install = "pip install paddleocr==2.9.1 paddlepaddle"
     try:
         import paddleocr
     except ImportError as error:
-        raise ValueError(f"ocr: engine paddleocr needs that package ({error}); {wanted}") from error
+        what = f"engine paddleocr needs that package ({error})"
+        raise ValueError(f"ocr: {what}; {install}") from error
     version = getattr(paddleocr, "__version__", "unknown")
     if not version.startswith("2."):  # 3.x has other models and another interface
-        raise ValueError(f"ocr: paddleocr {version} is not the engine of the paper; {wanted}")
+        raise ValueError(f"ocr: paddleocr {version} is not the engine of the paper; {install}")
     gpu = str(device).startswith("cuda")
     return paddleocr.PaddleOCR(lang="en", use_angle_cls=False, use_gpu=gpu, show_log=False)
 
 
-def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Image]:
-    """(B, 3, H, W) floats in [0, 1], rounded to bytes as flow_grpo's training does, or PIL images -> RGB PIL images."""
-    if isinstance(images, torch.Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
-            raise ValueError(f"images: (B, 3, H, W) floats in [0, 1] are needed, not {images.dtype} {tuple(images.shape)}")
-        if len(images) and not (images.amin() >= -1e-3 and images.amax() <= 1 + 1e-3):  # so written, nan fails too
-            raise ValueError(f"images must lie in [0, 1]; these span {images.amin():.3g} to {images.amax():.3g}")
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p) for p in pixels]
-    pictures = []
-    for i, image in enumerate(images):
-        try:
-            pictures.append(image.convert("RGB"))
-        except (AttributeError, OSError, SyntaxError) as error:
-            raise ValueError(f"image {i} cannot be decoded ({error}); a PIL image of a whole file is needed") from error
-    return pictures
-
-
-# ---- Prompts to train on, by rule
+# ---- Training prompts, by rule
 
 PLACES = (
-    "A street sign reading {}", "A neon sign at night that says {}", "A chalkboard in a café with the words {}",
-    "A birthday cake with {} written in icing", "A book cover with the title {}", "A T-shirt printed with {}",
-    "Graffiti on a brick wall that spells {}", "A poster with the headline {}", "A coffee mug with the text {}",
-    "A cardboard sign held by a robot that says {}", "A train station display showing {}", "A museum plaque that reads {}",
-    "Skywriting over a beach that spells {}", "A spaceship hull stencilled with {}", "A computer screen showing {}",
+    "A street sign reading {}", "A neon sign at night that says {}",
+    "A chalkboard in a café with the words {}", "A birthday cake with {} written in icing",
+    "A book cover with the title {}", "A T-shirt printed with {}",
+    "Graffiti on a brick wall that spells {}", "A poster with the headline {}",
+    "A coffee mug with the text {}", "A cardboard sign held by a robot that says {}",
+    "A train station display showing {}", "A museum plaque that reads {}",
+    "Skywriting over a beach that spells {}", "A spaceship hull stencilled with {}",
+    "A computer screen showing {}",
 )  # fmt: skip
 WORDS = (
-    "open closed welcome home fresh bread daily hello world dream big slow down keep out grand opening free coffee lost cat "
-    "happy birthday night market next stop central park ocean view mind the gap last train north summer sale new arrivals "
-    "quiet please garden party live music best pizza in town push pull exit moon base alpha golden river winter festival "
-    "secret recipe road work ahead wild honey captain jack lucky number electric city red planet never give up time machine"
+    "open closed welcome home fresh bread daily hello world dream big slow down keep out grand "
+    "opening free coffee lost cat happy birthday night market next stop central park ocean view "
+    "mind the gap last train north summer sale new arrivals quiet please garden party live music "
+    "best pizza in town push pull exit moon base alpha golden river winter festival secret recipe "
+    "road work ahead wild honey captain jack lucky number electric city red planet never give up "
+    "time machine"
 ).split()
 
 
 def make_prompts(count: int, seed: int = 0, exclude: Iterable[str] = ()) -> list[str]:
-    """`count` different prompts of the kind of flow_grpo's dataset/ocr, each with one quoted text of 2 to 29 letters, as in
-    its test set. Flow-OPD's repository leaves its 19,653 training prompts out; these are ours. exclude: prompts (a test
-    set, say) whose quoted texts must not come up."""
-    rng, taken, prompts = random.Random(seed), {quoted(prompt).lower() for prompt in exclude}, {}
+    """`count` different prompts like those of flow_grpo's dataset/ocr.
+
+    Each quotes one text of 2 to 29 letters, as in its test set. Flow-OPD's repository does not have
+    its 19,653 training prompts; these are ours.
+    exclude: prompts (of a test set, for example) whose quoted texts must not appear."""
+    rng = random.Random(seed)
+    taken = {quoted(prompt).lower() for prompt in exclude}
+    prompts = {}  # a dict: no duplicates, in order
     for _ in range(100 * count + 1000):
         if len(prompts) == count:
             return list(prompts)
@@ -434,4 +507,5 @@ def make_prompts(count: int, seed: int = 0, exclude: Iterable[str] = ()) -> list
         text += rng.choice(("", "", "", "!", f" {rng.randint(1, 2030)}"))
         if 2 <= len(text) <= 29 and text.lower() not in taken:
             prompts[rng.choice(PLACES).format(f'"{text}"')] = None
-    raise ValueError(f"ocr: only {len(prompts)} of {count} prompts can be made with these exclusions; ask for fewer")
+    what = f"only {len(prompts)} of {count} prompts can be made with these exclusions"
+    raise ValueError(f"ocr: {what}; give a smaller number")
