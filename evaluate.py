@@ -29,6 +29,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import support.files as given_files
 import support.flags as cli
 from support.flags import TASKS, at_least, fail, one_line, pairs, positive, within
 
@@ -78,11 +79,11 @@ def parse_args() -> argparse.Namespace:
         if args.scores_only and not Path(path).is_dir():
             fail(f"--scores_only {path}: not a folder of images")
         if not args.scores_only and path != "base":
-            cli.check_adapter(path, "--models")
+            given_files.check_adapter(path, "--models")
         models[name] = path
     args.models = models
     if not args.scores_only:
-        cli.check_model(args.model)
+        given_files.check_model(args.model)
     args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in models:
@@ -94,9 +95,9 @@ def parse_args() -> argparse.Namespace:
     for task in set(given) - set(args.tasks):
         fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
     for prompt in args.prompt or ():
-        cli.check_prompt(prompt, "--prompt")
+        given_files.check_prompt(prompt, "--prompt")
     paints = not (args.prompt or args.scores_only)
-    args.prompts = cli.prompt_files(args.prompts, args.tasks, "test", args.model) if paints else given
+    args.prompts = given_files.prompt_files(args.prompts, args.tasks, "test", args.model) if paints else given
     cli.check_folder(args.out)
     name = "prompts.png" if args.prompt else "results.json"
     if (Path(args.out) / "args.json").exists() or ((Path(args.out) / name).exists() and not args.overwrite):
@@ -222,7 +223,7 @@ def find_tests(args: argparse.Namespace) -> tuple[dict, dict]:
     tests, files = {}, {name: {} for name in args.models}
     for task in args.tasks:
         for name, path in args.models.items():
-            files[name][task], *test = cli.find_images(
+            files[name][task], *test = given_files.find_images(
                 path, task, args.tasks, args.model, args.prompts.get(task), args.num_prompts
             )
             if tests.setdefault(task, test) != test:
@@ -315,7 +316,7 @@ def picture_grid(path: str | Path, images: dict, prompts: list[str], scores: dic
 def read_recorded(model: str | Path) -> tuple[dict, dict]:
     """The flags and results in MODEL/results.json; none where it is not there, or of another make: it may be a stranger's."""
     try:
-        recorded = cli.read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
+        recorded = given_files.read_json((Path(model) / "results.json").read_text(encoding="utf-8"))
         cells = lambda row: {m: {"mean": float(c["mean"]), "se": float(c["se"]), "n": c.get("n")} for m, c in row.items()}
         return {**recorded["flags"]}, {one_line(name): cells(row) for name, row in recorded["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -355,7 +356,7 @@ def report(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, text: dict,
         if "average" in results.get("oracle", ()) and results["oracle"]["average"]["mean"] and not changed:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
-    cli.save_json(run / "results.json", {"flags": vars(args), "results": live})
+    given_files.save_json(run / "results.json", {"flags": vars(args), "results": live})
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/table.md, results.json, grid.png, curves.png, samples/, adapter/")
 
 
@@ -403,7 +404,7 @@ def paint_tests(args: argparse.Namespace, tests: dict, device: torch.device, ran
     how |= {"seed": args.seed, "steps": args.steps, "size": args.size}
     about = {}
     for name, path in args.models.items():
-        adapter = path if path == "base" else common.sha256(cli.fetch(path, "--models", cli.ADAPTER))
+        adapter = path if path == "base" else common.sha256(given_files.fetch(path, "--models", given_files.ADAPTER))
         about[name] = how | {"adapter": adapter, "guidance": guidance[name]}
     files, todo = image_files(Path(args.out) / "images", tests, about, rank, world)
     own = [tests[task][0][j] for (_, task), marks in todo.items() for j in marks]
@@ -440,7 +441,7 @@ def main(args):
     if args.scores_only:
         tests, files = find_tests(args)
     else:
-        tests = {task: [p[: args.num_prompts or None] for p in cli.read_prompts(file)] for task, file in args.prompts.items()}
+        tests = {task: [p[: args.num_prompts or None] for p in given_files.read_prompts(file)] for task, file in args.prompts.items()}
     for task, metrics in scorers.items():
         check_prompts(metrics[task], *tests[task], args.prompts.get(task, f"prompts of {task}"))
     if not args.scores_only:
@@ -456,7 +457,7 @@ def main(args):
         if not any(scores.values()):
             print(text.split("\n\n", 1)[1], flush=True)
             fail(f"--rewards {args.rewards}: nothing could be scored, for the reasons above; the images are kept")
-        cli.save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
+        given_files.save_json(out / "results.json", {"flags": vars(args), "results": summary, "not_scored": failed})
         (out / "table.md").write_text(text + "\n")
         save_grid(out / "grid.png", scores, files, tests, {task: range(min(2, len(tests[task][0]))) for task in tests})
         save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))

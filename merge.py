@@ -26,7 +26,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.flags import TASKS, at_least, check_adapter, check_folder, check_model, fail, fetch, make_parser, reason, written_beside
+from support.files import check_adapter, check_model, fetch, written_beside
+from support.flags import TASKS, at_least, check_folder, fail, make_parser, reason
 
 
 def parse_args() -> argparse.Namespace:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import support.lora as adapters
 import support.run as common
 import losses
-from support.flags import TASKS, Help, Parser, at_least, check_adapter, read_prompts, save_json
+from support.files import check_adapter, read_prompts, save_json
+from support.flags import TASKS, Help, Parser, at_least
 from evaluate import load_rewards
 from support.model import decode, embed_prompts, initial_noise, load_pipeline, time_grid, velocity
 from sde import log_prob, rollout, step

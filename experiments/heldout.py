@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import toy
-from support.flags import read_prompts, save_json
+from support.files import read_prompts, save_json
 
 
 def edges(images):

@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import support.run as common
 import toy
-from support.flags import TASKS, Help, Parser, at_least, finite, save_json
+from support.files import save_json
+from support.flags import TASKS, Help, Parser, at_least, finite
 from experiments import report
 
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel  # noqa: E402
 
 import support.lora as adapters  # noqa: E402
-import support.flags as cli  # noqa: E402
+import support.files as files  # noqa: E402
 import losses  # noqa: E402
 import support.memory as memory  # noqa: E402
 import support.model as model  # noqa: E402
@@ -83,9 +83,9 @@ def dry_run(recipe):
             config.save_pretrained(folder / name)
             index[name] = ["transformers", "T5EncoderModel" if name[-1] == "3" else "CLIPTextModelWithProjection"]
         for name, length in (("tokenizer", 77), ("tokenizer_3", 512)):
-            cli.save_json(folder / name / "tokenizer_config.json", {"model_max_length": length})
-        cli.save_json(folder / "model_index.json", index)
-        cli.save_json(folder / "adapter_config.json", {"r": 32})  # the published teachers'
+            files.save_json(folder / name / "tokenizer_config.json", {"model_max_length": length})
+        files.save_json(folder / "model_index.json", index)
+        files.save_json(folder / "adapter_config.json", {"r": 32})  # the published teachers'
         memory.fetch = lambda path, *_: str(folder)
         prompts = [f"{task}={ROOT}/toy/prompts/{task}_train.txt" for task in TASKS]
         sys.argv = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run", "--dtype", "bf16", "--init", "base"]

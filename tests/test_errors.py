@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import support.checkpoint as checkpoint
 import support.checks as checks
+import support.files as files
 import support.flags as cli
 import support.run as common
 
@@ -163,7 +164,7 @@ def hub(error):
             made.args = ("no\nsecond line",)
             raise made
 
-        cli.fetch.cache_clear()
+        files.fetch.cache_clear()
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
     return prepare

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import support.lora as adapters
+import support.files as files
 import support.flags as cli
 import evaluate
 import support.model as model
@@ -304,7 +305,7 @@ def read(data, name):
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / name).write_bytes(data)
         before = snapshot(place)
-        result = loaded(cli.read_prompts, f"{place}/{name}")
+        result = loaded(files.read_prompts, f"{place}/{name}")
         assert snapshot(place) == before
     if result is not None:
         prompts, metadata = result
@@ -527,7 +528,7 @@ def test_a_tokenizer_config_leads_to_no_file_outside(copy):
 def test_any_model_index_is_refused(index):
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "model_index.json").write_bytes(index.encode("utf-8", "surrogatepass"))
-        assert "--model" in refused(cli.check_model, place)
+        assert "--model" in refused(files.check_model, place)
 
 
 @fuzz(30, changes=st.dictionaries(st.sampled_from(["transformer", "vae", "scheduler", "image_encoder", "x"]), JSON, min_size=1))
@@ -586,13 +587,13 @@ def test_any_path_is_a_folder_a_hub_id_or_refused(path):
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        folder = loaded(cli.fetch, path, "--model", cli.PIPELINE)
-        assert folder in (None, path) and not (cli.hub_id(path) and ".." in path)
-        for check in (cli.check_adapter, cli.check_model):
+        folder = loaded(files.fetch, path, "--model", files.PIPELINE)
+        assert folder in (None, path) and not (files.hub_id(path) and ".." in path)
+        for check in (files.check_adapter, files.check_model):
             loaded(check, path, "--init")
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
-        cli.fetch.cache_clear()
+        files.fetch.cache_clear()
 
 
 # ---- Scorers

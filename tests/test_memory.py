@@ -15,7 +15,7 @@ import torch
 from test_scripts import OPD, call
 
 import support.lora as adapters
-import support.flags as cli
+import support.files as files
 import support.run as common
 import support.memory as memory
 import support.model as model
@@ -149,12 +149,12 @@ def test_a_dry_run_fetches_no_weight(monkeypatch, tmp_path, capsys):
                 shutil.copy(file, tmp_path / name / part)
         return str(tmp_path / name)
 
-    cli.fetch.cache_clear()
+    files.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     words = "--model some/model --teacher ocr=some/lora --init base --anchor some/lora --eval_prompts 0 --dry_run".split()
     words += ["--prompts", "ocr=toy/prompts/ocr_train.txt"]
     call(monkeypatch, "train_opd", *words)
-    cli.fetch.cache_clear()
+    files.fetch.cache_clear()
     assert "held all the time" in capsys.readouterr().out
     assert (tmp_path / "some/model/transformer/config.json").is_file() and not list(tmp_path.rglob("*.safetensors"))
 

@@ -18,7 +18,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 import support.lora as adapters
-import support.flags as cli
+import support.files as files
 import merge
 import support.model as model
 
@@ -41,7 +41,7 @@ def ask_hub(monkeypatch, answer):
             raise answer
         return str(answer)
 
-    cli.fetch.cache_clear()
+    files.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
 
@@ -57,7 +57,7 @@ def ask_hub(monkeypatch, answer):
     ],
 )
 def test_what_counts_as_a_hub_id(path, hub):
-    assert cli.hub_id(path) == hub
+    assert files.hub_id(path) == hub
 
 
 def test_a_checkpoint_of_another_model_is_refused(monkeypatch, tmp_path, capsys):
@@ -73,10 +73,10 @@ def test_the_patterns_fetch_the_pipeline_and_not_the_single_files_beside_it():
     from fnmatch import fnmatch
 
     wanted = [str(f.relative_to("toy")) for f in Path("toy").rglob("*") if f.is_file()]
-    parts = {name.split("/")[0] for name in wanted if any(fnmatch(name, p) for p in cli.PIPELINE)}
+    parts = {name.split("/")[0] for name in wanted if any(fnmatch(name, p) for p in files.PIPELINE)}
     assert parts == {f.name for f in Path("toy").iterdir()} - {"adapters", "prompts", "results.json", "grid.png"}
     for name in ("sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors"):
-        assert not any(fnmatch(name, p) for p in cli.PIPELINE)
+        assert not any(fnmatch(name, p) for p in files.PIPELINE)
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
@@ -87,14 +87,14 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
         asked.append(set(allow_patterns))
         return "toy"
 
-    cli.fetch.cache_clear()
+    files.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model.load_pipeline("some/model", CPU)
     model.load_pipeline("some/model", CPU, no_t5=True)
     merge.fuse("some/model", {}, tmp_path / "fused")
     assert asked[0] - asked[1] == {"text_encoder_3/*", "tokenizer_3/*"}
     assert asked[2] == {"model_index.json", "transformer/*"}
-    cli.fetch.cache_clear()
+    files.fetch.cache_clear()
 
 
 @pytest.mark.slow

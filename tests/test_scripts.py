@@ -481,7 +481,7 @@ def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tm
 @pytest.mark.parametrize("split, name", [("train", "train.txt"), ("train", "train_metadata.jsonl"), ("test", "test.txt"),
                                          ("test", "test_metadata.jsonl"), ("test", "evaluation_metadata.jsonl")])  # fmt: skip
 def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, name):
-    from support.flags import prompt_files, read_prompts
+    from support.files import prompt_files, read_prompts
 
     line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats ½ 猫"}
     (tmp_path / name).write_text(json.dumps(line) + "\n" if name.endswith("l") else line["prompt"] + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import support.lora as adapters
 import support.run as common
 import support.model as model
 import toy
-from support.flags import read_prompts
+from support.files import read_prompts
 from evaluate import load_scorers, score_models
 
 N = 400
