@@ -1,19 +1,20 @@
 """Checkpoints: a run that is stopped at any instant goes on as if nothing had happened.
 
-A checkpoint holds everything that the next iteration depends on: student, average, optimizer and
-the number of iterations done. Prompts and noise are functions of (seed, iteration, sample), so
-there is no generator state to save.
+A checkpoint holds all that the next iteration depends on: student, average, optimizer and the
+number of iterations done. Prompts and noise are functions of (seed, iteration, sample), so there is
+no generator state to save.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 import torch
@@ -24,26 +25,24 @@ from safetensors.torch import load_file, save_file
 from support.files import ADAPTER, fetch, read_json, save_json
 from support.flags import fail, launcher
 from support.lora import save_adapter
-from support.metrics import cut_log
+from support.metrics import cut_log, read_log
 from support.model import TEXT
 from support.run import gather, rank_and_world, sha256
 
-# Flags that --resume does not compare, because the weights do not depend on them. Of the files
-# that some of them name it compares the contents instead (`compared_files`).
+# The flags that do not change the weights; --resume compares all others. Of flags that name files
+# it compares the contents of the files.
 HARMLESS = """
     model teacher init anchor prompts test_prompts out resume overwrite iterations save_every keep
     max_bad_steps sample_every eval_every eval_prompts eval_steps reward_device on_reward_error
     micro_batch label_batch checkpointing compile cache_embeddings dry_run
 """.split()
 
-# --------------------------------------------------------------------------------------------------
-# Folders that are complete or absent
-# --------------------------------------------------------------------------------------------------
+# ---- Folders that are complete or absent
 
 
 def publish(beside: Path, final: Path) -> None:
-    """Give a finished folder its name, after its contents have reached the disk: after a power cut
-    the folder is complete or absent."""
+    """Give a finished folder its name once its contents are on the disk: after a power cut the
+    folder is complete or absent."""
     for path in (*beside.rglob("*"), beside):
         sync(path)
     old = final.with_name(f"tmp_old_{final.name}")
@@ -58,10 +57,8 @@ def publish(beside: Path, final: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -71,60 +68,50 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def whole(checkpoint: Path) -> bool:
-    """Does the checkpoint match its checksums? The names in its list are never opened."""
+    """Does a checkpoint match its checksums? The names in its list are never opened."""
     with contextlib.suppress(OSError, ValueError):
         return read_json((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
     return False
 
 
-def iterations_of(checkpoint: Path) -> int:
+def number_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     found = [p for p in Path(run).glob("checkpoints/step_*") if p.name[5:].isdecimal()]
-    return sorted(found, key=iterations_of)
+    return sorted(found, key=number_of)
 
 
-# --------------------------------------------------------------------------------------------------
-# The start of a run, new or resumed
-# --------------------------------------------------------------------------------------------------
+# ---- The start of a run, new or resumed
 
 
-def begin_run(
-    args: argparse.Namespace,
-    pipe: StableDiffusion3Pipeline,
-    student: dict[str, torch.nn.Parameter],
-    average: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, "Saver"]:
-    """Create the run folder, or restore a checkpoint (every process takes part). Returns the number
-    of iterations done and the Saver. student, average: {"LAYER.lora_A.weight": parameter}."""
-    run, checkpoint, saver = Path(args.out), None, Saver(args, pipe, student, average, optimizer)
+def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tuple[int, "Saver"]:
+    """Create the run folder or restore a checkpoint; every process calls it. Returns the number of
+    iterations done and the Saver. student, average: {"LAYER.lora_A.weight": parameter}."""
+    saver, run = Saver(args, pipe, student, average, optimizer), Path(args.out)
+    checkpoint, start = None, 0
     if saver.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        saver.lock = lock_run(run)
-        saver.origin = {
-            "flags": {name: value for name, value in vars(args).items() if name not in HARMLESS},
-            "files": [(role, sha256(path)) for role, path in compared_files(args, pipe)],
-        }
+        saver.lock, saver.origin = lock_run(run), origin_of(args, pipe)
         if args.resume:
             checkpoint = choose_checkpoint(run, args.resume, saver.origin)
         if args.overwrite:
             empty(run)
-        save_json(run / "args.json", vars(args))
         (run / "samples").mkdir(exist_ok=True)
-        cut_log(run, iterations_of(checkpoint) if checkpoint else 0)
+        save_json(run / "args.json", vars(args))
+        cut_log(run, number_of(checkpoint) if checkpoint else 0)
     checkpoint = gather(checkpoint)[0]
     if checkpoint:
+        start = number_of(checkpoint)
         saver.restore(load_file(checkpoint / "state.safetensors"))
     saver.catch_signals()
-    return iterations_of(checkpoint) if checkpoint else 0, saver
+    return start, saver
 
 
 def lock_run(run: Path) -> TextIO:
-    """Let only one process at a time write into a run. The lock ends with the process."""
+    """Let one process at a time write into a run. The lock ends with the process."""
     lock = open(run / "lock", "a")
     with contextlib.suppress(ImportError):  # Windows has no such lock
         import fcntl
@@ -132,8 +119,7 @@ def lock_run(run: Path) -> TextIO:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            fail(f"--out {run}: another process is writing into this run; "
-                 "wait for it, or choose another folder")  # fmt: skip
+            fail(f"--out {run}: another process is writing into this run; wait, or choose another")
     lock.truncate(0)
     lock.write(launcher())
     lock.flush()
@@ -141,7 +127,7 @@ def lock_run(run: Path) -> TextIO:
 
 
 def empty(run: Path) -> None:
-    """Delete a run's files, except those by which it is recognised as a run."""
+    """Delete a run except for the files that identify its folder as a run."""
     for path in run.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -149,112 +135,92 @@ def empty(run: Path) -> None:
             path.unlink()
 
 
-def compared_files(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> list[tuple]:
-    """[(role, path)]: the model, adapters and prompts that this run is made from. --resume compares
-    their contents: a teacher may have moved, but not changed."""
+def origin_of(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> dict:
+    """{name: value} of all that the weights depend on: flags, and the SHA-256 of model, adapters
+    and prompts, which may move but not change."""
+    origin = {f"--{name}": value for name, value in vars(args).items() if name not in HARMLESS}
     adapters = {f"teacher {task}": path for task, path in getattr(args, "teacher", {}).items()}
     adapters |= {"init": args.init, "anchor": getattr(args, "anchor", "base")}
-    files = [(part, f"{pipe.name_or_path}/{part}") for part in ("transformer", *TEXT)]
-    files += [(role, fetch(p, "", ADAPTER)) for role, p in adapters.items() if p != "base"]
-    files += [(f"prompts {task}", path) for task, path in args.prompts.items()]
-    return [(role, path) for role, path in files if Path(path).exists()]
+    files = {part: f"{pipe.name_or_path}/{part}" for part in ("transformer", *TEXT)}
+    files |= {role: fetch(path, "", ADAPTER) for role, path in adapters.items() if path != "base"}
+    files |= {f"prompts {task}": path for task, path in args.prompts.items()}
+    origin |= {role: sha256(path) for role, path in files.items() if Path(path).exists()}
+    return origin | {"the order of the tasks": list(args.prompts)}
 
 
 def choose_checkpoint(run: Path, wanted: str, origin: dict) -> Path | None:
-    """The checkpoint named, or the newest complete one; None if the run has none yet. A checkpoint
-    of other flags or files is refused; nothing has been changed by then."""
+    """The checkpoint named, or the newest complete one; None if there is none yet. Fails, and
+    changes nothing, if it is damaged or was made from something else."""
     found = list(reversed(checkpoints(run)))
     if wanted != "newest":
         found = [c for c in found if c.resolve() == Path(wanted).resolve()]
         if not found:
             fail(f"--resume {wanted}: not a checkpoint of this run ({run}/checkpoints/step_N)")
-        if not whole(found[0]):
-            fail(f"--resume {wanted}: damaged, its checksums differ; "
-                 "--resume without a name takes the newest complete one")  # fmt: skip
-    if not found:
+    elif not found:
         print(f"{run} has no checkpoint yet: starting from the beginning")
         return None
     checkpoint = next((c for c in found if whole(c)), None)
     if checkpoint is None:
-        fail(f"--resume: all checkpoints in {run} are damaged; nothing was changed; "
-             "--overwrite starts again")  # fmt: skip
+        names = ", ".join(c.name for c in found)
+        fail(f"--resume: damaged (checksums differ): {names}; nothing was changed")
     for damaged in found[: found.index(checkpoint)]:
-        print(f"warning: {damaged} is damaged: its checksums differ; "
-              "trying the one before it", file=sys.stderr)  # fmt: skip
-    check_origin(checkpoint, origin)
+        print(f"warning: {damaged} is damaged (checksums differ)", file=sys.stderr)
+    try:
+        saved = {**read_json((checkpoint / "state.json").read_text())["origin"]}
+    except (ValueError, KeyError, TypeError):
+        fail(f"--resume: {checkpoint}/state.json was not written by this version of the code")
+    changed = [what for what in {**origin, **saved} if origin.get(what, "") != saved.get(what, "")]
+    if changed:
+        names = ", ".join(changed)
+        fail(f"--resume: {names} changed since {checkpoint} was saved; resume with the same")
     for newer in checkpoints(run):
-        if iterations_of(newer) > iterations_of(checkpoint):
+        if number_of(newer) > number_of(checkpoint):
             os.replace(newer, newer.with_name(f"unused_{newer.name}"))
     return checkpoint
 
 
-def check_origin(checkpoint: Path, now: dict) -> None:
-    """Refuse to resume with other flags, or with files of other contents."""
-    try:
-        saved = read_json((checkpoint / "state.json").read_text())
-        flags, files = dict(saved["flags"]), [(str(role), str(sha)) for role, sha in saved["files"]]
-    except (ValueError, KeyError, TypeError):
-        fail(f"--resume: {checkpoint}/state.json was not written by this code")
-    names = [*now["flags"], *(name for name in flags if name not in now["flags"])]
-    changed = [f"--{k}" for k in names if flags.get(k, "?") != now["flags"].get(k, "?")]
-    changed += dict.fromkeys(role for role, _ in sorted(set(files) ^ set(now["files"])))
-    if not changed and files != now["files"]:
-        changed = ["the order of the teachers"]
-    if changed:
-        fail(f"--resume: {', '.join(changed)} changed since {checkpoint} was saved; "
-             "resume with the same")  # fmt: skip
+# ---- Saving
 
-
-# --------------------------------------------------------------------------------------------------
-# Saving
-# --------------------------------------------------------------------------------------------------
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class Saver:
-    """Keeps the last completed iteration in host memory and writes it as a checkpoint when it is
-    due, and when a signal (Ctrl-C, SIGTERM, SIGUSR1) or an error ends the run.
+    """Keeps the last completed iteration in host memory; writes it as a checkpoint when it is due,
+    and when a signal or an error ends the run. Only rank 0 writes.
 
-    Only rank 0 writes. A signal waits for nothing but the writing, so the 30 seconds that launchers
-    grant suffice for iterations of any length. A thread waits for signals: Python's own handlers
-    run in the main thread, which may be waiting for a process that is gone. A second Ctrl-C exits
-    at once; a half-written folder is never taken for a checkpoint."""
+    A thread waits for signals, because the main thread may be waiting for a process that is gone.
+    It saves at once: the 30 seconds that launchers grant suffice for iterations of any length."""
 
     def __init__(self, args, pipe, student, average, optimizer) -> None:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
         self.student, self.average, self.optimizer = student, average, optimizer
         self.config = pipe.transformer.peft_config["student"]
-        self.lock, self.origin = None, {}
         self.kept = None  # (iterations, tensors) of the last completed iteration
-        self.saving = threading.RLock()  # the thread and the main thread never save at once
-        self.interrupts = 0
+        self.saving = threading.RLock()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that the next iteration depends on, by name."""
+        """{name: tensor} of all that the next iteration depends on."""
         found = {}
         for name, parameter in self.student.items():
-            found[f"student.{name}"] = parameter
-            found[f"average.{name}"] = self.average[name]
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{key}.{name}"] = value
+            found[f"student.{name}"], found[f"average.{name}"] = parameter, self.average[name]
+            for moment, tensor in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{moment}.{name}"] = tensor
         return found
 
     @torch.no_grad()
     def restore(self, saved: dict[str, torch.Tensor]) -> None:
-        """The reverse: a checkpoint's tensors into student, average and optimizer."""
-        for name, parameter in self.student.items():
-            parameter.copy_(saved[f"student.{name}"])
-            self.average[name].copy_(saved[f"average.{name}"])
-        parameters = self.student
-        for key, value in saved.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                moment, _, name = rest.partition(".")
-                state = self.optimizer.state[parameters[name]]
-                state[moment] = value.to(parameters[name].device)
+        """Put saved tensors back in place."""
+        for key, tensor in saved.items():
+            if key.startswith("optimizer."):
+                _, moment, name = key.split(".", 2)
+                parameter = self.student[name]
+                self.optimizer.state[parameter][moment] = tensor.to(parameter.device)
+        for key, tensor in self.tensors().items():
+            tensor.copy_(saved[key])
 
     def iteration_done(self, iterations: int, bad_updates: int) -> None:
-        """Keep the state after this many iterations; save it if it is due. bad_updates: how many
-        updates in a row had a NaN or infinite gradient; with too many the run ends."""
+        """Keep the state after this many iterations and save it if it is due. bad_updates: how many
+        updates in a row had a NaN or infinite gradient; too many end the run."""
         if self.rank == 0:
             tensors = self.tensors().items()
             copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors}
@@ -263,8 +229,7 @@ class Saver:
             if iterations % self.args.save_every == 0 or iterations == self.args.iterations:
                 self.save()
         if bad_updates >= self.args.max_bad_steps:
-            self.give_up(f"{bad_updates} updates in a row had a NaN or infinite gradient; "
-                         "metrics.jsonl names their prompts")  # fmt: skip
+            self.give_up(f"{bad_updates} updates in a row had a NaN or infinite gradient")
 
     def save(self) -> None:
         """Write checkpoints/step_N: adapter/ (the average, ready for use) and the training state.
@@ -274,49 +239,34 @@ class Saver:
                 return
             iterations, tensors = self.kept
             final = self.run / "checkpoints" / f"step_{iterations}"
-            beside = final.with_name(f"tmp_{final.name}")
             if whole(final):
                 return
-            shutil.rmtree(beside, ignore_errors=True)
-            prefix = "average."
-            average = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
-            try:
+            for unfinished in final.parent.glob("tmp_*"):  # of a process that was killed
+                shutil.rmtree(unfinished)
+            beside = final.with_name(f"tmp_{final.name}")
+            with self.full_disk(final.name, beside):
+                average = {name: tensors[f"average.{name}"] for name in self.average}
                 save_adapter(beside / "adapter", average, self.config)
                 save_file(tensors, beside / "state.safetensors")
-                save_json(beside / "state.json", {"iteration": iterations, **self.origin})
+                save_json(beside / "state.json", {"iteration": iterations, "origin": self.origin})
                 save_json(beside / "checksums.json", checksums(beside))
                 publish(beside, final)
-            except (OSError, SafetensorError) as error:  # the disk is full
-                shutil.rmtree(beside, ignore_errors=True)
-                self.cannot_save(final.name, error)
             for old in checkpoints(self.run)[: -self.args.keep]:
-                half_deleted = old.with_name(f"tmp_{old.name}")  # never taken for a checkpoint
-                shutil.rmtree(half_deleted, ignore_errors=True)
+                half_deleted = old.with_name(f"tmp_{old.name}")  # not a checkpoint any more
                 os.replace(old, half_deleted)
                 shutil.rmtree(half_deleted)
 
-    def cannot_save(self, what: str, error: Exception) -> NoReturn:
-        newest = next((c.name for c in reversed(checkpoints(self.run))), "none")
-        print(file=sys.stderr)  # ends the progress bar's line
-        fail(f"--out {self.run}: cannot save {what} ({error}); the newest checkpoint is {newest}; "
-             "make room, then --resume")  # fmt: skip
-
-    def finish(self, best: Path | None = None) -> None:
-        """The end of the loop: signals have their usual effect again, and adapter/ is published:
-        that of the newest checkpoint, or the folder `best` if it exists."""
-        self.release_signals()
-        if not self.optimizer.state:
-            self.give_up("every update was skipped: all gradients were NaN or infinite; "
-                         "metrics.jsonl names their prompts")  # fmt: skip
-        if self.rank == 0:
-            source = best if best and best.is_dir() else checkpoints(self.run)[-1] / "adapter"
-            beside = self.run / "tmp_adapter"
-            try:
-                shutil.rmtree(beside, ignore_errors=True)
-                shutil.copytree(source, beside)
-                publish(beside, self.run / "adapter")
-            except (OSError, shutil.Error) as error:
-                self.cannot_save("adapter", error)
+    @contextlib.contextmanager
+    def full_disk(self, what: str, beside: Path) -> Iterator[None]:
+        """Fail in one line if writing fails; what was saved before is still there."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            names = ["none", *(c.name for c in checkpoints(self.run))]
+            how = f"the newest checkpoint is {names[-1]}; make room, then --resume"
+            print(file=sys.stderr)  # ends the progress bar's line
+            fail(f"--out {self.run}: cannot save {what} ({error}); {how}")
 
     def give_up(self, message: str) -> NoReturn:
         """Save the last good state and stop, on every process."""
@@ -324,56 +274,74 @@ class Saver:
             if self.rank == 0:
                 self.save()
                 print(file=sys.stderr)
-                fail(message)
+                fail(f"{message}; metrics.jsonl names their prompts")
         finally:
-            gather(None)  # the others wait: torchrun ends rank 0 as soon as one of them exits
+            gather(None)  # the others wait: when one exits, torchrun ends all
         raise SystemExit(2)
 
-    # ---------------------------------------------------------------------------- signals and errors
+    def keep_best(self, score: float) -> None:
+        """Write the average as best/ if it scores higher than every "test" in the log."""
+        if self.rank == 0:
+            scores = [line["test"] for line in read_log(self.run) if line.get("test") is not None]
+            beside = self.run / "tmp_best"
+            if score > max(scores, default=-math.inf):
+                with self.full_disk("best", beside):
+                    save_adapter(beside, self.average, self.config)
+                    publish(beside, self.run / "best")
+
+    def finish(self) -> None:
+        """After the loop: publish adapter/, a copy of the newest checkpoint's, or with --final best
+        of best/. Signals have their usual effect again."""
+        self.close()
+        if not self.optimizer.state:
+            self.give_up("every update was skipped: all gradients were NaN or infinite")
+        if self.rank == 0:
+            source, beside = checkpoints(self.run)[-1] / "adapter", self.run / "tmp_adapter"
+            if getattr(self.args, "final", "last") == "best" and (self.run / "best").is_dir():
+                source = self.run / "best"
+            with self.full_disk("adapter", beside):
+                shutil.rmtree(beside, ignore_errors=True)
+                shutil.copytree(source, beside)
+                publish(beside, self.run / "adapter")
 
     def catch_signals(self) -> None:
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        numbers = [getattr(signal, name) for name in names]
-        self.handlers = {number: signal.signal(number, self.count) for number in numbers}
-        sys.excepthook = self.failed
-        threading.Thread(target=self.wait, args=(numbers,), daemon=True).start()
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in SIGNALS}
+        sys.excepthook = self.report_error
+        threading.Thread(target=self.wait, daemon=True).start()
 
-    def release_signals(self) -> None:
+    def close(self) -> None:
         sys.excepthook = sys.__excepthook__
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)
         os.close(self.write)  # the thread reads the end and stops
 
-    def count(self, number: int, frame: FrameType | None) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1:
-            os._exit(128 + number)
+    def interrupt(self, number, frame) -> None:
+        """While the thread saves, a second Ctrl-C ends the process."""
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
-    def wait(self, numbers: list[int]) -> None:
+    def wait(self) -> None:
         """The thread: save, then end the process with the signal's usual exit code."""
         while received := os.read(self.read, 1):
-            if received[0] in numbers:
+            if received[0] in SIGNALS:
                 try:
                     self.save_and_report()
                 finally:
                     os._exit(128 + received[0])
         os.close(self.read)
 
-    def failed(
-        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        """An uncaught error: print its own message first."""
-        sys.__excepthook__(kind, error, trace)
+    def report_error(self, kind, error, trace) -> None:
+        sys.__excepthook__(kind, error, trace)  # its own message first
         self.save_and_report()
 
     def save_and_report(self) -> None:
         if self.rank == 0:
-            with self.saving:  # the main thread goes on meanwhile, but keeps nothing newer
+            with self.saving:  # nothing newer is kept meanwhile
                 self.save()
                 done = f"saved after {self.kept[0]} iterations" if self.kept else "nothing to save"
-            print(f"\nstopped; {done}; continue with the same command and --resume",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            how = "continue with the same command and --resume"
+            print(f"\nstopped; {done}; {how}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from support.files import check_model, fetch, hub_id
 from support.lora import adapter_parameters, add_adapter, read_adapter, use
-from support.model import precision, velocity
+from support.model import backbone_dtype, precision, velocity
 from support.run import print_batch, share, start_processes, stop_processes
 
 
@@ -66,43 +67,24 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *buffers))
 
 
-def shared_anchor(args: argparse.Namespace) -> str | None:
-    """The task whose teacher is also MAR's anchor: at its prompts the two labels are one."""
-    same = [t for t, p in args.teacher.items() if p == args.anchor and t not in args.teacher_guidance]
-    return same[-1] if same else None
-
-
-def passes(args: argparse.Namespace, world: int = 1) -> dict[str, tuple[int, int]]:
-    """{phase: (passes of the transformer, rows in the largest)} of process 0 in an iteration."""
-    S, steps = args.trained_steps, args.eligible_steps[-1] + 1
-    samples = share(args.prompts_per_iteration * args.group_size, 0, world)
+def largest_batch(args: argparse.Namespace, world: int = 1) -> dict[str, int]:
+    """{phase: rows in the largest forward pass} of process 0 in an iteration of train_opd.py."""
+    S, G = args.trained_steps, args.group_size
+    samples = share(args.prompts_per_iteration * G, 0, world)
     cycle = [task for task in args.teacher for _ in range(int(args.task_mix[task]))]
-    rows, update_rows = dict.fromkeys(args.teacher, 0), {}
-    for i in samples:
-        task = cycle[i // args.group_size % len(cycle)]
-        part = (task, i % args.updates)
-        rows[task] += S
-        update_rows[part] = update_rows.get(part, 0) + S
-    label_rows = list(rows.values())
-    if args.mar_weight:
-        label_rows.append(len(samples) * S - rows.get(shared_anchor(args), 0))
-
-    def count(parts, batch):
-        return sum(math.ceil(n / batch) for n in parts), min(max(parts), batch)
-
-    rollouts, largest = count([len(samples)], args.label_batch)
+    parts = Counter((cycle[i // G % len(cycle)], i % args.updates) for i in samples)
     return {
-        "rollout": (steps * rollouts, largest),
-        "labels": count(label_rows, args.label_batch),
-        "update": count(update_rows.values(), args.micro_batch),
+        "rollout": min(args.label_batch, len(samples)),
+        "labels": min(args.label_batch, S * len(samples)),  # the anchor's; a teacher's are fewer
+        "update": min(args.micro_batch, S * max(parts.values())),
     }
 
 
 def guidance_of(args: argparse.Namespace, phase: str) -> float:
-    """The guidance scale of a phase; of teachers' different ones, one that doubles the rows."""
+    """The guidance scale of a phase. Of the teachers' scales: one that doubles the rows, if any."""
     if phase != "labels":
         return args.student_guidance
-    return max(args.guidance, *args.teacher_guidance.values(), 0, key=lambda scale: scale not in (0, 1))
+    return max(args.guidance, *args.teacher_guidance.values(), 1, key=lambda scale: scale != 1)
 
 
 def shape_of(path: str, flag: str, args: argparse.Namespace, alpha: float | None = None) -> dict:
@@ -110,16 +92,14 @@ def shape_of(path: str, flag: str, args: argparse.Namespace, alpha: float | None
     if path == "base":
         return {"rank": args.rank, "alpha": args.alpha}
     if not hub_id(path):
-        return {"layers": read_adapter(path, flag, alpha)}
+        return {"layers": read_adapter(path, flag, alpha), "where": f"{flag} {path}"}
     file = Path(fetch(path, flag, ("adapter_config.json",))) / "adapter_config.json"
     rank = json.loads(file.read_text())["r"] if file.is_file() else args.rank
     return {"rank": rank, "alpha": 1}
 
 
-def build(
-    args: argparse.Namespace, folder: str, dtype: torch.dtype
-) -> tuple[torch.nn.Module, dict[str, int]]:
-    """(the transformer with all its LoRAs, without memory; {what it holds: bytes})."""
+def build(args: argparse.Namespace, folder: str, dtype: torch.dtype) -> tuple:
+    """(the transformer with all its LoRAs, without contents; {what it holds: bytes})."""
     config = SD3Transformer2DModel.load_config(f"{folder}/transformer")
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
@@ -128,9 +108,10 @@ def build(
     for task, path in args.teacher.items():
         shape = shape_of(path, f"--teacher {task}", args, args.teacher_alpha.get(task))
         add_adapter(transformer, f"teacher_{task}", **shape)
-    if args.mar_weight and args.anchor != "base" and not shared_anchor(args):
+    same = [path for task, path in args.teacher.items() if task not in args.teacher_guidance]
+    if args.mar_weight and args.anchor not in ("base", *same):
         add_adapter(transformer, "anchor", **shape_of(args.anchor, "--anchor", args))
-    torch.nn.Module.to(transformer, dtype)  # as peft casts a LoRA that has contents
+    torch.nn.Module.to(transformer, dtype)  # as peft does with a LoRA that has contents
     frozen = size_of(transformer) - bare
     for name in ("average", "student"):
         add_adapter(transformer, name, **shape_of(args.init, "--init", args))
@@ -147,102 +128,91 @@ def build(
     }
 
 
-def peak_of(
-    transformer: torch.nn.Module,
-    rows: int,
-    side: int,
-    tokens: int,
-    guidance: float,
-    device: torch.device,
-    backward: bool = False,
-) -> int:
+def peak_of(transformer, rows, side, tokens, guidance, device, backward=False) -> int:
     """Peak bytes of one guided velocity (with `backward`: and of its gradient) on top of what was
-    there. It works on a real model too."""
-    config, dtype = transformer.config, transformer.pos_embed.proj.weight.dtype
+    there. It also measures a real model."""
+    config, dtype = transformer.config, backbone_dtype(transformer)
     x = torch.zeros(rows, config.in_channels, side, side, device=device)
-    t = torch.full((rows,), 0.5, device=device)
-    text = {
-        "embeds": torch.zeros(1, tokens, config.joint_attention_dim, dtype=dtype),
-        "pooled": torch.zeros(1, config.pooled_projection_dim, dtype=dtype),
-    }
-    prompt = torch.zeros(rows, dtype=torch.long)
+    embeds = torch.zeros(1, tokens, config.joint_attention_dim, dtype=dtype)
+    pooled = torch.zeros(1, config.pooled_projection_dim, dtype=dtype)
+    text, prompt = {"embeds": embeds, "pooled": pooled}, torch.zeros(rows, dtype=torch.long)
     with torch.set_grad_enabled(backward), use(transformer, "student"), Alive(device) as alive:
-        v = velocity(transformer, x, t, text, prompt, guidance)
+        v = velocity(transformer, x, 0.5, text, prompt, guidance)
         if backward:
             v.square().mean().backward()
     return alive.peak
 
 
-def phases(
-    args: argparse.Namespace, folder: str, device: torch.device, dtype: torch.dtype, world: int = 1
-) -> tuple[dict[str, int], dict[str, int]]:
+def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[str, int]]:
     """({what is held all the time: bytes}, {phase: bytes on top at its peak})."""
     transformer, held = build(args, folder, dtype)
     read = lambda name: json.loads((Path(folder) / name).read_text())
     vae_config = AutoencoderKL.load_config(f"{folder}/vae")
-    shrink = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    side = args.size // shrink if args.size else transformer.config.sample_size
-    limits = [read(f"{n}/tokenizer_config.json")["model_max_length"] for n in TOKENIZERS]
-    tokens = limits[0] + (args.text_length if args.no_t5 else min(args.text_length, limits[1]))
+    side = transformer.config.sample_size
+    if args.size:
+        side = args.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    clip, t5 = (
+        read(f"{part}/tokenizer_config.json")["model_max_length"]
+        for part in ("tokenizer", "tokenizer_3")
+    )
+    tokens = clip + (args.text_length if args.no_t5 else min(args.text_length, t5))
     latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
-    # A rollout's states and means; x, x_next, mean_old, v_teacher, mean_teacher, v_anchor of rows.
+    # The rollout's states and means; x, x_next, mean_old, mean_teacher, v_teacher, v_anchor of rows.
     held["states, means and labels, float32"] = (2 * steps + 1 + 6 * S) * b * latent
-
-    encoders = ("text_encoder", "text_encoder_2", *([] if args.no_t5 else ["text_encoder_3"]))
     extra = {"text encoders": 0}
     with torch.device("meta"):
-        for name in encoders:
-            kind = getattr(transformers, read("model_index.json")[name][1])
-            encoder = kind(kind.config_class.from_pretrained(f"{folder}/{name}"))
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3")[: 2 if args.no_t5 else 3]:
+            kind = getattr(transformers, read("model_index.json")[part][1])
+            encoder = kind(kind.config_class.from_pretrained(f"{folder}/{part}"))
             extra["text encoders"] += size_of(encoder.to(dtype))
         vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
-    pictures = args.sample_every or args.eval_prompts
-    if pictures:
-        held["VAE, float32, from the first pictures on"] = size_of(vae)
-
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer.to_empty(device=device)
-        vae.to_empty(device=device)
         if args.checkpointing:
             transformer.enable_gradient_checkpointing()
-        for phase, (_, rows) in passes(args, world).items():
-            scale = guidance_of(args, phase)
-            extra[phase] = peak_of(transformer, rows, side, tokens, scale, device, phase == "update")
-        extra["rollout"] += 2 * (steps + 1) * b * latent  # lists, before they are stacked
-        if pictures:
-            images = min(args.label_batch, args.eval_prompts or 2 * len(args.teacher))
-            with torch.no_grad(), Alive(device) as decoding:
-                vae.decode(torch.zeros(images, vae.config.latent_channels, side, side, device=device))
-            sampling = peak_of(transformer, images, side, tokens, args.student_guidance, device)
-            sampling += (4 * args.eval_steps + 3) * images * latent
-            extra["pictures"] = max(sampling, decoding.peak)
+        measure = lambda n, scale, backward: peak_of(
+            transformer, n, side, tokens, scale, device, backward
+        )
+        for phase, rows in largest_batch(args, world).items():
+            extra[phase] = measure(rows, guidance_of(args, phase), phase == "update")
+        extra["rollout"] += (2 * steps + 2) * b * latent  # lists, before they are stacked
+        if args.sample_every or args.eval_prompts:
+            held["VAE, float32, from the first pictures on"] = size_of(vae)
+            vae.to_empty(device=device)
+            n = min(args.label_batch, args.eval_prompts or 2 * len(args.teacher))
+            sampling = measure(n, args.student_guidance, False)
+            sampling += (4 * args.eval_steps + 3) * n * latent
+            with torch.no_grad(), Alive(device) as alive:
+                vae.decode(torch.zeros(n, vae.config.latent_channels, side, side, device=device))
+            extra["pictures"] = max(sampling, alive.peak)
     return held, extra
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Print what this run of train_opd.py would hold and do. Nothing is loaded or written."""
+    """Print what this run of train_opd.py would hold. Nothing is loaded or written."""
     rank, world, device = start_processes()
     folder = fetch(args.model, "--model", ("model_index.json", "*/*config.json"))
     check_model(folder)
     print_batch(args, args.trained_steps)
     if rank == 0:
         held, extra = phases(args, folder, device, precision(args.dtype, device), world)
-        for phase, (number, rows) in passes(args, world).items():
-            twice = ", each twice (guidance)" if guidance_of(args, phase) != 1 else ""
-            print(f"{phase}: {number} passes on process 0, up to {rows} rows{twice}")
+        for phase, rows in largest_batch(args, world).items():
+            twice = ", each twice for guidance" if guidance_of(args, phase) != 1 else ""
+            print(f"{phase}: up to {rows} rows a forward pass{twice}")
+        total, GB = sum(held.values()), 1e9
         print("\nheld all the time, per process")
-        for name, size in held.items():
-            print(f"  {size / 1e9:9.3f} GB  {name}")
-        total = sum(held.values())
-        print(f"  {total / 1e9:9.3f} GB  together\n\npeak of each phase: this and")
+        for name, size in {**held, "together": total}.items():
+            print(f"  {size / GB:9.3f} GB  {name}")
+        print("\npeak of each phase: this and")
         for phase, size in extra.items():
-            print(f"  {size / 1e9:9.3f} GB  {phase:14} {(total + size) / 1e9:9.3f} GB in all")
-        disk = 3 * held["Adam's two moments"] / 1e9  # student, average, moments; average in 2 formats
-        print(f"\na checkpoint takes {disk:.3f} GB of disk; {args.keep} are kept, one more while saving")
-        print("An estimate: nothing was measured. It leaves out the CUDA context, workspaces of "
-              "libraries, temporaries inside an operation, fragmentation and the text encoders' "
+            print(f"  {size / GB:9.3f} GB  {phase:14} {(total + size) / GB:9.3f} GB in all")
+        # Student, average and two moments in float32, and the average in two formats.
+        disk = 3 * held["Adam's two moments"] / GB
+        print(f"\na checkpoint takes {disk:.3f} GB of disk; at most {args.keep + 1} exist at once")
+        print("An estimate: nothing was measured. It leaves out the CUDA context, workspaces of\n"
+              "libraries, temporaries inside an operation, fragmentation and the text encoders'\n"
               "activations.")  # fmt: skip
     stop_processes()
 
@@ -262,7 +232,6 @@ ELSE = ("update", ["a smaller --micro_batch, or --checkpointing", "a smaller --b
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "CUDA out of memory",
                  "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
 PEER_GONE = ("closed by peer", "remote process exit")  # the words of gloo and nccl
-TOKENIZERS = ("tokenizer", "tokenizer_3")
 
 
 def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
