@@ -1,198 +1,239 @@
-"""Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching, GRPO.
+"""Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching and GRPO.
 
-Copy what you need: torch only; the PPO forms and grpo also need `ppo_metrics` at the end. All are pure functions of
-tensors, minimised, and return (loss, metrics): a scalar to call backward on and a dict of floats to log.
+Copy what you need: torch only; the PPO forms and `grpo` also need `ppo_metrics` at the end. All are
+pure functions of tensors. They return (loss, metrics): a scalar to minimise, and floats to log.
 
-Shapes: mean, mean_old, mean_teacher, x_next, v (B, C, H, W); std, weight, dt floats; D = C H W.
-  mean          the student's mean now, with gradient          x_next     the state that the rollout drew
-  mean_old      the student's mean when it drew x_next         std        the step's standard deviation
-  mean_teacher  the routed teacher's mean at the same state
-KL and log-prob are means over the D latent dimensions, then over the batch, in float32. Gradient flows through `mean`
-and `v` alone; mean_old and x_next are constants of the rollout. (Were mean_old recomputed with gradient, the ratio would be
-the exponential of a difference that is always 0, with gradient 0.)
+Shapes (B is any number of visited states; a training script passes rows of several steps):
+  mean          the student's mean now, with gradient                        (B, C, H, W)
+  mean_old      the student's mean when it drew x_next                       (B, C, H, W)
+  mean_teacher  the routed teacher's mean at the same state                  (B, C, H, W)
+  x_next        the state that the rollout drew                              (B, C, H, W)
+  std           the step's standard deviation        float, or (B, 1, 1, 1)
+KL and log-prob are means over the D = C H W latent dimensions, then over the batch, in float32.
+Gradient flows through `mean` and `v` alone; the rest are constants of the rollout. (If mean_old
+were recomputed with gradient, the log-ratio would be 0 with gradient 0 for every parameter.)
 
-Seven forms in six functions (Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055). "Gradient" is the expectation over
-x_next at ratio 1, which holds in the first update of a rollout; KL is the per-step KL(student, teacher), which is what one
-wants to descend:
+Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055. "Gradient" is the expectation over x_next at
+ratio 1, so in the first update of a rollout. KL is KL(student, teacher) of one step, which
+distillation should descend.
 
-  --objective      function           gradient               noise                  source
-  ppo              opd_ppo            grad KL                some: sampled reward   ours, the default
-  kl               opd_kl             grad KL                none from the action   Flow-OPD v5, DiffusionOPD Eq. 11
-  ppo-public-code  opd_ppo_published  grad KL                little more than kl    Flow-OPD's public code: detach=False
-  ppo-published    opd_ppo_published  0: it does not learn   little, but no signal  Flow-OPD v1 as written
-  ppo-scalar       opd_ppo_scalar     grad KL                D/2 times ppo's, more  the habit of language models
-  trajectory       opd_trajectory     grad trajectory KL     as ppo-scalar          DiffusionOPD, derived
-  ode              opd_ode            of another objective   none: none is drawn    DiffusionOPD Eq. 12, a = 0
+  --objective      function           gradient            noise of the gradient   source
+  ppo              opd_ppo            grad KL             some: a sampled reward  ours, default
+  kl               opd_kl             grad KL             none from the action    Flow-OPD v5
+  ppo-public-code  opd_ppo_public     grad KL             little more than kl     Flow-OPD's code
+  ppo-published    opd_ppo_published  0: does not learn   little, and no signal   Flow-OPD v1
+  ppo-scalar       opd_ppo_scalar     grad KL             D/2 (1 + D KL/2) x ppo  language models
+  trajectory       opd_trajectory     grad trajectory KL  as ppo-scalar           DiffusionOPD
+  ode              opd_ode            another distance    none: nothing is drawn  DiffusionOPD
 
-tests/test_losses.py measures every gradient by Monte Carlo, experiments/RESULTS.md has the noise.
-One update, for states of any shape (B, ...):
+tests/test_losses.py measures every gradient by Monte Carlo; experiments/RESULTS.md compares runs.
+One update with these functions:
 
-  path = sde.rollout(student, noise, grid, a)                    # no gradient inside; student(x, t) -> v
-  for i in range(len(grid) - 2):                                 # all but the last step, as is the custom; std above 0
-      times = grid[i], grid[i + 1], a, grid[1]                   # grid[1] is t_max, at every step
-      with torch.no_grad():                                      # saves memory; the losses detach it anyway
+  path = sde.rollout(student, noise, grid, a)          # no gradient inside; student(x, t) -> v
+  for i in range(len(grid) - 2):                       # all but the last step
+      times = grid[i], grid[i + 1], a, grid[1]
+      with torch.no_grad():
           mean_teacher, _ = sde.step(path.x[i], teacher(path.x[i], grid[i]), *times)
-      mean, std = sde.step(path.x[i], student(path.x[i], grid[i]), *times)  # once more, now with gradient
+      mean, std = sde.step(path.x[i], student(path.x[i], grid[i]), *times)  # with gradient
       loss, _ = opd_ppo(mean, path.mean[i], mean_teacher, path.x[i + 1], std)
-      # with MAR: loss += mar(v, v_anchor, 0.02 * sde.kl_weight(*times))[0], v and v_anchor at path.x[i]
-      (loss / (len(grid) - 2)).backward()                        # a mean over the steps
+      (loss / (len(grid) - 2)).backward()              # a mean over the steps
 """
 
 import torch
 from torch import Tensor
 
+Number = float | Tensor
+
 
 def opd_ppo(
-    mean: Tensor, mean_old: Tensor, mean_teacher: Tensor, x_next: Tensor, std: float, clip_range: float = 0.2
-) -> tuple[Tensor, dict]:
-    """The default: PPO whose ratio and reward belong to single latent coordinates.
-
-    The policy factorises, Normal(mean, std^2 I) = prod_d Normal(mean_d, std^2), so each coordinate is an action of
-    its own. Its reward is the sampled log-ratio log pi_teacher(x_next_d) - log pi_old(x_next_d), and the gradient
-    flows through its ratio alone, as Flow-OPD v1 asks. Unlike opd_ppo_published's this reward depends on the action:
-    at ratio 1 the expected gradient is that of the KL, and no coordinate carries the noise of the others. In later
-    updates of the same rollout it is that of KL(student, teacher) - KL(student, old student), which has no minimum at
-    the teacher: the clip, and few updates, keep the student near.
-    clip_range acts on ratios of single coordinates, so it has the size used for language models (0.1 to 0.2).
-    """
-    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()) / (2 * std**2)  # (B, C, H, W)
-    reward = ((x_next - mean_old).square() - (x_next - mean_teacher).square()).detach() / (2 * std**2)  # (B, C, H, W)
-    ratio = log_ratio.exp()  # (B, C, H, W), 1 at the first update
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.minimum(ratio * reward, clipped * reward).mean()  # minus: the reward is to be maximised
-    return loss, ppo_metrics(ratio, clip_range)
-
-
-def opd_ppo_scalar(
-    mean: Tensor, mean_old: Tensor, mean_teacher: Tensor, x_next: Tensor, std: float, clip_range: float = 1e-4
-) -> tuple[Tensor, dict]:
-    """opd_ppo with one ratio and one reward per image, as language models have one per token.
-
-    Unbiased too, but every coordinate's gradient is multiplied by the reward noise of all D. Ratio and reward are
-    means over D, so their product is 1/D^2 of that of the sums; the mean KL is 1/D of the sum: hence the factor D. The
-    clip range, 1e-4 in the public code, acts on a mean too, so on a much smaller number than opd_ppo's.
-    """
-    D = mean[0].numel()
-    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
-    reward = ((x_next - mean_old).square() - (x_next - mean_teacher).square()).flatten(1).mean(1).detach() / (2 * std**2)
-    ratio = log_ratio.exp()  # (B,)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -D * torch.minimum(ratio * reward, clipped * reward).mean()
-    return loss, ppo_metrics(ratio, clip_range)
-
-
-def opd_ppo_published(
     mean: Tensor,
     mean_old: Tensor,
     mean_teacher: Tensor,
     x_next: Tensor,
-    std: float,
-    clip_range: float = 1e-4,
-    detach: bool = True,
+    std: Number,
+    clip_range: float = 0.2,
+    kl_to_go: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
-    """The formula of Flow-OPD v1 Eq. 11, kept because it is the published one. It does not learn.
+    """The default: PPO with one ratio and one reward per latent coordinate.
 
-    The reward is the analytic -KL at the visited state, detached. It does not depend on the action x_next, and
-    E[grad log pi] = 0, so at ratio 1 the expected gradient is zero: all that is left is noise.
-    detach=False is what the public code did: the gradient also flows through the KL itself, and that direct
-    part is what learned. (The public code also dropped sqrt(dt) from the KL's variance; not repeated here.)
+    It is the paper's form (v1: PPO, all gradient through the ratio) made right. The policy
+    factorises over coordinates, so each coordinate is an action of its own. Its reward is the
+    sampled log-ratio log pi_teacher(x_next) - log pi_old(x_next), which depends on the action. Why
+    it learns, for one coordinate at ratio 1, u = (mean_teacher - mean) / std, z the drawn noise:
+
+      reward r = u z - u^2 / 2, so E[r] = -u^2 / 2 = -KL and Var[r] = u^2 = 2 KL
+      grad log pi = z / std (with respect to the mean)
+      E[r grad log pi] = u / std = -grad KL: ascent on the reward is descent on the KL
+
+    Worked number: u = .3 gives KL .045, mean reward -.045, variance .09. The published reward is
+    the analytic -KL, without z: E[-KL z / std] = 0, nothing is left (`opd_ppo_published`).
+
+    When to take `opd_kl` instead: it has less variance and bears many updates of one rollout. From
+    the second update on, the expected gradient here is that of KL(student, teacher) - KL(student,
+    old student), which has no minimum at the teacher. The clip and few updates keep them close.
+    clip_range is that of single coordinates: 0.1 to 0.2, as for language models.
     """
-    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
-    reward = -(mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,) -KL, no x_next in it
-    reward = reward.detach() if detach else reward
-    ratio = log_ratio.exp()  # (B,)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.minimum(ratio * reward, clipped * reward).mean()
-    return loss, ppo_metrics(ratio, clip_range)
+    log_ratio = log_ratio_of(x_next, mean, mean_old, std)  # (B, C, H, W)
+    reward = log_ratio_of(x_next, mean_teacher, mean_old, std).detach()  # (B, C, H, W)
+    return ppo(log_ratio, reward, clip_range)
 
 
-def opd_kl(mean: Tensor, mean_teacher: Tensor, std: float) -> tuple[Tensor, dict]:
-    """The KL itself. Flow-OPD v5 Eq. 15, DiffusionOPD Eq. 11.
+def opd_ppo_scalar(
+    mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None
+) -> tuple[Tensor, dict]:
+    """`opd_ppo` with one ratio and one reward per image, as language models have one per token.
 
-    Exact gradient of the per-step KL; needs neither the action nor a ratio.
-    (mean - mean_teacher)^2 / (2 std^2) = w(t) (v - v_teacher)^2 with w = sde.kl_weight.
+    Unbiased too, but each coordinate's gradient is multiplied by the reward noise of all D. Ratio
+    and reward are means over D, so their product is 1/D^2 of that of the sums, while the mean KL is
+    1/D of the sum: hence the factor D. clip_range acts on a mean: 1e-4 in the public code.
     """
-    kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)
-    return kl.mean(), {}
+    D = mean[0].numel()
+    log_ratio = log_ratio_of(x_next, mean, mean_old, std).flatten(1).mean(1)  # (B,)
+    reward = log_ratio_of(x_next, mean_teacher, mean_old, std).flatten(1).mean(1).detach()  # (B,)
+    loss, metrics = ppo(log_ratio, reward, clip_range)
+    return D * loss, metrics
+
+
+def opd_ppo_published(
+    mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None, detach=True
+) -> tuple[Tensor, dict]:
+    """Flow-OPD v1 Eq. 11 as written. Kept because it is what was published. It does not learn.
+
+    The reward is the analytic -KL at the visited state, detached. It does not depend on the action
+    x_next, and E[grad log pi] = 0: at ratio 1 the expected gradient is zero.
+    """
+    log_ratio = log_ratio_of(x_next, mean, mean_old, std).flatten(1).mean(1)  # (B,)
+    reward = -kl_of(mean, mean_teacher, std)  # (B,), no x_next in it
+    return ppo(log_ratio, reward.detach() if detach else reward, clip_range)
+
+
+def opd_ppo_public(
+    mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None
+) -> tuple[Tensor, dict]:
+    """The public code of Flow-OPD: the same without the detach. The gradient through the KL learns.
+
+    (That code also dropped sqrt(dt) from the KL's variance, which is not repeated here.)
+    """
+    return opd_ppo_published(
+        mean, mean_old, mean_teacher, x_next, std, clip_range, kl_to_go, detach=False
+    )
+
+
+def opd_kl(
+    mean, mean_old, mean_teacher, x_next, std, clip_range=0.0, kl_to_go=None
+) -> tuple[Tensor, dict]:
+    """The KL itself: Flow-OPD v5 Eq. 15, DiffusionOPD Eq. 11. Uses mean, mean_teacher and std.
+
+    Exact gradient of the per-step KL; equal to sde.kl_weight times the mean of (v - v_teacher)^2.
+    """
+    return kl_of(mean, mean_teacher, std).mean(), {}
 
 
 def opd_trajectory(
-    mean: Tensor, mean_old: Tensor, mean_teacher: Tensor, x_next: Tensor, std: float, kl_to_go: Tensor, clip_range: float = 1e-4
+    mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None
 ) -> tuple[Tensor, dict]:
-    """opd_kl plus what it leaves out: how this step's action moves the states, and so the KL, of later steps.
+    """`opd_kl` plus what it leaves out: this step's action also moves the states of later steps.
 
-    kl_to_go (B,): sum over the later trained steps k of KL_k (means over dimensions), a constant; with 0 this is opd_kl.
-    Summed over all steps, the two parts together are the exact gradient of the KL between whole trajectories. The
-    log-ratio is a mean over D, so the second part is multiplied by D, or it would be D times too small.
+    kl_to_go (B,): sum of the KL (a mean over dimensions) of the later trained steps, a constant.
+    Summed over all steps the two parts are the exact gradient of the KL between whole trajectories.
+    The log-ratio is a mean over D, so the second part needs the factor D.
     """
     D = mean[0].numel()
-    kl = (mean - mean_teacher.detach()).square().flatten(1).mean(1) / (2 * std**2)  # (B,)
-    log_ratio = ((x_next - mean_old).square() - (x_next - mean).square()).flatten(1).mean(1) / (2 * std**2)  # (B,)
-    reward = -kl_to_go.detach()  # (B,)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = kl.mean() - D * torch.minimum(ratio * reward, clipped * reward).mean()
-    return loss, ppo_metrics(ratio, clip_range)
+    log_ratio = log_ratio_of(x_next, mean, mean_old, std).flatten(1).mean(1)  # (B,)
+    future, metrics = ppo(log_ratio, -kl_to_go.detach(), clip_range)
+    return kl_of(mean, mean_teacher, std).mean() + D * future, metrics
 
 
-def opd_ode(v: Tensor, v_teacher: Tensor, dt: float) -> tuple[Tensor, dict]:
-    """Match the ODE step, dt^2 / 2 (v - v_teacher)^2, on states of an a = 0 rollout. DiffusionOPD Eq. 12.
+def opd_ode(
+    mean, mean_old, mean_teacher, x_next, std, clip_range=0.0, kl_to_go=None
+) -> tuple[Tensor, dict]:
+    """Half the squared distance of two Euler steps (a = 0): DiffusionOPD Eq. 12. Not a KL.
 
-    Half the squared distance between the two Euler means. Not a KL: a deterministic step has no density.
+    Equal to dt^2 / 2 times the mean of (v - v_teacher)^2. Uses mean and mean_teacher alone.
     """
-    return dt**2 / 2 * (v - v_teacher.detach()).square().mean(), {}
+    return 0.5 * (mean - mean_teacher.detach()).square().mean(), {}
 
 
-def mar(v: Tensor, v_anchor: Tensor, weight: float) -> tuple[Tensor, dict]:
-    """Manifold Anchor Regularization (Flow-OPD v1): weight mean((v - v_anchor)^2) on all data, every step.
+OBJECTIVES = {
+    "ppo": opd_ppo,
+    "kl": opd_kl,
+    "ode": opd_ode,
+    "trajectory": opd_trajectory,
+    "ppo-scalar": opd_ppo_scalar,
+    "ppo-published": opd_ppo_published,
+    "ppo-public-code": opd_ppo_public,
+}
 
-    weight = lambda w(t), lambda 0.02 in the paper and w = sde.kl_weight (dt^2 / 2 beside `opd_ode`), so that it is
-    lambda KL(student, anchor). v_anchor comes from a frozen teacher of image quality, by default the deqa teacher.
+
+def mar(v: Tensor, v_anchor: Tensor, weight: Number) -> tuple[Tensor, dict]:
+    """Manifold Anchor Regularization (Flow-OPD v1): mean of weight (v - v_anchor)^2.
+
+    weight = lambda w(t), lambda 0.02 in the paper and w = `sde.kl_weight` (dt^2 / 2 beside
+    `opd_ode`): then it is lambda KL(student, anchor). The paper writes "on all data, every step";
+    here it acts at the trained steps, as the objective does. v_anchor is the velocity of a frozen
+    teacher of image quality. v, v_anchor (B, C, H, W), weight a float or (B, 1, 1, 1).
     """
-    loss = weight * (v - v_anchor.detach()).square().mean()
+    loss = (weight * (v - v_anchor.detach()).square()).mean()
     return loss, {"mar": loss.item()}
 
 
 def flow_matching(v: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, dict]:
-    """The loss that made the base model, and the SFT cold start: mean((v - (noise - x0))^2) at a random t."""
+    """mean((v - (noise - x0))^2) at a random t: the loss of pretraining and the SFT cold start."""
     return (v - (noise - x0)).square().mean(), {}
 
 
-def group_advantage(rewards: Tensor, groups: Tensor, global_std: bool = True, clip: float = 5.0) -> Tensor:
-    """GRPO's advantage: (reward - mean of its group) / std, clamped to +-clip. No gradient.
+def group_advantage(
+    rewards: Tensor, groups: Tensor, global_std: bool = True, clip: float = 5.0
+) -> Tensor:
+    """GRPO's advantage (reward - mean of its group) / std, clamped to +-clip: (N,), no gradient.
 
-    rewards (N,) float, groups (N,) int: samples of one prompt share a number. global_std divides by the std of
-    all N rewards (Flow-GRPO's choice: it does not blow up groups that hardly differ), else by each group's own.
-    A group of equal rewards gets zeros: it says nothing about which sample was better. Returns (N,).
+    rewards (N,) float; groups (N,) int, equal for samples of one prompt. global_std divides by the
+    std of all N rewards (Flow-GRPO's choice: groups that hardly differ are not blown up), else by
+    each group's own. A group of equal rewards gets zeros: nothing tells which sample was better.
     """
     rewards = rewards.detach().double()
     _, index, size = torch.unique(groups, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(size), dtype=rewards.dtype, device=rewards.device).index_add(0, index, rewards) / size
+    mean = torch.zeros(len(size), dtype=rewards.dtype, device=rewards.device)
+    mean = mean.index_add(0, index, rewards) / size  # a number per group
     centred = rewards - mean[index]  # (N,)
     if global_std:
         std = rewards.std(correction=0)
     else:
-        square = torch.zeros_like(mean).index_add(0, index, centred.square()) / size
-        std = square.sqrt()[index]
-    return (centred / (std + 1e-4)).clamp(-clip, clip).float()  # 1e-4: equal rewards give 0, not 0/0
+        variance = torch.zeros_like(mean).index_add(0, index, centred.square()) / size
+        std = variance.sqrt()[index]  # (N,)
+    return (centred / (std + 1e-4)).clamp(-clip, clip).float()  # 1e-4: 0, not nan
 
 
-def grpo(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float = 1e-2) -> tuple[Tensor, dict]:
-    """Flow-GRPO (arXiv 2505.05470): PPO's clipped objective at one denoising step, one ratio per image.
+def grpo(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float = 1e-2
+) -> tuple[Tensor, dict]:
+    """Flow-GRPO (arXiv 2505.05470): PPO's clipped objective with one ratio per image and step.
 
-    log_prob, old_log_prob (B,) means over dimensions (sde.log_prob), so the ratio stays very near to 1 (on the
-    miniature at most .4 % of the ratios leave 1e-2). advantage (B,) from group_advantage. The log-ratio of a mean over D
-    varies as 1/sqrt(D): for a handful of dimensions take 0.2. Raises ValueError for shapes that would broadcast.
+    log_prob, old_log_prob (B,) are means over dimensions (`sde.log_prob`), so the ratio stays near
+    1: the log-ratio of a mean over D varies as 1 / sqrt(D). For a handful of dimensions take
+    clip_range 0.2. advantage (B,) from `group_advantage`. Raises ValueError for unequal shapes.
     """
-    if not log_prob.shape == old_log_prob.shape == advantage.shape:
-        raise ValueError(f"one number a sample: {[*log_prob.shape]}, {[*old_log_prob.shape]}, {[*advantage.shape]}")
-    ratio = (log_prob - old_log_prob).exp()  # (B,)
+    shapes = [tuple(tensor.shape) for tensor in (log_prob, old_log_prob, advantage)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"one number per sample: the shapes {shapes} differ")
+    return ppo(log_prob - old_log_prob, advantage, clip_range)
+
+
+def ppo(log_ratio: Tensor, reward: Tensor, clip_range: float) -> tuple[Tensor, dict]:
+    """PPO: minus the mean of min(ratio r, clip(ratio) r), since the reward is to be maximised."""
+    ratio = log_ratio.exp()  # 1 before the first update of a rollout
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()  # minus: advantage is to be maximised
-    return loss, ppo_metrics(ratio, clip_range)
-
-
-def ppo_metrics(ratio: Tensor, clip_range: float) -> dict[str, float]:
-    """What to log of a ratio: how far it is from 1 (0 before the first update) and how often it leaves the clip range."""
+    loss = -torch.minimum(ratio * reward, clipped * reward).mean()
     gap = (ratio.detach() - 1).abs()
-    return {"ratio_gap": gap.mean().item(), "clip_fraction": (gap > clip_range).float().mean().item()}
+    clip_fraction = (gap > clip_range).float().mean().item()
+    return loss, {"ratio_gap": gap.mean().item(), "clip_fraction": clip_fraction}
+
+
+def log_ratio_of(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Number) -> Tensor:
+    """log Normal(x_next; mean, std^2) - log Normal(x_next; mean_old, std^2), per coordinate."""
+    return ((x_next - mean_old).square() - (x_next - mean).square()) / (2 * std**2)
+
+
+def kl_of(mean: Tensor, mean_teacher: Tensor, std: Number) -> Tensor:
+    """KL of two Gaussians of one width, (mean - mean_teacher)^2 / (2 std^2), mean over D: (B,)."""
+    return ((mean - mean_teacher.detach()).square() / (2 * std**2)).flatten(1).mean(1)

@@ -1,8 +1,8 @@
-"""LoRA adapters on one frozen backbone: read strictly, switch safely, save so that everyone can load.
+"""LoRA adapters on one frozen backbone: read strictly, switch, save so that every loader is right.
 
-The student, its average, every teacher and the anchor are adapters of the same transformer: a fifth teacher costs
-megabytes, not another copy of the model. Loading is strict because LoRAs fail silently elsewhere: a key that finds
-no layer, a file without its alpha or an adapter of zeros would otherwise be a teacher that teaches nothing.
+Student, average, teachers and anchor are adapters of one transformer: a fifth teacher costs
+megabytes, not another copy of the model. Reading is strict because LoRAs fail in silence elsewhere:
+a key without a layer, a file without its alpha or an adapter of zeros would teach nothing.
 """
 
 import argparse
@@ -20,74 +20,92 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support.flags import ADAPTER, check_adapter, fail, fetch, one_line, read_json, reason, written_beside
+from support.files import ADAPTER, check_adapter, fetch, read_json, written_beside
+from support.flags import fail, one_line, reason
 
-# The layers that the public teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
-LORA_TARGETS = [
-    f"attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0")
-]
+# What the published teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
+PROJECTIONS = "add_q_proj add_k_proj add_v_proj to_add_out to_q to_k to_v to_out.0".split()
+LORA_TARGETS = [f"attn.{projection}" for projection in PROJECTIONS]
 
 
-def read_adapter(
-    path: str | Path, flag: str, alpha: float | None = None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A LoRA directory in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}, float32, all of it finite.
+def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dict[str, tuple]:
+    """A folder or hub id in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}.
 
-    Reads safetensors and JSON, no pickle; of the JSON alpha, alpha_pattern and use_rslora alone, so nothing in it leads to
-    another file. alpha: instead of what the directory says."""
-    folder = Path(fetch(str(path), flag, ADAPTER))
+    float32 and finite. Reads safetensors and JSON, never a pickle; of the JSON only alpha,
+    alpha_pattern and use_rslora. `alpha` replaces what the folder says; `flag` is for errors.
+    """
+    folder, where = Path(fetch(str(path), flag, ADAPTER)), f"{flag} {path}"
     check_adapter(str(folder), flag)
-    file = next(file for name in ADAPTER[1:] if (file := folder / name).is_file())
+    file = next(folder / name for name in ADAPTER[1:] if (folder / name).is_file())
     try:
         tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        if (folder / "adapter_config.json").is_file():
-            config = {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
-        else:  # diffusers keeps the LoRA's numbers in the file's header, each under "transformer."
-            config = {**read_json(metadata.get("lora_adapter_metadata", "{}"))}
-            config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    except Exception as error:  # each of the libraries has its own for a file that is not what it should be
-        fail(f"{flag} {path}: damaged adapter ({reason(error)})")
-    halves = {}
-    for key, tensor in tensors.items():
-        short = key.removeprefix("base_model.model.").removeprefix("transformer.").replace(".default.", ".")
-        layer, _, end = short.rpartition(".lora_")
-        half = halves.setdefault(layer, {})
-        if end not in ("A.weight", "B.weight") or end[0] in half or tensor.ndim != 2 or not tensor.is_floating_point():
-            fail(f"{flag} {path}: unexpected tensor {key!r}; expected LAYER.lora_A.weight and LAYER.lora_B.weight, once each")
-        half[end[0]] = tensor.float()
+        config = read_config(folder, file)
+    except Exception as error:  # each library raises its own kind for a damaged file
+        fail(f"{where}: damaged adapter ({reason(error)})")
+    pairs = pair_up(tensors, where)
     layers = {}
-    for layer, half in halves.items():
-        if len(half) < 2 or half["A"].shape[0] != half["B"].shape[1] or 0 in (*half["A"].shape, *half["B"].shape):
-            fail(f"{flag} {path}: layer {layer} has no matching pair of lora_A and lora_B")
-        if not half["A"].double().norm() * half["B"].double().norm() < 1e8:  # so written, nan fails too
-            fail(f"{flag} {path}: layer {layer} holds nan, infinity or numbers out of all proportion: its training failed")
-        rank, layer_alpha = len(half["A"]), alpha_of(layer, config, f"{flag} {path}") if alpha is None else alpha
+    for layer, pair in pairs.items():
+        A, B = pair.get("A"), pair.get("B")
+        if A is None or B is None or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+            fail(f"{where}: layer {layer} has no matching pair of lora_A and lora_B")
+        if not A.double().norm() * B.double().norm() < 1e8:  # so written, nan fails too
+            fail(f"{where}: layer {layer} holds nan, infinity or numbers far too large")
+        rank, layer_alpha = len(A), alpha
+        if alpha is None:
+            layer_alpha = alpha_of(layer, config, where)
         if layer_alpha is None:
-            cure = "give --teacher_alpha TASK=ALPHA" if flag.startswith("--teacher") else "add its adapter_config.json"
-            fail(f"{flag} {path}: the file does not say its alpha; {cure}")
+            cure = "add its adapter_config.json"
+            if flag.startswith("--teacher"):
+                cure = "give --teacher_alpha TASK=ALPHA"
+            fail(f"{where}: the file does not say its alpha; {cure}")
         if type(layer_alpha) not in (int, float) or not 0 < layer_alpha < 1e6:
-            fail(f"{flag} {path}: alpha {layer_alpha!r} of layer {layer} is not a number above 0 (and below a million)")
-        layers[layer] = (half["A"], half["B"], layer_alpha / (rank**0.5 if config.get("use_rslora") else rank))
-    if not any(B.any() and A.any() for A, B, _ in layers.values()):
-        fail(f"{flag} {path}: an all-zero adapter: it changes nothing, so it was not trained or not saved")
+            fail(f"{where}: alpha {layer_alpha!r} of layer {layer} is not a number from 0 to 1e6")
+        divisor = rank**0.5 if config.get("use_rslora") else rank
+        layers[layer] = (A, B, layer_alpha / divisor)
+    if not any(A.any() and B.any() for A, B, _ in layers.values()):
+        fail(f"{where}: an all-zero adapter changes nothing: it was not trained or not saved")
     for layer, (_, B, _) in layers.items():
-        if not B.any() and not layer.endswith("add_q_proj"):  # SD3's last add_q_proj is always zero: nothing reads it
+        if not B.any() and not layer.endswith("add_q_proj"):  # SD3 never reads its last add_q_proj
             print(one_line(f"warning: {path}: lora_B of {layer} is all zero"), file=sys.stderr)
     return layers
 
 
+def read_config(folder: Path, file: Path) -> dict:
+    """adapter_config.json, or what diffusers keeps in the file's header under "transformer."."""
+    if (folder / "adapter_config.json").is_file():
+        return {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
+    with safe_open(file, "pt") as opened:
+        header = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    return {key.removeprefix("transformer."): value for key, value in read_json(header).items()}
+
+
+def pair_up(tensors: dict[str, torch.Tensor], where: str) -> dict[str, dict[str, torch.Tensor]]:
+    """{"PREFIX.LAYER.lora_A.weight": tensor, ...} -> {layer: {"A": tensor, "B": tensor}}."""
+    pairs = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.").removeprefix("transformer.")
+        layer, _, end = name.replace(".default.", ".").rpartition(".lora_")
+        pair = pairs.setdefault(layer, {})
+        known = end in ("A.weight", "B.weight") and end[0] not in pair
+        if not known or tensor.ndim != 2 or not tensor.is_floating_point():
+            wanted = "LAYER.lora_A.weight and LAYER.lora_B.weight, once each"
+            fail(f"{where}: unexpected tensor {key!r}; expected {wanted}")
+        pair[end[0]] = tensor.float()
+    return pairs
+
+
 def alpha_of(layer: str, config: dict, where: str) -> object:
-    """What adapter_config.json says; None: nothing. peft takes the keys of alpha_pattern for regular expressions, the first
-    that matches a layer's name or the end of it counts; here they must be plain: a stranger's can take for ever to match."""
+    """alpha in adapter_config.json, None where it has none.
+
+    peft takes the keys of alpha_pattern as regular expressions; the first that matches a layer's
+    name or its end counts. Here a key is plain text: a stranger's expression may never finish."""
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict) or config.get("use_rslora") not in (None, True, False):
-        fail(f"{where}: in adapter_config.json alpha_pattern must be an object and use_rslora true or false")
+        fail(f"{where}: alpha_pattern must be a JSON object and use_rslora true or false")
     for key, alpha in pattern.items():
         name = key.removeprefix("^").removesuffix("$").replace(r"\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
-            fail(f"{where}: alpha_pattern {key!r} is an expression; expected the name of a layer or the end of one")
+            fail(f"{where}: alpha_pattern {key!r} is an expression; expected the name of a layer")
         if layer == name or (layer.endswith("." + name) and not key.startswith("^")):
             return alpha
     return config.get("lora_alpha")
@@ -99,32 +117,20 @@ def add_adapter(
     layers: dict[str, tuple] | None = None,
     rank: int | None = None,
     alpha: float | None = None,
-    path: str | Path | None = None,
-    flag: str | None = None,
+    where: str = "",
 ) -> None:
-    """Put a LoRA on the backbone: `layers` as read_adapter gives them, or a fresh one of that rank (A gaussian, B zero)."""
+    """Put a LoRA on the backbone: `layers` of read_adapter, or a fresh one (A gaussian, B zero)."""
     if layers is None:
-        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+        config = LoraConfig(rank, lora_alpha=alpha, init_lora_weights="gaussian")
+        config.target_modules = set(LORA_TARGETS)
     else:
-        linear = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
-        shapes = {n.removesuffix(".base_layer"): tuple(module.weight.shape) for n, module in linear.items()}  # (out, in)
-        for layer, (A, B, _) in layers.items():
-            if layer not in shapes:
-                fail(f"{flag} {path}: its layer {layer} is not a linear layer of the model")
-            out_in = shapes[layer]
-            if out_in != (B.shape[0], A.shape[1]):
-                fail(f"{flag} {path}: layer {layer} is {B.shape[0]}x{A.shape[1]}, the model's is {out_in[0]}x{out_in[1]}")
+        check_layers(transformer, layers, where)
         ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
         alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
         first = next(iter(layers))
-        config = LoraConfig(
-            r=ranks[first],
-            lora_alpha=alphas[first],
-            target_modules=list(layers),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-        )
-    with warnings.catch_warnings():  # peft warns at every adapter after the first; several are the point here
+        config = LoraConfig(ranks[first], lora_alpha=alphas[first], target_modules=list(layers))
+        config.rank_pattern, config.alpha_pattern = ranks, alphas
+    with warnings.catch_warnings():  # peft warns of a second adapter; here there are many
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         transformer.add_adapter(config, name)
     for layer, (A, B, _) in (layers or {}).items():
@@ -135,65 +141,94 @@ def add_adapter(
         parameter.requires_grad_(False)
 
 
-def add_student(transformer: torch.nn.Module, args: argparse.Namespace, layers: dict[str, tuple] | None) -> tuple[dict, dict]:
-    """The student, a LoRA as `layers` say or a fresh one, and "ema", a second one that holds its running average; both
-    in float32 whatever the backbone is: an update of 1e-4 would be lost in bfloat16's three digits.
+def check_layers(transformer: torch.nn.Module, layers: dict[str, tuple], where: str) -> None:
+    """Every layer of the adapter is a linear layer of the transformer, with the same sizes."""
+    shapes = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
+            shapes[name.removesuffix(".base_layer")] = tuple(module.weight.shape)  # (out, in)
+    for layer, (A, B, _) in layers.items():
+        if layer not in shapes:
+            fail(f"{where}: its layer {layer} is not a linear layer of the model")
+        out, into = shapes[layer]
+        if (out, into) != (B.shape[0], A.shape[1]):
+            theirs = f"{B.shape[0]}x{A.shape[1]}"
+            fail(f"{where}: layer {layer} is {theirs}, the model's is {out}x{into}")
 
-    Returns {"LAYER.lora_A.weight": parameter, …} of each; the student's alone carry gradient."""
+
+def load_adapter(
+    transformer: torch.nn.Module, name: str, path: str, flag: str, alpha: float | None = None
+) -> None:
+    """Read an adapter and put it on the backbone under `name`."""
+    add_adapter(transformer, name, read_adapter(path, flag, alpha), where=f"{flag} {path}")
+
+
+def load_anchor(transformer: torch.nn.Module, args: argparse.Namespace) -> str | None:
+    """The LoRA of MAR's anchor: None for the base, "teacher_TASK" if they are one, or "anchor"."""
+    if args.anchor == "base" or not args.mar_weight:
+        return None
+    for task, path in args.teacher.items():
+        if path == args.anchor and task not in args.teacher_guidance:
+            return f"teacher_{task}"
+    load_adapter(transformer, "anchor", args.anchor, "--anchor")
+    return "anchor"
+
+
+def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple[dict, dict]:
+    """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
+
+    Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. Returns
+    {"LAYER.lora_A.weight": parameter} of each. The student stays active; it alone has gradients."""
+    layers, where = None, f"--init {args.init}"
+    if args.init != "base":
+        layers = read_adapter(args.init, "--init")
     torch.manual_seed(args.seed)
-    for name in ("ema", "student"):
-        add_adapter(transformer, name, layers, args.rank, args.alpha, args.init, "--init")
-    student, ema = (adapter_parameters(transformer, name) for name in ("student", "ema"))
-    for parameter in (*student.values(), *ema.values()):
-        parameter.data = parameter.data.float()
+    for name in ("average", "student"):
+        add_adapter(transformer, name, layers, args.rank, args.alpha, where)
+    student = adapter_parameters(transformer, "student")
+    average = adapter_parameters(transformer, "average")
     for name, parameter in student.items():
+        parameter.data = parameter.data.float()
+        average[name].data = parameter.data.clone()
         parameter.requires_grad_(True)
-        ema[name].data.copy_(parameter.data)
-    return student, ema
+    return student, average
 
 
 def adapter_parameters(transformer: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
-    """{"LAYER.lora_A.weight": parameter, …} of one adapter, in a fixed order."""
-    return {
-        k.replace(f".{name}.", "."): p
-        for k, p in transformer.named_parameters()
-        if f".lora_A.{name}." in k or f".lora_B.{name}." in k
-    }
+    """{"LAYER.lora_A.weight": parameter} of one adapter, in a fixed order."""
+    found = {}
+    for key, parameter in transformer.named_parameters():
+        if f".lora_A.{name}." in key or f".lora_B.{name}." in key:
+            found[key.replace(f".{name}.", ".")] = parameter
+    return found
 
 
 @contextlib.contextmanager
-def adapter(transformer: torch.nn.Module, name: str | None) -> Iterator[None]:
-    """Inside, the backbone carries this adapter (None: none at all); outside, what it carried before.
+def use(transformer: torch.nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, the backbone uses this adapter (None: no adapter); afterwards the one before.
 
-    peft's own switch turns gradients on for the adapter it activates and off for the others; here requires_grad
-    stays as it was."""
-    layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
-    before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-
-    def switch(states):
-        for layer, (names, disabled) in zip(layers, states):
-            layer.set_adapter(names, inference_mode=True)
-            layer.enable_adapters(not disabled)
-        for p in transformer.parameters():
-            p.requires_grad_(False)
-        for p in trained:
-            p.requires_grad_(True)
-
-    switch([(before[i][0] if name is None else [name], name is None) for i in range(len(layers))])
+    peft's own switch also sets requires_grad of all parameters; here it stays as it is."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name], name is None
     try:
         yield
     finally:
-        switch(before)
+        for layer, (active, disabled) in zip(layers, before):
+            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
-    """tensors {"LAYER.lora_A.weight": tensor, …} -> a folder that peft and `pipe.load_lora_weights` both load.
+    """{"LAYER.lora_A.weight": tensor} -> a folder that peft and `pipe.load_lora_weights` load.
 
-    Two files on purpose: diffusers silently loads nothing from a PEFT folder, and assumes alpha = rank without metadata."""
-    tensors = {k: t.detach().float().cpu().contiguous().clone() for k, t in tensors.items()}
-    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    Two files: diffusers loads nothing from a PEFT folder, and without metadata alpha = rank."""
+    tensors = {key: t.detach().float().cpu().contiguous().clone() for key, t in tensors.items()}
+    metadata = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    peft_names = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
     with written_beside(folder) as beside:
-        save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, beside / "adapter_model.safetensors")
+        save_file(peft_names, beside / "adapter_model.safetensors")
         config.save_pretrained(beside)
-        StableDiffusion3Pipeline.save_lora_weights(beside, tensors, transformer_lora_adapter_metadata=metadata)
+        StableDiffusion3Pipeline.save_lora_weights(
+            beside, tensors, transformer_lora_adapter_metadata=metadata
+        )

@@ -1,0 +1,109 @@
+"""The log of a run: metrics.jsonl, a line per iteration, and its curves."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class Stopwatch:
+    """Seconds of an iteration's phases. A GPU runs behind Python: each lap waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.laps, self.began = device, {}, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before = sum(self.laps.values())
+        self.laps[f"seconds/{phase}"] = time.perf_counter() - self.began - before
+
+    def result(self) -> dict[str, float]:
+        """The laps, their sum, and on a GPU the peak of memory in GB (10^9 bytes)."""
+        result = {"seconds": time.perf_counter() - self.began} | self.laps
+        if self.device.type == "cuda":
+            result["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        return result
+
+
+def add_to_log(log: dict[str, float], values: dict[str, float], weight: float) -> None:
+    """log[name] += weight * value."""
+    for name, value in values.items():
+        log[name] = log.get(name, 0.0) + weight * value
+
+
+def sum_logs(log: dict[str, float]) -> dict[str, float]:
+    """{name: this process's part} -> {name: sum over processes}. All processes must call it."""
+    parts = [log]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, log)
+    total = {}
+    for part in parts:
+        add_to_log(total, part, 1)
+    return total
+
+
+def log_line(folder: str | Path, values: dict) -> None:
+    """Append one iteration to metrics.jsonl: six digits; NaN and infinity become null."""
+    line = {}
+    for name, value in values.items():
+        if isinstance(value, float):
+            value = float(f"{value:.6g}") if math.isfinite(value) else None
+        line[name] = value
+    with open(Path(folder) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl; a line cut by a kill is left out."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def cut_log(folder: str | Path, iteration: int) -> None:
+    """After --resume: drop the lines of iterations that run again."""
+    lines = [line for line in read_log(folder) if line["iteration"] < iteration]
+    beside = Path(folder) / "metrics.tmp"
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, Path(folder) / "metrics.jsonl")
+
+
+def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:
+    """curves.png from metrics.jsonl, a panel each: {title: beginning of the metrics' names}."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = read_log(folder)
+    logged = list(dict.fromkeys(name for line in log for name in line))
+    panels = {title: [n for n in logged if n.startswith(start)] for title, start in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}  # those with data
+    size = (4.2 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    # Colours that colour-blind readers tell apart.
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    for axis, (title, names) in zip(axes[0], panels.items()):
+        axis.set_prop_cycle(color=colours)
+        for name in names:
+            points = [(line["iteration"], line[name]) for line in log if name in line]
+            marker = "." if len(points) < 10 else ""
+            axis.plot(*zip(*points), marker=marker, label=name.split("/")[-1])
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+            axis.legend(fontsize=8, ncols=3, frameon=False, **below)
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
+    plt.close(figure)
