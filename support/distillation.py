@@ -1,0 +1,144 @@
+"""Check the flags of a training script, and fill in those that follow from others."""
+
+import argparse
+
+from support.files import check_adapter, check_model, prompt_files
+from support.flags import TASKS, check_out, fail, pairs
+
+
+def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
+    """For train_opd.py and train_sft.py. Afterwards teacher, prompts, test_prompts, task_mix,
+    teacher_guidance and teacher_alpha are {task: value}, and every file they name is there."""
+    check_model(args.model)
+    args.teacher = pairs(args.teacher, "--teacher", overrule=True)
+    args.teacher = args.teacher or {task: f"{args.model}/adapters/{task}" for task in TASKS}
+    tasks = list(args.teacher)
+    check_prompt_files(args, tasks, with_tests=args.eval_prompts > 0)
+    for name in ("task_mix", "teacher_guidance", "teacher_alpha"):
+        values = pairs(getattr(args, name), f"--{name}", number=True)
+        setattr(args, name, values)
+        for task in values:
+            if task not in tasks:
+                fail(f"--{name}: task {task!r} has no teacher; add --teacher {task}=DIR")
+    args.task_mix = args.task_mix or dict.fromkeys(tasks, 1)
+    check_shares(args.task_mix, "--task_mix")
+    for task, path in args.teacher.items():
+        if task not in args.task_mix:
+            fail(f"--teacher {task}: --task_mix has no share for it; add one or drop the teacher")
+        check_adapter(path, f"--teacher {task}")
+    args.init = args.init or f"{args.model}/adapters/merged"
+    check_start(args.init, "--init")
+    if "objective" in args:
+        check_objective(args)
+    elif args.sft_images < len(tasks):
+        fail(f"--sft_images must be at least {len(tasks)}: one for every task")
+    if not getattr(args, "dry_run", False):
+        check_out(args)
+    return args
+
+
+def check_objective(args: argparse.Namespace) -> None:
+    """What train_opd.py has and train_sft.py has not: the anchor, the objective and the sampler."""
+    args.anchor = args.anchor or f"{args.model}/adapters/deqa"
+    if args.mar_weight:
+        check_start(args.anchor, "--anchor")
+    if args.student_guidance is None:
+        args.student_guidance = args.guidance
+    if args.clip_range is None:  # of a coordinate's ratio, or of an image's
+        args.clip_range = 0.2 if args.objective == "ppo" else 1e-4
+    if args.objective == "ode":
+        args.noise = 0.0
+    elif args.noise <= 0:
+        fail("--noise must be above 0: a step without noise has no density; or --objective ode")
+    if args.objective == "trajectory" and args.train_steps == "random:1":
+        fail("--train_steps random:1: --objective trajectory looks ahead; train 2 steps or more")
+    check_updates(args)
+    check_train_steps(args)
+
+
+def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
+    """For train_teacher.py. Afterwards reward or mix, prompts and test_prompts are {name: value},
+    and every file they name is there."""
+    check_model(args.model)
+    if bool(args.reward) == bool(args.mix):
+        fail("give --reward NAME (a teacher) or --mix TASK=SHARE ... (GRPO-Mix), one of the two")
+    if args.mix:
+        args.mix = pairs(args.mix, "--mix", number=True)
+        check_shares(args.mix, "--mix")
+        args.tasks = list(args.mix)
+        name = "grpo_mix"
+    else:
+        weighted = [reward if "=" in reward else f"{reward}=1" for reward in args.reward]
+        args.reward = pairs(weighted, "--reward", number=True)
+        if min(args.reward.values()) <= 0:
+            fail("--reward: weights must be above 0; to lower a reward, write its negative scorer")
+        args.tasks = args.tasks or list(args.reward)[:1]
+        name = "teacher_" + "_".join(args.reward)
+    own = pairs(args.prompts, "--prompts", overrule=True)
+    for task in args.tasks:
+        if task not in TASKS and task not in own:
+            known = f"{', '.join(TASKS)}, or any task with --prompts {task}=FILE"
+            fail(f"unknown task {task!r} (--tasks, --mix or --reward): expected {known}")
+    check_prompt_files(args, args.tasks, with_tests=args.eval_every > 0)
+    if args.final == "best" and not args.eval_every:
+        fail("--final best needs test rewards: give --eval_every")
+    if args.group_size < 2:
+        fail("--group_size must be at least 2: a sample is compared with its group's mean")
+    if args.noise <= 0:
+        fail("--noise must be above 0: a step without noise has no density")
+    check_updates(args)
+    args.window_end = args.window_end or args.steps - 1
+    if not args.window <= args.window_end < args.steps:
+        fail("--window must be at most --window_end, and --window_end below --steps")
+    args.eligible_steps = list(range(args.steps - 1))
+    args.trained_steps = args.window or args.steps - 1
+    check_start(args.init, "--init")
+    args.out = args.out or f"runs/{name}"
+    check_out(args)
+    return args
+
+
+def check_prompt_files(args: argparse.Namespace, tasks: list[str], with_tests: bool) -> None:
+    """args.prompts and args.test_prompts -> {task: file}; no test prompts without tests."""
+    args.prompts = prompt_files(args.prompts, tasks, "train", args.model)
+    tests = {}
+    if with_tests:
+        tests = prompt_files(args.test_prompts, tasks, "test", args.model, "--test_prompts")
+    args.test_prompts = tests
+
+
+def check_start(path: str, flag: str) -> None:
+    """ "base" or an adapter."""
+    if path != "base":
+        check_adapter(path, flag)
+
+
+def check_shares(shares: dict[str, float], flag: str) -> None:
+    for share in shares.values():
+        if not 1 <= share <= 1000 or share % 1:
+            fail(f"{flag}: shares are whole numbers from 1 to 1000")
+
+
+def check_updates(args: argparse.Namespace) -> None:
+    G = args.group_size
+    if G % args.updates:
+        fail(f"--updates {args.updates} must divide --group_size {G}: each takes a part of a group")
+
+
+def check_train_steps(args: argparse.Namespace) -> None:
+    """--train_steps -> args.eligible_steps, a list, and args.trained_steps, how many of them an
+    iteration trains."""
+    kind, _, number = args.train_steps.partition(":")
+    where = f"--train_steps {args.train_steps}"
+    all_steps = list(range(args.steps))
+    named = {"all": all_steps, "first": all_steps[:-1], "random": all_steps[:-1]}
+    try:
+        eligible = named.get(kind) or sorted({int(step) for step in kind.split(",")})
+        count = int(number) if kind == "random" else len(eligible)
+    except ValueError:
+        fail(f"{where}: expected first, all, random:K or a list such as 0,2,5")
+    if not 1 <= count <= len(eligible) or eligible[0] < 0 or eligible[-1] >= args.steps:
+        fail(f"{where}: there are {args.steps} steps, numbered from 0 (--steps)")
+    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
+        fail(f"{where}: the last cps step has no noise and so no KL; leave it out")
+    args.eligible_steps, args.trained_steps = eligible, count
