@@ -1,18 +1,18 @@
-"""GRPO with a reward of your own, on the miniature as stock diffusers loads it: pictures become red, in a minute on a CPU.
+"""GRPO with your own reward, on the miniature as stock diffusers loads it. Images become red.
 
-    python examples/own_reward.py
+    python examples/own_reward.py       # a minute on a CPU
 
-Your own part is `reward`, a function of images (B, 3, H, W) in [0, 1] and prompts that returns a number per image, and
-PROMPTS. Of this project it uses sde.py, losses.py and the pipeline in toy/. A reward alone takes all it can get: look at
-what becomes of the shapes. train_teacher.py, which is this with everything that long runs need (files of prompts, test
-rewards, guidance, checkpoints, an average of the weights, many processes), has --beta and weighted rewards against that.
+Replace `reward`, a function of images (B, 3, H, W) in [0, 1] and prompts that returns a number per
+image, and PROMPTS. Of this project the script uses sde.py, losses.py and the pipeline in toy/.
+
+A reward alone takes all it can get: look at what happens to the shapes. Against that
+train_teacher.py has --beta and weighted rewards. It is this script with what long runs need: prompt
+files, test rewards, guidance, checkpoints, averaged weights, many processes.
 """
 
 import argparse
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not needed once sde.py and losses.py are copied beside this
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -20,90 +20,123 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
 
+# Needed only as long as sde.py and losses.py lie in the folder above this one.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 from losses import group_advantage, grpo
 from sde import log_prob, rollout, step
 
-PROMPTS = ["two circles", "nice mural of squares", "triangle above circle", "pretty view of triangles"]  # they name no colour
+NOISE = 0.7  # the noise level a of the SDE
+PROMPTS = [  # they name no colour
+    "two circles",
+    "nice mural of squares",
+    "triangle above circle",
+    "pretty view of triangles",
+]
+LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+LAYERS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
 
 
-def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Redness: how much more red than green and blue a picture is, on average. (B,)"""
+def reward(images, prompts):
+    """Redness: how much more red than green and blue an image is on average. (B,)"""
     red, green, blue = images.mean(dim=(2, 3)).unbind(1)
     return red - (green + blue) / 2
 
 
-def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
+@torch.no_grad()
+def decode(vae, latents):
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
 def main(args):
     torch.manual_seed(args.seed)
-    out, A, G = Path(args.out), 0.7, args.group_size
-    pipe = StableDiffusion3Pipeline.from_pretrained("toy")
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "toy")
     with torch.no_grad():
-        embeds, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=8)
+        flags = {"do_classifier_free_guidance": False, "max_sequence_length": 8}
+        embeds, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, **flags)
     pipe.scheduler.set_timesteps(args.steps)
     grid = pipe.scheduler.sigmas.tolist()  # T + 1 values, 1 ... 0
-    transformer, vae = pipe.transformer.requires_grad_(False), pipe.vae
-    layers = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
-    transformer.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=layers, init_lora_weights="gaussian"))
-    weights = [p for p in transformer.parameters() if p.requires_grad]  # the LoRA alone
-    optimizer = torch.optim.AdamW(weights, lr=1e-3)
-    shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
+    transformer = pipe.transformer.requires_grad_(False)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LAYERS, init_lora_weights="gaussian")
+    transformer.add_adapter(lora)
+    parameters = [p for p in transformer.parameters() if p.requires_grad]  # the LoRA's
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    side = transformer.config.sample_size
+    shape = (transformer.config.in_channels, side, side)
 
-    def velocity(x, t, which):
-        """v (B, C, h, w) for the prompts `which` (B,)."""
-        times = torch.full((len(x),), 1000 * t)
-        return transformer(x, embeds[which], pooled[which], times, return_dict=False)[0]
+    def velocity(x, t, prompt):
+        """v like x (B, C, h, w); t is a float or (B, 1, 1, 1), prompt (B,) the rows of PROMPTS."""
+        t = torch.as_tensor(1000 * t).flatten().expand(len(x))
+        return transformer(x, embeds[prompt], pooled[prompt], t, return_dict=False)[0]
 
-    def paint():
-        """Eight pictures without noise, of the same starting points every time, in one row: (3, H, 8 W)."""
-        x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-        latents = rollout(lambda x, t: velocity(x, t, torch.arange(8) % len(PROMPTS)), x, grid, a=0.0).x[-1]
-        with torch.no_grad():
-            return torch.cat(decode(vae, latents).unbind(), dim=2)
+    def sample_row():
+        """Eight images without noise, from the same eight starting points: (3, H, 8 W)."""
+        noise = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+        prompt = torch.arange(8) % len(PROMPTS)
+        path = rollout(lambda x, t: velocity(x, t, prompt), noise, grid, a=0.0)
+        return torch.cat(decode(pipe.vae, path.x[-1]).unbind(), dim=2)
 
-    before, history, spread = paint(), [], None
-    which = torch.arange(len(PROMPTS)).repeat_interleave(G)  # (B,): G samples of every prompt
+    # G samples of every prompt. A visited state is a row: step i // B of sample i % B.
+    prompt = torch.arange(len(PROMPTS)).repeat_interleave(args.group_size)  # (B,)
+    B, S = len(prompt), args.steps - 1  # the last step is not trained
+    times = torch.tensor(grid).repeat_interleave(B).view(-1, 1, 1, 1)
+    t, t_next = times[: S * B], times[B : (S + 1) * B]  # (N, 1, 1, 1), N = S B
+    sample_of = torch.arange(B).repeat(S)  # (N,)
+
+    before, history, spread = sample_row(), [], None
     for _ in (bar := tqdm(range(args.iterations), "training")):
-        # Paint with the SDE, score, and compare each picture with the others of its prompt.
-        path = rollout(lambda x, t: velocity(x, t, which), torch.randn(len(which), *shape), grid, A)
-        with torch.no_grad():
-            rewards = reward(decode(vae, path.x[-1]), [PROMPTS[i] for i in which])  # (B,)
-        advantage = group_advantage(rewards, which)  # (B,)
-        # Make the steps of the better ones more likely: two updates, each on every second sample.
-        for half in (slice(0, None, 2), slice(1, None, 2)):
-            for i in range(args.steps - 1):
-                v = velocity(path.x[i, half], grid[i], which[half])
-                mean, std = step(path.x[i, half], v, grid[i], grid[i + 1], A, grid[1])
-                now = log_prob(path.x[i + 1, half], mean, std)
-                loss, _ = grpo(now, path.log_prob[i, half], advantage[half], clip_range=1e-2)
-                (loss / (args.steps - 1)).backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        # Sample with the SDE, score, and compare every image with the others of its prompt.
+        noise = torch.randn(B, *shape)
+        path = rollout(lambda x, t: velocity(x, t, prompt), noise, grid, NOISE)
+        x, x_next = path.x[:S].flatten(0, 1), path.x[1 : S + 1].flatten(0, 1)  # (N, C, h, w)
+        log_prob_old = path.log_prob[:S].flatten()  # (N,)
+        rewards = reward(decode(pipe.vae, path.x[-1]), [PROMPTS[i] for i in prompt])  # (B,)
+        advantage = group_advantage(rewards, prompt)  # (B,)
+        # Make the steps of the better ones more likely: two updates, each with every second sample.
+        for update in range(2):
+            rows = torch.nonzero(sample_of % 2 == update).flatten()
+            sample = sample_of[rows]
+            v = velocity(x[rows], t[rows], prompt[sample])
+            mean, std = step(x[rows], v, t[rows], t_next[rows], NOISE, grid[1])
+            log_prob_new = log_prob(x_next[rows], mean, std)
+            loss, _ = grpo(log_prob_new, log_prob_old[rows], advantage[sample], clip_range=1e-2)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         history.append(rewards.mean().item())
-        spread = spread or rewards.std().item()  # of the base's pictures
+        spread = spread or rewards.std().item()  # of the base's images
         bar.set_postfix(reward=f"{history[-1]:.3f}")
 
-    out.mkdir(parents=True, exist_ok=True)
-    picture = torch.cat([before, paint()], dim=1)  # (3, 2 H, 8 W): before above, after below
-    picture = Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy())
-    picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST).save(out / "before_after.png")
-    # Not transformer.save_lora_adapter: pipe.load_lora_weights would load nothing from it, and say nothing.
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
-    pipe.save_lora_weights(out, get_peft_model_state_dict(transformer), transformer_lora_adapter_metadata=config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pixels = torch.cat([before, sample_row()], dim=1)  # (3, 2 H, 8 W): before above after
+    picture = Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
+    picture = picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
+    picture.save(args.out / "before_after.png")
+    # pipe.load_lora_weights loads nothing from what transformer.save_lora_adapter writes, silently.
+    config = transformer.peft_config["default"].to_dict()
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    tensors = get_peft_model_state_dict(transformer)
+    pipe.save_lora_weights(args.out, tensors, transformer_lora_adapter_metadata=config)
     print(f"reward: {history[0]:.3f} (standard deviation {spread:.3f}) -> {history[-1]:.3f}")
-    print(f"pictures: {out}/before_after.png (above: before); LoRA, for pipe.load_lora_weights: {out}")
+    print(f"images: {args.out}/before_after.png (first row: before)")
+    print(f"LoRA for pipe.load_lora_weights: {args.out}")
+
+
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    flag = parser.add_argument
+    flag("--iterations", type=int, default=30)
+    flag("--group_size", type=int, default=16, help="samples per prompt (16)")
+    flag("--steps", type=int, default=6, help="of a rollout (6)")
+    flag("--seed", type=int, default=0)
+    flag("--out", type=Path, default="runs/own_reward", help="folder (runs/own_reward)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--group_size", type=int, default=16, help="samples per prompt (16)")
-    parser.add_argument("--steps", type=int, default=6, help="of a rollout (6)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/own_reward")
-    main(parser.parse_args())
+    main(parse_args())
