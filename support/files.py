@@ -1,4 +1,4 @@
-"""Files that users give: prompts, models, adapters, pictures. Each is checked before torch is imported."""
+"""Prompts, models, adapters and images that a user names: each is checked before it is used."""
 
 import contextlib
 import functools
@@ -14,151 +14,15 @@ from support.flags import fail, pairs, reason
 
 
 def read_json(text: str) -> Any:
-    """json.loads, where too deep a nesting is a ValueError like any other fault of the text."""
+    """json.loads, but nesting that is too deep is a ValueError like other faults of the text."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def check_prompt(prompt: str, where: str) -> None:
-    """Any text is a prompt. A NUL (UTF-16, or no text at all) and half a surrogate pair, which no tokenizer takes, are not."""
-    if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
-        fail(f"{where} is not text: it holds a NUL or half a surrogate pair; expected UTF-8")
-
-
-def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], list[dict]]:
-    """A UTF-8 file -> (prompts, metadata), in its order. .txt: a prompt a line, without the spaces around it. .jsonl: an
-    object with "prompt", a text that is not empty, a line; the whole object is the metadata that a scorer may want, and
-    nothing in it is ever taken for a path. Lines end in LF, CRLF or CR; empty ones are skipped. A prompt that stands there
-    twice is drawn twice as often.
-
-    Tokenizer and scorer get a prompt as it is written, in any script, with newlines and control characters that JSON may
-    hold, and of any length (the text encoders read its first 77 CLIP tokens and --text_length T5 tokens). Where it is
-    shown, it is made one line. What is not text is refused, see check_prompt."""
-    kind = Path(path).suffix.lower()
-    if kind not in (".txt", ".jsonl"):
-        fail(f'{flag}: {path}: expected a .txt, a prompt a line, or a .jsonl, an object with "prompt" a line')
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        fail(f"{flag}: cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})")
-    prompts, metadata = [], []
-    for number, line in enumerate(lines, 1):
-        if not (prompt := line.strip()):
-            continue
-        where, more = f"{flag}: line {number} of {path}", {}
-        if kind == ".jsonl":
-            try:
-                more = read_json(line)
-                prompt = more["prompt"]
-            except (ValueError, KeyError, TypeError):
-                prompt = None
-            if not isinstance(prompt, str) or not prompt.strip():
-                fail(f'{where} is not a JSON object with a text as its "prompt"')
-        check_prompt(prompt, where)
-        prompts.append(prompt)
-        metadata.append(more)
-    if not prompts:
-        fail(f"{flag}: {path} holds no prompt")
-    return prompts, metadata
-
-
-def prompt_files(
-    given: Iterable[str] | None, tasks: Collection[str], split: str, model: str, flag: str = "--prompts"
-) -> dict[str, str]:
-    """["geneval=A", …] -> {task: file}: the --prompts given, for the other tasks the model's own. A folder is one of
-    Flow-GRPO's dataset/."""
-    given = pairs(given, flag, overrule=True)
-    for task in given:
-        if task not in tasks:
-            fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
-    for task in tasks:
-        if not re.fullmatch(r"[\w-]+", task):  # pictures and adapters are named after it
-            fail(f"task {task!r}: a task's name is made of letters, digits, _ and -")
-    files = {task: given.get(task, f"{model}/prompts/{task}_{split}.txt") for task in tasks}
-    names = [f"{split}_metadata.jsonl", f"{split}.txt"] + ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
-    for task, file in files.items():
-        files[task] = file = next((str(Path(file, name)) for name in names if os.path.isfile(f"{file}/{name}")), file)
-        if not os.path.isfile(file):
-            fail(f"no {split} prompts for task {task!r}: {file} is not a file; give {flag} {task}=FILE")
-    return files
-
-# What is fetched from a hub repository: the parts of a diffusers pipeline (not the single-file copies beside them), a LoRA.
-PIPELINE = ("model_index.json", *(f"{n}/*" for n in ("transformer", "vae", "scheduler")),
-            *(f"{n}{i}/*" for n in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")))  # fmt: skip
-
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-
-
-def hub_id(path: str) -> bool:
-    """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here, or .. stands in it: then it is a path."""
-    known = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) and ".." not in path
-    return bool(known) and not os.path.exists(path.split("/")[0])
-
-
-@functools.cache
-def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
-    """A directory as it is; a hub id as the directory of its snapshot, fetched once, of those `files` (patterns) alone.
-
-    The hub's own rules hold: HF_TOKEN or `hf auth login` for gated models, HF_HUB_OFFLINE=1 for the cache alone."""
-    if not hub_id(path):
-        return path
-    from huggingface_hub import errors, snapshot_download
-
-    name, _, revision = path.partition("@")
-    try:
-        return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
-    except errors.HFValidationError:
-        fail(f"{flag} {path}: neither a directory here nor a name that the hub allows")
-    except errors.GatedRepoError:
-        fail(f"{flag} {path}: gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`")
-    except errors.RevisionNotFoundError:
-        fail(f"{flag} {path}: the hub has no revision {revision!r} of {name}")
-    except errors.RepositoryNotFoundError:
-        fail(f"{flag} {path}: neither a directory here nor a model on the hub (or a private one: run `hf auth login`)")
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        fail(
-            f"{flag} {path}: no directory here, nothing in the hub's cache, no hub ({reason(error)}); try `hf download {name}`"
-        )
-
-
-def check_model(path: str, flag: str = "--model") -> None:
-    """A pipeline of the right kind, if it is here; a hub id is looked up when it is loaded."""
-    if hub_id(path):
-        return
-    try:
-        kind = read_json((Path(path) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{flag} {path}: not a diffusers pipeline (no usable model_index.json in it)")
-    if kind != "StableDiffusion3Pipeline":
-        fail(f"{flag} {path}: a {kind}; this code trains Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline)")
-    for index in Path(path).glob("*/*.index.json"):  # of weights in several files
-        try:
-            shards = read_json(index.read_text(encoding="utf-8"))["weight_map"].values()
-            outside = [name for name in shards if Path(name).name != name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{flag} {path}: {index.parent.name}/{index.name} is damaged; fetch it again")
-        if outside:
-            fail(f"{flag} {path}: {index.parent.name}/{index.name} names a file outside its folder: {outside[0]}")
-    for part in ("transformer", "vae"):  # with neither there is no weight to open: --dry_run fetches none
-        if any(Path(path, part).glob("*.bin")) and not any(Path(path, part).glob("*.safetensors")):
-            fail(f"{flag} {path}: no safetensors in {part}; a pickle (.bin) can run code and is not opened")
-
-
-def check_adapter(path: str, flag: str) -> None:
-    """An adapter is a directory in PEFT format (adapter_config.json) or in diffusers format, or a hub id of one."""
-    if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in ADAPTER[1:]):
-        return
-    if any(os.path.isfile(f"{path}/adapter/{name}") for name in ADAPTER[1:]):
-        fail(f"{flag} {path}: a run, not an adapter; did you mean {path}/adapter?")
-    if any(os.path.isfile(f"{path}/{Path(name).stem}.bin") for name in ADAPTER[1:]):
-        fail(f"{flag} {path}: its weights are pickled (.bin), and a pickle can run code: not opened; take the safetensors")
-    fail(f"{flag} {path}: not an adapter (a directory with {' or '.join(ADAPTER[1:])})")
-
-
 def save_json(path: str | Path, value: object) -> None:
-    """Beside it first, then renamed: a reader sees the old file or the new one, never half of one."""
+    """Write beside, then rename: a reader sees the old file or the new one, never a half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -166,48 +30,9 @@ def save_json(path: str | Path, value: object) -> None:
     beside.replace(path)
 
 
-def find_images(
-    path: str, task: str, tasks: Collection[str], model: str, file: str | None = None, number: int = 0
-) -> tuple[list[Path], list[str], list[dict]]:
-    """A folder given to `evaluate.py --scores_only` -> (files, prompts, metadata), an entry an image; see its docstring.
-
-    file: the task's prompt file, where the folder lists no prompts; number: only its first lines, 0 = all. Exit 2 unless
-    every prompt has an image, all have as many, and no image is left over."""
-    folder = Path(path) / task
-    if not folder.is_dir() and len(tasks) > 1:
-        fail(f"--scores_only {path}: no folder {folder}; say with --tasks what it holds (of a single task, DIR itself)")
-    folder = folder if folder.is_dir() else Path(path)
-    own = folder / "metadata.jsonl"
-    if own.is_file():
-        prompts, metadata = (part[: number or None] for part in read_prompts(own, "--scores_only"))
-        names = [line.get("file_name") for line in metadata]
-        for n, name in enumerate(names):
-            if not (isinstance(name, str) and (folder / name).is_file()):
-                fail(f'{own}: line {n + 1} needs the "file_name" of an image that is there, not {name!r}')
-        return [folder / name for name in names], prompts, metadata
-    file = prompt_files([f"{task}={file}"] if file else [], [task], "test", model)[task]
-    prompts, metadata = (part[: number or None] for part in read_prompts(file))
-    found, counts = [], {}
-    for image in (image for pattern in ("*.*", "*/samples/*.*") for image in folder.glob(pattern)):
-        if image.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            line = image.relative_to(folder).parts[0].split(".")[0]
-            if not (line.isascii() and line.isdecimal()):
-                fail(f"{image}: its name is no line number, as 00000.png is; or list prompts and images in {own}")
-            if not number or int(line) < number:
-                found.append((int(line), image))
-                counts[int(line)] = counts.get(int(line), 0) + 1
-    for line in {**dict.fromkeys(range(len(prompts))), **counts}:
-        wanted = max(counts.get(0, 0), 1) if line < len(prompts) else 0
-        if counts.get(line, 0) != wanted:
-            have = f"{counts.get(line, 0)} image(s) of prompt {line:05d}, not {wanted}; {file} has {len(prompts)} prompts"
-            fail(f"--scores_only {folder}: {have} (--num_prompts N takes the first N)")
-    lines, files = zip(*sorted(found))
-    return list(files), [prompts[n] for n in lines], [metadata[n] for n in lines]
-
-
 @contextlib.contextmanager
 def written_beside(folder: str | Path) -> Iterator[Path]:
-    """Gives a folder to write into, beside `folder`; its files take their places there when all are whole, else none does."""
+    """Give an empty folder to write into. Its files move to `folder` when all are complete."""
     folder = Path(folder).resolve()
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -219,3 +44,201 @@ def written_beside(folder: str | Path) -> Iterator[Path]:
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_prompt(prompt: str, where: str) -> None:
+    """Any text is a prompt. A NUL or half a surrogate pair is not text: no tokenizer takes it."""
+    if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
+        fail(f"{where} is not text: it holds a NUL or half a surrogate pair; expected UTF-8")
+
+
+def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], list[dict]]:
+    """A UTF-8 file -> (prompts, metadata), in its order. Empty lines are skipped.
+
+    .txt: one prompt per line. .jsonl: one object per line with "prompt", a text that is not empty;
+    the whole object is the metadata for scorers, and nothing in it is taken for a path. A prompt
+    that the file holds twice is drawn twice as often. Its text is kept as written; the text
+    encoders read its first 77 CLIP tokens and --text_length T5 tokens."""
+    kind = Path(path).suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        fail(f'{flag}: {path}: expected .txt (prompts) or .jsonl (objects with "prompt")')
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # \r\n and \r count as \n
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        fail(f"{flag}: cannot read {path} ({why})")
+    prompts, metadata = [], []
+    for number, line in enumerate(lines, 1):
+        where, prompt, about = f"{flag}: line {number} of {path}", line.strip(), {}
+        if not prompt:
+            continue
+        if kind == ".jsonl":
+            about = read_metadata(line, where)
+            prompt = about["prompt"]
+        check_prompt(prompt, where)
+        prompts.append(prompt)
+        metadata.append(about)
+    if not prompts:
+        fail(f"{flag}: {path} holds no prompt")
+    return prompts, metadata
+
+
+def read_metadata(line: str, where: str) -> dict:
+    """A line of a .jsonl file -> its object."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        about = read_json(line)
+        if about["prompt"].strip():
+            return about
+    fail(f'{where} is not a JSON object with a text as its "prompt"')
+
+
+def prompt_files(
+    given: Iterable[str] | None, tasks: Collection[str], split: str, model: str, flag="--prompts"
+) -> dict[str, str]:
+    """["geneval=A", ...] -> {task: file}. Tasks without a file of their own use the model's.
+
+    A may be a folder of Flow-GRPO's dataset/. split: "train" or "test"."""
+    files = {task: f"{model}/prompts/{task}_{split}.txt" for task in tasks}
+    for task, file in pairs(given, flag, overrule=True).items():
+        if task not in files:
+            fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
+        files[task] = file
+    names = [f"{split}_metadata.jsonl", f"{split}.txt"]
+    names += ["evaluation_metadata.jsonl"] * (split == "test")  # GenEval's own
+    for task, file in files.items():
+        if not re.fullmatch(r"[\w-]+", task):  # images and adapters are named after it
+            fail(f"task {task!r}: a task's name is made of letters, digits, _ and -")
+        found = [str(Path(file, name)) for name in names if os.path.isfile(f"{file}/{name}")]
+        files[task] = (found or [file])[0]
+        if not os.path.isfile(files[task]):
+            fail(f"no {split} prompts for {task!r}: {file} is not a file; give {flag} {task}=FILE")
+    return files
+
+
+# What is downloaded: the parts of a diffusers pipeline (not the single files beside them), a LoRA.
+PARTS = """transformer vae scheduler tokenizer tokenizer_2 tokenizer_3
+           text_encoder text_encoder_2 text_encoder_3""".split()
+PIPELINE = ("model_index.json", *(f"{part}/*" for part in PARTS))
+WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+ADAPTER = ("adapter_config.json", *WEIGHTS)
+
+
+def hub_id(path: str) -> bool:
+    """ORG/NAME or ORG/NAME@REVISION, unless ORG is a folder here or the path has a .. in it."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) and ".." not in path
+    return bool(named) and not os.path.exists(path.split("/")[0])
+
+
+@functools.cache
+def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
+    """A folder as it is; a hub id as the folder of its snapshot, with `files` (patterns) alone.
+
+    HF_TOKEN or `hf auth login` opens gated models, HF_HUB_OFFLINE=1 uses the cache alone."""
+    if not hub_id(path):
+        return path
+    from huggingface_hub import errors, snapshot_download
+
+    where, (name, _, revision) = f"{flag} {path}", path.partition("@")
+    try:
+        return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+    except errors.HFValidationError:
+        fail(f"{where}: neither a folder nor a name that the hub allows")
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{name}"
+        fail(f"{where}: gated; accept its licence at {page}, then run `hf auth login`")
+    except errors.RevisionNotFoundError:
+        fail(f"{where}: the hub has no revision {revision!r} of {name}")
+    except errors.RepositoryNotFoundError:
+        fail(f"{where}: neither a folder nor a model on the hub (if private: `hf auth login`)")
+    except (OSError, errors.HfHubHTTPError) as error:
+        missing = f"no folder, not in the hub's cache, and no answer from the hub ({reason(error)})"
+        fail(f"{where}: {missing}; try `hf download {name}`")
+
+
+def check_model(path: str, flag: str = "--model") -> None:
+    """A folder holds a Stable Diffusion 3 pipeline in safetensors. A hub id is checked later."""
+    if hub_id(path):
+        return
+    folder, where = Path(path), f"{flag} {path}"
+    try:
+        kind = read_json((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{where}: not a diffusers pipeline (no usable model_index.json in it)")
+    if kind != "StableDiffusion3Pipeline":
+        fail(f"{where}: a {kind}; this code trains StableDiffusion3Pipeline (3 and 3.5)")
+    for file in folder.glob("*/*.index.json"):  # of weights in several files
+        name = file.relative_to(folder)
+        try:
+            shards = read_json(file.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [shard for shard in shards if Path(shard).name != shard]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{where}: {name} is damaged; download it again")
+        if outside:
+            fail(f"{where}: {name} names a file outside its folder: {outside[0]}")
+    for part in ("transformer", "vae"):  # --dry_run downloads no weights: having none is fine
+        kinds = {file.suffix for file in folder.glob(f"{part}/*")}
+        if ".bin" in kinds and ".safetensors" not in kinds:
+            fail(f"{where}: no safetensors in {part}; a pickle (.bin) can run code: not opened")
+
+
+def check_adapter(path: str, flag: str) -> None:
+    """A folder holds a LoRA in PEFT's format or diffusers'. A hub id is checked later."""
+    names, where = f"a folder with {' or '.join(WEIGHTS)}", f"{flag} {path}"
+    if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in WEIGHTS):
+        return
+    if any(os.path.isfile(f"{path}/adapter/{name}") for name in WEIGHTS):
+        fail(f"{where}: a run, not an adapter; did you mean {path}/adapter?")
+    if any(os.path.isfile(f"{path}/{Path(name).stem}.bin") for name in WEIGHTS):
+        fail(f"{where}: a pickle (.bin) can run code: not opened; expected {names}")
+    fail(f"{where}: not an adapter, which is {names}")
+
+
+def find_images(
+    path: str, task: str, tasks: Collection[str], model: str, file: str | None = None, number=0
+) -> tuple[list[Path], list[str], list[dict]]:
+    """A folder of images -> (files, prompts, metadata), one entry per image.
+
+    DIR/TASK (or DIR, for a single task) lists them in metadata.jsonl, or names each by its line in
+    the prompt `file`, from 0: 00000.png or 00000/samples/0000.png. number: only the first lines;
+    0 = all. Every prompt needs an image, all need equally many, and none may be left over."""
+    folder, end = Path(path, task), number or None
+    if not folder.is_dir():
+        if len(tasks) > 1:
+            fail(f"--scores_only {path}: no folder {folder}; give with --tasks what it holds")
+        folder = Path(path)
+    if (folder / "metadata.jsonl").is_file():
+        return listed_images(folder, end)
+    given = [f"{task}={file}"] if file else []
+    file = prompt_files(given, [task], "test", model)[task]
+    prompts, metadata = (part[:end] for part in read_prompts(file))
+    images = {n: [] for n in range(len(prompts))}
+    found = sorted([*folder.glob("*.*"), *folder.glob("*/samples/*.*")])
+    for image in found:
+        if image.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            continue
+        name = image.relative_to(folder).parts[0].split(".")[0]
+        if not (name.isascii() and name.isdecimal()):
+            fail(f"{image}: expected a line number as its name (00000.png), or a metadata.jsonl")
+        if not number or int(name) < number:
+            images.setdefault(int(name), []).append(image)
+    files, order, wanted = [], [], max(len(images[0]), 1)
+    for n, own in images.items():
+        expected = wanted if n < len(prompts) else 0
+        if len(own) != expected:
+            has = f"{len(own)} image(s) of prompt {n:05d}, expected {expected}"
+            lines = f"{file} has {len(prompts)} prompts (--num_prompts N takes the first N)"
+            fail(f"--scores_only {folder}: {has}; {lines}")
+        files += own
+        order += [n] * len(own)
+    return files, [prompts[n] for n in order], [metadata[n] for n in order]
+
+
+def listed_images(folder: Path, end: int | None) -> tuple[list[Path], list[str], list[dict]]:
+    """The same, from the first `end` lines of the folder's metadata.jsonl."""
+    own = folder / "metadata.jsonl"
+    prompts, metadata = (part[:end] for part in read_prompts(own, "--scores_only"))
+    for n, about in enumerate(metadata, 1):
+        name = about.get("file_name")
+        if not isinstance(name, str) or not (folder / name).is_file():
+            fail(f'{own}: line {n} needs the "file_name" of an existing image, not {name!r}')
+    return [folder / about["file_name"] for about in metadata], prompts, metadata
