@@ -121,14 +121,14 @@ def add_adapter(
 ) -> None:
     """Put a LoRA on the backbone: `layers` of read_adapter, or a fresh one (A gaussian, B zero)."""
     if layers is None:
-        config = LoraConfig(rank, lora_alpha=alpha, init_lora_weights="gaussian")
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian")
         config.target_modules = set(LORA_TARGETS)
     else:
         check_layers(transformer, layers, where)
         ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
         alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
         first = next(iter(layers))
-        config = LoraConfig(ranks[first], lora_alpha=alphas[first], target_modules=list(layers))
+        config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=[*layers])
         config.rank_pattern, config.alpha_pattern = ranks, alphas
     with warnings.catch_warnings():  # peft warns of a second adapter; here there are many
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
