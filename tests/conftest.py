@@ -1,16 +1,30 @@
-"""Shared by all tests: the repository root on sys.path, threads, and `pytest --slow` for the tests marked slow."""
+"""Shared by all tests: where they run, their random numbers, and how they start a script.
 
+    python -m pytest           # all but the tests marked slow
+    python -m pytest --slow    # all
+"""
+
+import argparse
+import contextlib
+import importlib
 import os
+import random
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; the scripts that tests start inherit it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Before torch is imported. The scripts that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
+from support.flags import model_flags  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -18,27 +32,77 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; skipped unless --slow is given")
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+            item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
+
+
+# ---- Every test starts in the same state: any working directory and any order will do
+
+
+def seed_everything():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean_module():
+    """For the fixtures of a module, which are set up before those of a test."""
+    with contextlib.chdir(ROOT):
+        seed_everything()
+        yield
+
+
+@pytest.fixture(autouse=True)
+def clean_test(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seed_everything()
+    yield
+    process_ends()
 
 
 def process_ends():
-    """What the end of a process does for a run that an error has stopped: its lock and its signal handlers go."""
+    """Release what a run holds that an error has stopped: its signal handlers and its lock."""
     saver = getattr(sys.excepthook, "__self__", None)
     if hasattr(saver, "lock"):
         saver.close()
         saver.lock.close()
 
 
-@pytest.fixture(autouse=True)
-def clean_process():
-    yield
-    process_ends()
+# ---- Running scripts, and reading what they leave
+
+
+def call(monkeypatch, script, *flags):
+    """`python SCRIPT.py FLAGS` in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    module = importlib.import_module(script)
+    module.main(module.parse_args())
+
+
+def shell(*words, processes=1):
+    """The same in fresh processes; under torchrun if there are several."""
+    if processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone")
+        words = (*launcher, f"--nproc_per_node={processes}", *words)
+    command = [sys.executable, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def weights(run):
+    """{name: tensor} of the adapter that a run has published."""
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def model_args(**flags):
+    """The flags of model_flags, with these values in place of the defaults."""
+    parser = argparse.ArgumentParser()
+    model_flags(parser)
+    args = parser.parse_args([])
+    args.text_length = 8
+    vars(args).update(flags)
+    return args
