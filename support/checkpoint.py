@@ -214,7 +214,8 @@ class Saver:
             if key.startswith("optimizer."):
                 _, moment, name = key.split(".", 2)
                 parameter = self.student[name]
-                self.optimizer.state[parameter][moment] = tensor.to(parameter.device)
+                copy = tensor.to(parameter.device, copy=True)
+                self.optimizer.state[parameter][moment] = copy
         for key, tensor in self.tensors().items():
             tensor.copy_(saved[key])
 
@@ -274,7 +275,7 @@ class Saver:
             if self.rank == 0:
                 self.save()
                 print(file=sys.stderr)
-                fail(f"{message}; metrics.jsonl names their prompts")
+                fail(message)
         finally:
             gather(None)  # the others wait: when one exits, torchrun ends all
         raise SystemExit(2)

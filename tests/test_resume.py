@@ -1,38 +1,96 @@
-"""Runs that are killed, stopped, damaged or fed NaN. python -m pytest tests/test_resume.py (--slow: kill -9, for minutes)"""
+"""Runs that are killed, stopped, damaged or fed NaN. python -m pytest tests/test_resume.py
 
+Most tests train a stand-in: five lines of loop around the real Saver, so that a run takes a moment.
+The real scripts are resumed once each, and with --slow killed 20 times, in one process and in two.
+"""
+
+import argparse
 import contextlib
+import gc
+import importlib
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import process_ends
-from test_scripts import OPD, call, metrics, shell, weights
+from peft import LoraConfig
+from test_scripts import call, metrics, weights
 
-import support.checkpoint as checkpoint
-import support.checks as checks
-import support.run as common
+from support import checkpoint, checks, lora, model
+from support.flags import check_out, launcher
+from support.metrics import log_line, read_log
+from support.run import all_reduce, generator, start_processes, stop_processes
 
+ROOT = Path(__file__).resolve().parents[1]
 BIT_IDENTICAL = {"rtol": 0, "atol": 0}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-def train(monkeypatch, out, *flags):
-    call(monkeypatch, "train_opd", *OPD, "--out", out, *flags)
+def stand_in(out, files, bad=(), pause=0.0, **flags):
+    """A run whose gradient depends on the weights and the iteration, as a real one's does.
+
+    files: a folder with what the run is made from; bad: the iterations with a NaN gradient."""
+    args = argparse.Namespace(out=str(out), resume=None, overwrite=False, iterations=5, keep=2)
+    args.save_every, args.max_bad_steps, args.lr, args.mix, args.micro_batch = 1, 2, 0.1, {"a": 1}, 8
+    args.teacher = {task: f"{files}/teacher_{task}" for task in ("ocr", "deqa")}
+    args.prompts = {task: f"{files}/{task}.txt" for task in ("ocr", "deqa")}
+    args.init, args.anchor, args.final = f"{files}/init", "base", "best"
+    vars(args).update(flags)
+    _, world, _ = start_processes()
+    check_out(args)
+    names = [f"transformer_blocks.0.attn.to_q.lora_{half}.weight" for half in "AB"]
+    student = {name: torch.nn.Parameter(torch.ones(100, 100)) for name in names}
+    average = {name: torch.nn.Parameter(torch.ones(100, 100)) for name in names}
+    transformer = SimpleNamespace(peft_config={"student": LoraConfig(r=100)})
+    pipe = SimpleNamespace(transformer=transformer, name_or_path=f"{files}/model")
+    optimizer = torch.optim.AdamW(student.values(), lr=args.lr, fused=True)
+    start, saver = checkpoint.begin_run(args, pipe, student, average, optimizer)
+    bad_updates = 0
+    for iteration in range(start, args.iterations):
+        bad_updates = bad_updates + 1 if iteration in bad else 0
+        if not bad_updates:
+            for name, p in student.items():
+                noise = torch.randn(p.shape, generator=generator(iteration, name))
+                p.grad = all_reduce(p.detach() + noise) / world
+            optimizer.step()
+        for name, p in student.items():
+            average[name].data.lerp_(p.data, 0.5)
+        time.sleep(pause)
+        if saver.rank == 0:
+            saver.keep_best(-abs(iteration - 1.0))  # the best is that of iteration 1
+            log_line(out, {"iteration": iteration, "test": -abs(iteration - 1.0)})
+        saver.iteration_done(iteration + 1, bad_updates)
+    saver.finish()
+    stop_processes()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Three iterations, each with its checkpoint; tests work on copies."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        train(monkeypatch, tmp_path_factory.mktemp("run") / "run", "--iterations", 3, "--save_every", 1, "--keep", 3)
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("teacher_ocr", "teacher_deqa", "init", "model/transformer", "model/text_encoder_3"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_model.safetensors").write_text(name)
+    for task in ("ocr", "deqa"):
+        (folder / f"{task}.txt").write_text(f"{task}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, files):
+    """Five iterations, each with its checkpoint; tests work on copies."""
+    stand_in(tmp_path_factory.mktemp("run") / "run", files, keep=9)
     return tmp_path_factory.getbasetemp() / "run0" / "run"
 
 
@@ -42,19 +100,54 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+def contents(run):
+    return {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-def test_a_checkpoint_is_complete_and_the_newest_are_kept(monkeypatch, run):
-    assert [c.name for c in checkpoint.checkpoints(run)] == ["step_1", "step_2", "step_3"]
+def last(run):
+    saved = checkpoint.load_file(checkpoint.checkpoints(run)[-1] / "state.safetensors")
+    return {name: tensor.clone() for name, tensor in saved.items()}  # not a view of the file
+
+
+def error_of(capsys, code=2, **words):
+    """The single error line of a stand-in that must fail."""
+    with pytest.raises(SystemExit) as stopped:
+        stand_in(**words)
+    assert stopped.value.code == code
+    process_ends()
+    del stopped  # its traceback holds the lock
+    gc.collect()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+# ---- Checkpoints
+
+
+def test_a_checkpoint_is_complete_and_the_newest_are_kept(run, files):
+    assert [c.name for c in checkpoint.checkpoints(run)] == [f"step_{n}" for n in range(1, 6)]
     assert all(checkpoint.whole(c) for c in checkpoint.checkpoints(run))
-    state = json.loads((run / "checkpoints/step_3/state.json").read_text())
-    roles = [role for role, _ in state["files"]]
-    for role in ("transformer", "text_encoder_3", "teacher ocr", "init", "anchor", "prompts ocr"):
-        assert role in roles
-    assert all(len(digest) == 64 for _, digest in state["files"]) and state["flags"]["lr"] == 1e-3 and state["iteration"] == 3
-    train(monkeypatch, run, "--iterations", 5, "--save_every", 1, "--keep", 2, "--resume")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_4", "step_5"]
+    state = json.loads((run / "checkpoints/step_5/state.json").read_text())
+    origin = state["origin"]
+    for role in ("transformer", "text_encoder_3", "teacher ocr", "init", "prompts deqa"):
+        assert len(origin[role]) == 64
+    assert state["iteration"] == 5 and origin["--lr"] == 0.1 and "--micro_batch" not in origin
+    kinds = {name.split(".")[0] for name in last(run)}
+    assert kinds == {"student", "average", "optimizer"} and len(last(run)) == 10
+    stand_in(run, files, iterations=7, resume="newest")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_6", "step_7"]
+
+
+def test_the_adapter_is_the_newest_or_the_best(run, files):
+    adapter = checkpoint.load_file(run / "adapter/adapter_model.safetensors")
+    best = checkpoint.load_file(run / "checkpoints/step_2/adapter/adapter_model.safetensors")
+    torch.testing.assert_close(adapter, best, **BIT_IDENTICAL)
+    stand_in(run, files, overwrite=True, final="last")
+    adapter = checkpoint.load_file(run / "adapter/adapter_model.safetensors")
+    prefix = "base_model.model."
+    average = {f"average.{name.removeprefix(prefix)}": t for name, t in adapter.items()}
+    torch.testing.assert_close(average, {name: last(run)[name] for name in average})
 
 
 def flip(path):
@@ -70,425 +163,414 @@ DAMAGE = {
     "a file too many": lambda c: (c / "more.json").write_text("{}"),
     "no list": lambda c: (c / "checksums.json").unlink(),
     "half a list": lambda c: os.truncate(c / "checksums.json", 50),
-    "a list that leads outside": lambda c: (c / "checksums.json").write_text('{"../../../args.json": "0"}'),
-    "a list that is none": lambda c: (c / "checksums.json").write_text("[]"),
+    "a path outside": lambda c: (c / "checksums.json").write_text('{"../../../args.json": "0"}'),
+    "not a list": lambda c: (c / "checksums.json").write_text("[]"),
     "an empty folder": lambda c: (shutil.rmtree(c), c.mkdir()),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_recognised(run, damage):
-    DAMAGE[damage](run / "checkpoints/step_3")
-    assert not checkpoint.whole(run / "checkpoints/step_3") and checkpoint.whole(run / "checkpoints/step_2")
+def test_damage_is_found_and_an_older_checkpoint_ends_the_same(run, files, capsys, damage):
+    before = last(run)
+    DAMAGE[damage](run / "checkpoints/step_5")
+    (run / "checkpoints/tmp_step_6").mkdir()  # a save that was killed
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"iteration": 5, "lo')
+    stand_in(run, files, resume="newest")
+    assert "step_5 is damaged" in capsys.readouterr().err
+    assert [line["iteration"] for line in read_log(run)] == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(last(run), before, **BIT_IDENTICAL)
+    assert (run / "checkpoints/unused_step_5").is_dir()  # nothing that was saved is deleted
 
 
-def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_end_is_the_same(monkeypatch, finished, run, capsys):
-    before = weights(run)
+def test_resume_from_a_named_checkpoint_or_from_none(run, files, capsys):
+    before = last(run)
     flip(run / "checkpoints/step_3/state.safetensors")
-    (run / "checkpoints/tmp_step_4").mkdir()  # a save that was killed
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"iteration": 3, "lo')  # and a line
-    train(monkeypatch, run, "--iterations", 3, "--resume")
-    assert "step_3 is damaged" in capsys.readouterr().err
-    assert [line["iteration"] for line in metrics(run)] == [0, 1, 2]
-    torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)
-    assert (run / "checkpoints/unused_step_3").is_dir()  # nothing that was saved is deleted unasked
-
-
-def test_resume_from_a_named_checkpoint(monkeypatch, run, capsys):
-    before = weights(run)
-    train(monkeypatch, run, "--iterations", 3, "--resume", run / "checkpoints/step_1")
-    torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)
-    with pytest.raises(SystemExit) as stopped:
-        train(monkeypatch, run, "--iterations", 3, "--resume", run / "checkpoints/step_7")
-    assert stopped.value.code == 2 and "step_7" in capsys.readouterr().err
-
-
-def test_a_run_without_a_checkpoint_starts_at_the_beginning(monkeypatch, run, capsys):
-    before = weights(run)
+    untouched = contents(run)
+    for wrong in ("step_7", "step_3"):
+        named = run / "checkpoints" / wrong
+        assert wrong in error_of(capsys, out=run, files=files, resume=str(named))
+        assert contents(run) == untouched
+    stand_in(run, files, resume=str(run / "checkpoints/step_2"))
+    torch.testing.assert_close(last(run), before, **BIT_IDENTICAL)
     shutil.rmtree(run / "checkpoints")
-    train(monkeypatch, run, "--iterations", 3, "--resume")
+    stand_in(run, files, resume="newest")
     assert "no checkpoint yet" in capsys.readouterr().out
-    torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)
+    torch.testing.assert_close(last(run), before, **BIT_IDENTICAL)
 
 
-def copy_of_a_teacher(folder, change):
-    shutil.copytree("toy/adapters/ocr", folder)
-    if change:
-        shutil.copy("toy/adapters/deqa/adapter_model.safetensors", folder / "adapter_model.safetensors")
-    return ["--teacher", "geneval=toy/adapters/geneval", "--teacher", f"ocr={folder}", "--teacher", "deqa=toy/adapters/deqa",
-            "--teacher", "pickscore=toy/adapters/pickscore"]  # fmt: skip
+def copied(files, folder, name=None, text=""):
+    """The run's files in another place, one of them changed."""
+    shutil.copytree(files, folder)
+    if name:
+        (folder / name).write_text(text)
+    return {"files": folder}
 
 
 CHANGED = {
-    "--lr": lambda tmp: ["--lr", 2e-3],
-    "--seed": lambda tmp: ["--seed", 1],
-    "--mar_weight": lambda tmp: ["--mar_weight", 0.1],
-    "teacher ocr": lambda tmp: copy_of_a_teacher(tmp / "changed", True),
-    "init": lambda tmp: ["--init", "toy/adapters/ocr"],
-    "anchor": lambda tmp: ["--anchor", "base"],
-    "prompts deqa": lambda tmp: ["--prompts", "deqa=toy/prompts/ocr_train.txt"],
-    "teacher deqa": lambda tmp: ["--teacher", "ocr=toy/adapters/ocr"],
-    "the order of the teachers": lambda tmp: [
-        w for t in ("ocr", "geneval", "deqa", "pickscore") for w in ("--teacher", f"{t}=toy/adapters/{t}")
-    ],
+    "--lr": lambda files, to: {"lr": 0.2},
+    "--mix": lambda files, to: {"mix": {"a": 2}},
+    "--window": lambda files, to: {"window": 1},
+    "teacher ocr": lambda files, to: copied(files, to, "teacher_ocr/adapter_model.safetensors"),
+    "init": lambda files, to: {"init": "base"},
+    "anchor": lambda files, to: {"anchor": f"{files}/init"},
+    "transformer": lambda files, to: copied(files, to, "model/transformer/config.json"),
+    "prompts deqa": lambda files, to: copied(files, to, "deqa.txt", "more\n"),
+    "the order of the tasks": lambda files, to: {
+        "prompts": {task: f"{files}/{task}.txt" for task in ("deqa", "ocr")}
+    },
 }
 
 
 @pytest.mark.parametrize("named", CHANGED)
-def test_resume_refuses_other_mathematics(monkeypatch, run, tmp_path, capsys, named):
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit) as stopped:
-        train(monkeypatch, run, "--iterations", 4, "--resume", *CHANGED[named](tmp_path))
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: --resume: ") and named in line and "step_3" in line
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+def test_resume_refuses_other_mathematics(run, files, tmp_path, capsys, named):
+    before = contents(run)
+    words = {"out": run, "files": files, "iterations": 6, "resume": "newest"}
+    line = error_of(capsys, **words | CHANGED[named](files, tmp_path / "copy"))
+    assert line.startswith(f"error: --resume: {named} changed since ") and "step_5" in line
+    assert contents(run) == before
 
 
-def test_harmless_flags_may_change_and_files_may_move(monkeypatch, run, tmp_path):
-    teachers = copy_of_a_teacher(tmp_path / "moved", False)
-    train(monkeypatch, run, "--iterations", 4, "--resume", "--micro_batch", 64, "--save_every", 3, "--keep", 1, *teachers)
-    assert [line["iteration"] for line in metrics(run)] == [0, 1, 2, 3]
+def test_harmless_flags_may_change_and_files_may_move(run, files, tmp_path):
+    moved = copied(files, tmp_path / "moved")
+    stand_in(run, **moved, iterations=6, resume="newest", micro_batch=4, keep=1, save_every=3)
+    assert [line["iteration"] for line in read_log(run)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_two_runs_into_one_folder(monkeypatch, run, capsys):
+def test_one_process_at_a_time_writes(run, files, capsys, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
+    before = contents(run)
     with open(run / "lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-        for flag in ("--resume", "--overwrite"):
-            with pytest.raises(SystemExit) as stopped:
-                train(monkeypatch, run, "--iterations", 4, flag)
-            assert stopped.value.code == 2 and "another process is writing" in capsys.readouterr().err
-        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+        for flag in ({"resume": "newest"}, {"overwrite": True}):
+            assert "another process" in error_of(capsys, out=run, files=files, **flag)
+    monkeypatch.setattr(checkpoint, "rank_and_world", lambda: (1, 2))
+    stand_in(run, files, resume="newest", iterations=7)  # a process other than rank 0
+    assert contents(run) == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE as on Linux")
-def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch, run, capsys):
-    """No file above 300 kB can be written: what a full disk does, at the size of a checkpoint."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+@linux
+@pytest.mark.parametrize("what", ["step_6", "adapter"])
+def test_a_full_disk_leaves_what_was_saved(run, files, capsys, monkeypatch, what):
+    """No file above 100 kB can be written, from the checkpoint or from the last line on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    words = {"out": run, "files": files, "iterations": 6, "resume": "newest"}
+    if what == "adapter":
+        close = checkpoint.Saver.close
+        monkeypatch.setattr(checkpoint.Saver, "close", lambda self: (close(self), fill()))
+    else:
+        fill()
     try:
-        with pytest.raises(SystemExit) as stopped:
-            train(monkeypatch, run, "--iterations", 4, "--resume")
+        line = error_of(capsys, **words)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and "cannot save step_4" in line and "File too large" in line and "step_3" in line
-    assert [c.name for c in checkpoint.checkpoints(run) if checkpoint.whole(c)] == ["step_1", "step_2", "step_3"]
-    assert not list((run / "checkpoints").glob("tmp_*"))
-    process_ends()
-    train(monkeypatch, run, "--iterations", 4, "--resume")  # room has been made
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    newest = {"step_6": "step_5", "adapter": "step_6"}[what]
+    assert f"cannot save {what}" in line and "File too large" in line and newest in line
+    assert all(checkpoint.whole(c) for c in checkpoint.checkpoints(run))
+    assert not list(run.rglob("tmp_*"))
+    monkeypatch.undo()
+    stand_in(**words)  # there is room again
 
 
 def test_the_lock_and_torchruns_restarts(monkeypatch, run):
-    """A process that torchrun starts anew resumes its own run, and nobody else's."""
-    from support.flags import check_out, launcher
-
-    class Args:
-        out, resume, overwrite = str(run), None, True
-
+    """A process that torchrun starts again resumes its own run, and nobody else's."""
+    args = argparse.Namespace(out=str(run), resume=None, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert (run / "lock").read_text() == launcher()
-    check_out(Args)
-    assert Args.resume == "newest" and not Args.overwrite
+    check_out(args)
+    assert args.resume == "newest" and not args.overwrite
     (run / "lock").write_text("elsewhere 1")
-    Args.resume, Args.overwrite = None, False
+    args.resume, args.overwrite = None, False
     with pytest.raises(SystemExit):
-        check_out(Args)
+        check_out(args)
 
 
-# ----------------------------------------------------------------------------------------------------- NaN and infinity
+# ---- NaN and infinity
 
 
-def poison(monkeypatch, script, where, calls):
-    """NaN or infinity at the given calls of the velocity, the loss or the gradient of a script."""
-    import importlib
-
-    module = importlib.import_module(script)
-    holder, name = {
-        "velocity": (module, "velocity"),
-        "loss": (module, "grpo") if script == "train_teacher" else (module, "objective"),
-        "gradient": (common, "take_gradients"),
-    }[where]
-    real, count = getattr(holder, name), iter(range(10**9))
-
-    def spoiled(*args, **kwargs):
-        out = real(*args, **kwargs)
-        if next(count) not in calls:
-            return out
-        if where == "loss":
-            return out[0] * float("inf"), out[1]
-        return out * float("nan")
-
-    monkeypatch.setattr(holder, name, spoiled)
+def test_too_many_bad_updates_save_what_was_good_and_stop(run, files, capsys, tmp_path):
+    words = {"out": tmp_path / "bad", "files": files, "save_every": 9, "bad": range(2, 9)}
+    assert "2 updates in a row" in error_of(capsys, **words)
+    (saved,) = checkpoint.checkpoints(tmp_path / "bad")
+    good = checkpoint.load_file(run / "checkpoints/step_2/state.safetensors")
+    saved = checkpoint.load_file(saved / "state.safetensors")
+    for name, tensor in good.items():
+        if not name.startswith("average"):  # that has moved on towards the student
+            torch.testing.assert_close(saved[name], tensor, **BIT_IDENTICAL)
 
 
-@pytest.mark.parametrize("where", ["velocity", "loss", "gradient"])
-def test_a_bad_update_is_skipped_counted_and_its_prompts_are_logged(monkeypatch, tmp_path, where):
-    poison(monkeypatch, "train_opd", where, {3} if where == "gradient" else {12})
-    monkeypatch.setattr("train_opd.self_checks", lambda *_: None)
-    train(monkeypatch, tmp_path / "run", "--iterations", 4)
-    log = metrics(tmp_path / "run")
-    skipped = [line for line in log if "skipped_updates" in line]
-    assert len(skipped) == 1 and 1 <= skipped[0]["skipped_updates"] <= 2
-    assert len(skipped[0]["skipped_prompts"]) == 4 and all(isinstance(p, str) and p for p in skipped[0]["skipped_prompts"])
-    assert len(log) == 4 and log[-1]["grad_norm"] > 0  # it went on
+def test_a_run_without_a_good_update_fails_and_publishes_nothing(files, capsys, tmp_path):
+    words = {"out": tmp_path / "bad", "files": files, "bad": range(9), "max_bad_steps": 9}
+    assert "every update was skipped" in error_of(capsys, **words)
+    assert not (tmp_path / "bad/adapter").exists()
+    words |= {"bad": range(4), "resume": "newest", "iterations": 6}
+    stand_in(**words | {"bad": ()})  # it can go on, and then it is good
+    assert (tmp_path / "bad/adapter").is_dir()
+
+
+# ---- The real scripts
+
+TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 3 --save_every 1".split()
+SCRIPTS = {
+    "train_opd": [*TINY, "--keep", 3, "--eval_prompts", 0, "--sample_every", 0],
+    "train_teacher": [*TINY, "--keep", 3, "--eval_every", 0, "--reward", "deqa"],
+}
+
+
+def parse(script, *words):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        return importlib.import_module(script).parse_args()
+
+
+def steady(run):
+    log = read_log(run)
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in log]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_script_ends_with_the_same_bits(monkeypatch, tmp_path, script):
+    run = tmp_path / "run"
+    call(monkeypatch, script, *SCRIPTS[script], "--out", run)
+    before, log = weights(run), steady(run)
+    named = run / "checkpoints/step_1"
+    call(monkeypatch, script, *SCRIPTS[script], "--out", run, "--resume", named)
+    torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)
+    assert steady(run) == log
+
+
+def set_nan(monkeypatch, script, calls):
+    """NaN in the gradients of these calls of take_gradients."""
+    module = __import__(script)
+    real, count = module.run.take_gradients, iter(range(10**9))
+
+    def spoiled(parameters):
+        gradient = real(parameters)
+        return gradient * math.nan if next(count) in calls else gradient
+
+    monkeypatch.setattr(module.run, "take_gradients", spoiled)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_bad_update_is_skipped_and_counted(monkeypatch, tmp_path, script):
+    set_nan(monkeypatch, script, {1})
+    call(monkeypatch, script, *SCRIPTS[script], "--out", tmp_path / "run")
+    skipped = [line.get("skipped_updates", 0) for line in metrics(tmp_path / "run")]
+    assert sum(skipped) == skipped[0] == 1  # it went on
     assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
 
 
-TEACHER = [*OPD[:8], "--eval_every", 0, "--reward", "deqa"]
+# ---- Self-checks
 
 
-@pytest.mark.parametrize("script,flags", [("train_opd", OPD), ("train_teacher", TEACHER)])
-def test_too_many_bad_updates_save_what_was_good_and_stop(monkeypatch, tmp_path, capsys, script, flags):
-    flags = [*flags, "--iterations", 4, "--max_bad_steps", 4, "--out"]
-    call(monkeypatch, script, *flags, tmp_path / "good", "--save_every", 1, "--keep", 4)
-    poison(monkeypatch, script, "gradient", range({"train_opd": 8, "train_teacher": 2}[script], 10**9))  # from iteration 1 on
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, script, *flags, tmp_path / "run")
-    assert stopped.value.code == 2 and "4 updates in a row" in capsys.readouterr().err
-    assert [line.get("skipped_updates") for line in metrics(tmp_path / "run")] == [None, 2, 2]
-    saved = checkpoint.checkpoints(tmp_path / "run")[-1]
-    good = checkpoint.checkpoints(tmp_path / "good")[0]
-    state, expected = (checkpoint.load_file(c / "state.safetensors") for c in (saved, good))
-    for key in expected:
-        if key.startswith("student."):  # the average has moved on towards it
-            torch.testing.assert_close(state[key], expected[key], **BIT_IDENTICAL)
+@pytest.fixture(scope="module")
+def parts():
+    """What a script hands to self_checks, with the teachers of two tasks."""
+    words = ["--teacher", f"ocr={ROOT}/toy/adapters/ocr", f"deqa={ROOT}/toy/adapters/deqa"]
+    words += ["--model", ROOT / "toy", "--dry_run", "--steps", 3]
+    args = parse("train_opd", *words)
+    pipe = model.load_pipeline(args, torch.device("cpu"))
+    student, _ = lora.add_student(pipe.transformer, args)
+    for task, path in args.teacher.items():
+        lora.load_adapter(pipe.transformer, f"teacher_{task}", path, "--teacher")
+    prompts = ["one red circle", "two blue squares"]
+    text = model.embed_prompts(pipe, prompts, args)
+    guidance = {"student": 1.0, "teacher_ocr": 2.0, "teacher_deqa": 1.0}
+    return args, pipe, text, model.time_grid(pipe, args.steps), prompts, guidance, student
 
 
-def test_the_log_is_json_whatever_happens(tmp_path):
-    common.log_line(tmp_path, {"iteration": 0, "loss": float("nan"), "norm": float("inf"), "prompts": ["a\nb"], "x": 1 / 3})
-    refuse = lambda name: pytest.fail(f"{name} is not JSON")
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert line == {"iteration": 0, "loss": None, "norm": None, "prompts": ["a\nb"], "x": 0.333333}
+def printed(capsys, parts, **flags):
+    """{check: line} of all self-checks, warnings included."""
+    args = argparse.Namespace(**vars(parts[0]) | flags)
+    checks.self_checks(args, *parts[1:])
+    out, err = capsys.readouterr()
+    found = [line.partition("check: ")[::2] for line in (out + err).splitlines()]
+    return {line.partition(" ")[0]: warning + line for warning, line in found}
 
 
-# ---------------------------------------------------------------------------------------------------------- self-checks
+def test_self_checks_print_a_line_each(capsys, monkeypatch, parts):
+    out = printed(capsys, parts)
+    assert list(out) == ["disk:", "step:", "ratio:", "teachers:", "labels:"]
+    assert not any(line.startswith("WARNING") for line in out.values())
+    assert "ratio:" not in printed(capsys, parts, objective="kl", noise=0.0)
+    assert "every image's" in printed(capsys, parts, objective="ppo-scalar")["ratio:"]
+    monkeypatch.setattr(checks, "rank_and_world", lambda: (1, 2))
+    assert not printed(capsys, parts)
 
 
-def test_self_checks_print_a_line_each(monkeypatch, tmp_path, capsys):
-    train(monkeypatch, tmp_path / "run", "--iterations", 1)
-    out = capsys.readouterr()
-    for start in ("disk", "step", "ratio", "teachers: KL to the student geneval", "teachers: the closest two", "labels"):
-        assert out.out.count(f"check: {start}") == 1
-    assert "WARNING" not in out.err
+def test_self_checks_see_teachers_that_teach_nothing(capsys, parts):
+    args, pipe, text, grid, prompts, guidance, student = parts
+    same = {"student": 1.0, "teacher_ocr": 1.0, "teacher_deqa": 1.0}
+    deqa = {k: p.clone() for k, p in lora.adapter_parameters(pipe.transformer, "teacher_deqa").items()}
+    ocr = lora.adapter_parameters(pipe.transformer, "teacher_ocr")
+    for name, parameter in lora.adapter_parameters(pipe.transformer, "teacher_deqa").items():
+        parameter.data.copy_(ocr[name])
+    line = printed(capsys, (args, pipe, text, grid, prompts, same, student))["teachers:"]
+    assert line == "WARNING: teachers: the closest two are ocr and deqa, KL 0.0e+00"
+    for name, parameter in lora.adapter_parameters(pipe.transformer, "teacher_deqa").items():
+        parameter.data.copy_(deqa[name])
 
 
-def test_self_checks_see_teachers_that_teach_nothing(monkeypatch, tmp_path, capsys):
-    same = [w for task in ("geneval", "ocr") for w in ("--teacher", f"{task}=toy/adapters/ocr")]
-    train(monkeypatch, tmp_path / "run", "--iterations", 1, *same, "--init", "toy/adapters/ocr")
-    err = capsys.readouterr().err
-    assert "WARNING: check: teachers: KL to the student geneval 0.0e+00" in err
-    assert "WARNING: check: teachers: the closest two are geneval and ocr, KL 0.0e+00" in err
-
-
-def test_self_checks_see_dropout(monkeypatch, tmp_path, capsys):
+def test_self_checks_see_dropout(capsys, monkeypatch, parts):
     """The classical fault: the model that updates is not the one that sampled."""
-    real = checks.velocity
-    monkeypatch.setattr(checks, "velocity", lambda *a: torch.nn.functional.dropout(real(*a), 0.1))
-    train(monkeypatch, tmp_path / "run", "--iterations", 1)
-    err = capsys.readouterr().err
-    assert "WARNING: check: ratio" in err and "WARNING: check: labels" in err
+    real = model.velocity
+    dropout = torch.nn.functional.dropout
+    monkeypatch.setattr(model, "velocity", lambda *words: dropout(real(*words), 0.1))
+    out = printed(capsys, parts)
+    assert out["ratio:"].startswith("WARNING") and out["labels:"].startswith("WARNING")
 
 
-@pytest.mark.parametrize("what", ["disk", "scheduler"])
-def test_self_checks_stop_what_cannot_work(monkeypatch, tmp_path, capsys, what):
+@pytest.mark.parametrize("what,line", [("disk", "GB free"), ("scheduler", "Euler")])
+def test_self_checks_stop_what_cannot_work(capsys, monkeypatch, parts, what, line):
     if what == "disk":
-        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     else:
         real = checks.step
-        monkeypatch.setattr(checks, "step", lambda *a: (real(*a)[0] + 1e-3, None))
-    with pytest.raises(SystemExit) as stopped:
-        train(monkeypatch, tmp_path / "run", "--iterations", 1)
-    assert stopped.value.code == 2 and {"disk": "GB free", "scheduler": "Euler"}[what] in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+        monkeypatch.setattr(checks, "step", lambda *words: (real(*words)[0] + 1e-3, None))
+    with pytest.raises(SystemExit):
+        printed(capsys, parts)
+    assert line in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ real processes, killed
-
-SMALL = "--prompts_per_iteration 4 --group_size 2 --steps 3".split()
-LONG = ["train_opd.py", *SMALL, *"--eval_prompts 0 --sample_every 0 --save_every 3".split()]
+# ---- Processes, stopped and killed
 
 
-def start(log, *words, processes=1):
-    """In the background, with what it prints in a file."""
-    if processes > 1:
-        words = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(log, "w") as file:
-        words = [sys.executable, *map(str, words)]
-        return subprocess.Popen(words, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT)
+def train(script, out, resume=None, **words):
+    """In this process: a stand-in, or a script's own main."""
+    if script == "stand_in":
+        return stand_in(out, resume=resume, **words)
+    more = ["--resume"] if resume else []
+    sys.argv = [script, *map(str, [*SCRIPTS[script], "--iterations", 60, "--out", out, *more])]
+    module = importlib.import_module(script)
+    module.main(module.parse_args())
+
+
+def fork(log, world, *job, **words):
+    """Start train() in processes of its own. They start at once: all imports are done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(log, "a")
+            torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
+            torch.set_num_threads(1)
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({name: str(n) for name, n in numbers.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            train(*job, **words)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return pids
+
+
+def codes_of(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def lines(run):
+    log = run / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_until(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "nothing happened"
+        time.sleep(0.001)
+
+
+KILLED = [("stand_in", 1), ("stand_in", 2), ("train_opd", 1), ("train_opd", 2), ("train_teacher", 2)]
+KILLED = [pytest.param(*job, marks=[pytest.mark.slow] * (job[0] != "stand_in")) for job in KILLED]
+
+
+@linux
+@pytest.mark.parametrize("script,world", KILLED)
+def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, world):
+    """At random instants all processes get SIGKILL, or one of them, or rank 0 gets a signal that
+    makes it save. Then the others must end by themselves, and the next attempt resumes."""
+    draw, run, log = random.Random(world), tmp_path / "run", tmp_path / "log.txt"
+    kills, loading, words = 20, 2.0, {}
+    if script == "stand_in":
+        kills, loading, words = 12, 0.2, {"files": files, "iterations": 60, "save_every": 3}
+    pids = fork(log, world, script, tmp_path / "whole", **words)
+    assert codes_of(pids) == [0] * world, log.read_text()
+    words = words | ({"pause": 0.01} if words else {})
+    inside = 0
+    for n in range(kills):
+        resume, before = "newest" if (run / "args.json").exists() else None, lines(run)
+        pids = victims = fork(log, world, script, run, resume=resume, **words)
+        number = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][n % 3]
+        if n % 5 == 0:  # while it loads
+            time.sleep(draw.uniform(0, loading))
+        else:  # inside an iteration or a save
+            victims = pids[:1] if n % 5 == 1 else [draw.choice(pids)]
+            wait_until(lambda before=before: lines(run) != before)
+            time.sleep(draw.uniform(0, 0.08))
+        for pid in victims:
+            os.kill(pid, number if n % 5 == 1 else signal.SIGKILL)
+        codes = codes_of(pids)
+        assert 0 not in codes and (n % 5 != 1 or codes[0] == 128 + number), log.read_text()
+        inside += any(run.glob("checkpoints/tmp_*"))
+    print(f"{script}, {world} process(es): {kills} kills survived, {inside} of them inside a save")
+    assert "saved after" in log.read_text() and not (run / "adapter").exists()
+    assert codes_of(fork(log, world, script, run, resume="newest", **words)) == [0] * world
+    torch.testing.assert_close(last(run), last(tmp_path / "whole"), **BIT_IDENTICAL)
+    assert steady(run) == steady(tmp_path / "whole")
+
+
+@linux
+def test_a_second_ctrl_c_exits_at_once_and_harms_nothing(files, tmp_path):
+    words = {"files": files, "iterations": 99, "pause": 0.01}
+    (pid,) = fork(tmp_path / "log.txt", 1, "stand_in", tmp_path / "run", **words)
+    wait_until(lambda: lines(tmp_path / "run") > 2)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.002)
+    os.kill(pid, signal.SIGINT)
+    assert codes_of([pid])[0] in (130, -signal.SIGINT)
+    saved = checkpoint.checkpoints(tmp_path / "run")
+    assert saved and all(checkpoint.whole(c) for c in saved)
+    stand_in(tmp_path / "run", files, resume="newest", iterations=lines(tmp_path / "run") + 1)
 
 
 def family(pid):
-    """A process and its children, from /proc."""
+    """A process and its descendants, from /proc, parents first."""
     found = [pid]
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
         with contextlib.suppress(OSError):
             if int(stat.read_text().rpartition(")")[2].split()[1]) in found:
                 found.append(int(stat.parent.name))
     return found
 
 
-def lines(run):
-    return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-
-
-def wait_until(condition, process, seconds=120):
-    end = time.time() + seconds
-    while not condition() and process.poll() is None:
-        assert time.time() < end, "nothing happened"
-        time.sleep(0.001)
-
-
-def unfinished(run):
-    """The folders that a save is writing or deleting, by inode; an earlier kill may have left some."""
-    with contextlib.suppress(FileNotFoundError):
-        return {entry.inode() for entry in os.scandir(run / "checkpoints") if entry.name.startswith("tmp_")}
-    return set()
-
-
-def kill_9(out, iterations, kills, seed, processes):
-    """Start, kill -9 at a random instant (while loading, in mid-iteration, inside a save), resume, until it has been killed
-    `kills` times; then let it end. Returns how many died inside a save."""
-    draw, inside, log = random.Random(seed), 0, out.parent / "log.txt"
-    for n in range(kills + 1):
-        resume, before = ["--resume"] * (out / "args.json").exists(), unfinished(out)
-        process = start(log, *LONG, "--iterations", iterations, "--out", out, *resume, processes=processes)
-        if n == kills:
-            assert process.wait(timeout=600) == 0, log.read_text()[-2000:]
-            return inside
-        if n % 5 == 0:
-            time.sleep(draw.uniform(0, 8))
-        else:
-            done = lines(out)
-            wait_until(lambda: lines(out) != done, process)
-            time.sleep(draw.uniform(0, 3))
-            if n % 5 in (2, 4):
-                wait_until(lambda: unfinished(out) - before, process)
-                time.sleep(draw.uniform(0, 0.01))
-        assert process.poll() is None, f"it ended by itself before kill {n}: {log.read_text()[-2000:]}"
-        for pid in family(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        inside += bool(unfinished(out) - before)
-
-
+@linux
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_20_instants_and_resumed_it_ends_with_the_same_weights(tmp_path, processes):
-    iterations, seed = 120, 7
-    whole = start(tmp_path / "log.txt", *LONG, "--iterations", iterations, "--out", tmp_path / "whole", processes=processes)
-    assert whole.wait(timeout=900) == 0, (tmp_path / "log.txt").read_text()[-2000:]
-    inside = kill_9(tmp_path / "killed", iterations, 20, seed, processes)
-    print(f"{processes} process(es): 20 kills survived, {inside} of them inside a save")
-    assert inside > 0
-    torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), **BIT_IDENTICAL)
-    steady = lambda run: [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(run)]
-    assert steady(tmp_path / "killed") == steady(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_resumed_with_another_number_of_processes(tmp_path):
-    words = [*LONG, "--lr", "1e-4", "--out"]
-    assert shell(*words, tmp_path / "one", "--iterations", 6).returncode == 0
-    assert shell(*words, tmp_path / "two", "--iterations", 3).returncode == 0
-    assert shell(*words, tmp_path / "two", "--iterations", 6, "--resume", processes=2).returncode == 0
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-5)
-
-
-SIGNALS = [(name, processes) for name in ("SIGINT", "SIGTERM", "SIGUSR1") for processes in (1, 2)]
-
-
-@pytest.mark.parametrize("name,processes", [pytest.param(*s, marks=[pytest.mark.slow] * (s != SIGNALS[2])) for s in SIGNALS])
-def test_signals_save_the_last_completed_iteration(tmp_path, name, processes):
-    """Nothing is due to be saved for long; the launcher (torchrun) or the process itself gets the signal."""
-    number = getattr(signal, name)
-    if name == "SIGUSR1" and processes > 1:
-        pytest.skip("torchrun forwards SIGUSR1 where it is told to (--signals-to-handle)")
-    words = [*LONG, "--save_every", "1000", "--iterations", "1000", "--out", tmp_path / "run"]
-    process = start(tmp_path / "log.txt", *words, processes=processes)
-    wait_until(lambda: lines(tmp_path / "run") >= 2, process)
-    sent = time.time()
-    process.send_signal(number)
-    code = process.wait(timeout=60)
-    log = (tmp_path / "log.txt").read_text()
-    assert time.time() - sent < 30 and code == (128 + number if processes == 1 else 1), log[-2000:]
-    (saved,) = checkpoint.checkpoints(tmp_path / "run")
-    done = int(saved.name[5:])
-    assert checkpoint.whole(saved) and done >= 1 and f"saved after {done} iterations" in log and "--resume" in log
-    assert not (tmp_path / "run/adapter").exists()
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_exits_at_once_and_harms_nothing(tmp_path):
-    words = [*LONG, "--iterations", "1000", "--out", tmp_path / "run"]
-    process = start(tmp_path / "log.txt", *words)
-    wait_until(lambda: checkpoint.checkpoints(tmp_path / "run") and lines(tmp_path / "run") > 4, process)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    saved = checkpoint.checkpoints(tmp_path / "run")
-    assert saved and all(checkpoint.whole(c) for c in saved)
-    done = int(saved[-1].name[5:])
-    again = shell(*LONG, "--iterations", done + 1, "--out", tmp_path / "run", "--resume")
-    assert again.returncode == 0, again.stderr
-
-
-FAILS_ON_RANK_1 = """
-import os, time
-class Scorer:
-    range = (0, 1)
-    def __call__(self, images, prompts, metadata=None):
-        time.sleep(1)
-        if os.environ.get("RANK") == "1":
-            raise ValueError("the scorer of rank 1 is out of order")
-        return images.flatten(1).mean(1)
-REWARDS = {"deqa": Scorer()}
-"""
-
-
-@pytest.mark.slow
-def test_a_rank_that_fails_brings_all_down_with_its_own_message(tmp_path, monkeypatch):
-    (tmp_path / "failing_scorers.py").write_text(FAILS_ON_RANK_1)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = ["train_teacher.py", *SMALL, "--reward", "deqa", "--rewards", "failing_scorers", "--out", tmp_path / "run"]
-    process = start(tmp_path / "log.txt", *words, processes=2)
-    assert process.wait(timeout=90) == 1  # no time-out of a collective: those take minutes
-    assert "reward deqa cannot score: the scorer of rank 1 is out of order" in (tmp_path / "log.txt").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_torchruns_restarts_resume_by_themselves(tmp_path):
-    """A worker dies by kill -9; torchrun starts all of them anew, with the flags of the first time."""
-    words = [*LONG, "--iterations", "30", "--out"]
-    assert start(tmp_path / "log.txt", *words, tmp_path / "whole", processes=2).wait(timeout=300) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    process = start(tmp_path / "log.txt", *launch, *words, tmp_path / "run")
-    for wanted in (4, 12):
-        wait_until(lambda: lines(tmp_path / "run") >= wanted, process)
+def test_torchrun_restarts_and_resumes_what_was_killed(tmp_path):
+    """A worker dies by kill -9. torchrun starts both again with the flags of the first time; at the
+    end it hands a signal on to both, and rank 0 saves."""
+    run, log = tmp_path / "run", open(tmp_path / "log.txt", "w")
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=2".split()
+    words = [*launch, "train_opd.py", *SCRIPTS["train_opd"], "--iterations", 999, "--out", run]
+    how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *map(str, words)], **how)
+    for number in (4, 12):
+        wait_until(lambda number=number: lines(run) >= number)
         os.kill(family(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    torch.testing.assert_close(weights(tmp_path / "run"), weights(tmp_path / "whole"), **BIT_IDENTICAL)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_flat_over_200_iterations(tmp_path):
-    process = start(tmp_path / "log.txt", *LONG, "--iterations", "200", "--out", tmp_path / "run")
-    resident = {}
-    while process.poll() is None:
-        with contextlib.suppress(OSError, IndexError):
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            resident.setdefault(lines(tmp_path / "run"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
-        time.sleep(0.05)
-    assert process.returncode == 0
-    early = max(value for n, value in resident.items() if 30 <= n < 60)
-    late = max(value for n, value in resident.items() if 170 <= n < 200)
-    print(f"resident memory: {early:.0f} MB in iterations 30 to 60, {late:.0f} MB in 170 to 200 ({late / early - 1:+.2%})")
-    assert late < 1.02 * early
+    wait_until(lambda: lines(run) >= 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    saved = checkpoint.checkpoints(run)[-1]
+    assert checkpoint.whole(saved) and checkpoint.number_of(saved) in (lines(run) - 1, lines(run))
+    assert [line["iteration"] for line in read_log(run)] == list(range(lines(run)))
