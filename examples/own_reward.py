@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 # Needed only as long as sde.py and losses.py lie in the folder above this one.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from losses import group_advantage, grpo
 from sde import log_prob, rollout, step
 
+TOY = Path(__file__).resolve().parents[1] / "toy"
 NOISE = 0.7  # the noise level a of the SDE
 PROMPTS = [  # they name no colour
     "two circles",
@@ -53,7 +53,7 @@ def decode(vae, latents):
 
 def main(args):
     torch.manual_seed(args.seed)
-    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "toy")
+    pipe = StableDiffusion3Pipeline.from_pretrained(TOY)
     with torch.no_grad():
         flags = {"do_classifier_free_guidance": False, "max_sequence_length": 8}
         embeds, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, **flags)
