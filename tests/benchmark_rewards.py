@@ -1,11 +1,11 @@
-"""Images a second of each scorer of rewards/, one image at a time and in batches: random weights in the published shapes.
+"""Images per second of each scorer of rewards/, one at a time and in batches, with random weights.
 
     python tests/benchmark_rewards.py                      # what a CPU can run: minutes
     python tests/benchmark_rewards.py --device cuda        # with DeQA, and batches up to 64
 
-All that a score takes is in the time: preparing the pictures, the networks (float32 without TF32; DeQA on a GPU float16),
-and what comes after them. Random networks find nothing, so what they find is arranged: three cats an image for GenEval,
-whose colours are asked for, and two lines an image for OCR.
+The weights have the published shapes. A time contains all that a score takes: preparing the
+pictures, the networks, what comes after them. Random networks find nothing, so this is arranged:
+three cats in an image for GenEval, whose colours are asked for, and two lines for OCR.
 """
 
 import argparse
@@ -16,77 +16,66 @@ import time
 from pathlib import Path
 
 import torch
+import transformers as hf
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    Mask2FormerModel,
-    PPOCRV5MobileDetConfig,
-    PPOCRV5MobileDetForObjectDetection,
-    PPOCRV5MobileRecConfig,
-    PPOCRV5MobileRecForTextRecognition,
-)
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from test_rewards import FULL, letter_tokenizer, published_shapes
 
-from rewards import aesthetic, clipscore, deqa, geneval, ocr, pickscore
+from rewards import aesthetic, clipscore, deqa, geneval, geneval_convert, ocr, pickscore
+from rewards.geneval_rules import CLASSES
 
 PROMPT = 'a red cat beside a sign that says "Hello World"'
 METADATA = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
 
 
-def clip(text, vision, projection, device):
-    """(hidden, layers) of both towers, heads of 64 or 80, an inner width of four times the hidden one."""
-    size = lambda hidden, layers, heads: {
-        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * hidden
-    }  # fmt: skip
-    ends = {"vocab_size": 49408, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    vision = size(*vision, 16) | {"patch_size": 14, "image_size": 224}
-    config = CLIPConfig(text_config=size(*text, text[0] // 64) | ends, vision_config=vision, projection_dim=projection)
-    return CLIPModel(config).eval().to(device)
+def clip(text, vision, projection):
+    """text, vision: (hidden size, layers, heads)."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    text, vision = (dict(zip(names, sizes)) for sizes in (text, vision))
+    for config in (text, vision):
+        config["intermediate_size"] = 4 * config["hidden_size"]
+    text |= {"vocab_size": 49408, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    vision |= {"patch_size": 14, "image_size": 224}
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
+    return hf.CLIPModel(config).eval()
 
 
-large = lambda device: clip((768, 12), (1024, 24), 768, device)
-picture_processor = lambda side: CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+def large():
+    return clip((768, 12, 12), (1024, 24, 16), 768)
 
 
-def make_pickscore(device):
-    scorer = pickscore.PickScore(device)
-    scorer.model, scorer.tokenizer = clip((1024, 24), (1280, 32), 1024, device), letter_tokenizer()
-    scorer.processor = picture_processor(224)
-    return scorer
+def processor(side):
+    crop = {"height": side, "width": side}
+    return hf.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
 
-def make_clipscore(device):
-    scorer = clipscore.CLIPScore(device)
-    scorer.model, scorer.tokenizer = large(device), letter_tokenizer()
-    return scorer
+def make_pickscore(scorer):
+    scorer.model, scorer.tokenizer = clip((1024, 24, 16), (1280, 32, 16), 1024), letter_tokenizer()
+    scorer.processor = processor(224)
 
 
-def make_aesthetic(device):
-    scorer = aesthetic.Aesthetic(device)
-    scorer.model, scorer.processor = large(device), picture_processor(224)
-    scorer.w, scorer.b = torch.randn(768, device=device), torch.zeros((), device=device)
-    return scorer
+def make_clipscore(scorer):
+    scorer.model, scorer.tokenizer = large(), letter_tokenizer()
 
 
-def make_geneval(device):
-    scorer = geneval.GenEval(device=device, mode="official")
-    detector = Mask2FormerModel(geneval.detector_config()).eval().to(device)
+def make_aesthetic(scorer):
+    scorer.model, scorer.processor = large(), processor(224)
+    scorer.w, scorer.b = torch.randn(768), torch.zeros(())
 
+
+def make_geneval(scorer):
     def three_cats(states):  # (B, Q, 256) -> (B, Q, 81)
         logits = torch.zeros(*states.shape[:2], 81, device=states.device)
-        logits[:, :3, geneval.CLASSES.index("cat")] = logits[:, 3:, 80] = 20.0
+        logits[:, :3, CLASSES.index("cat")] = logits[:, 3:, 80] = 20.0
         return logits
 
-    scorer.model, scorer.tokenizer, scorer.classifiers = (detector, three_cats, large(device)), letter_tokenizer(), {}
-    return scorer
+    detector = hf.Mask2FormerModel(geneval_convert.detector_config()).eval()
+    scorer.model, scorer.mode = (detector, three_cats, large()), "official"
+    scorer.tokenizer, scorer.classifiers = letter_tokenizer(), {}
 
 
-def make_ocr(device):
+def make_ocr(scorer):
     def two_lines(model, inputs, output):
         page = torch.zeros_like(output.last_hidden_state)  # (B, 1, h, w)
         h, w = page.shape[-2:]
@@ -95,119 +84,128 @@ def make_ocr(device):
         output.last_hidden_state = page
         return output
 
-    config = PPOCRV5MobileRecConfig()
-    backbone = config.backbone_config.to_dict()
-    for stage, stride in zip(backbone["block_configs"][1:], ([1, 1], [2, 1], [1, 2], [2, 1])):  # the published file's
+    backbone = hf.PPOCRV5MobileRecConfig().backbone_config.to_dict() | {"scale": 0.95}
+    blocks = backbone["block_configs"]  # with the strides of the published file
+    for stage, stride in zip(blocks[1:], ([1, 1], [2, 1], [1, 2], [2, 1])):
         stage[0][3] = stride
-    backbone["block_configs"][4][2][3] = [2, 1]
-    config = PPOCRV5MobileRecConfig(backbone_config=backbone | {"scale": 0.95})
-    detector = PPOCRV5MobileDetForObjectDetection(PPOCRV5MobileDetConfig()).eval().to(device)
+    blocks[4][2][3] = [2, 1]
+    config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone)
+    reader = hf.PPOCRV5MobileRecForTextRecognition(config).eval()
+    detector = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig()).eval()
     detector.register_forward_hook(two_lines)
-    scorer = ocr.OCR(device)
-    scorer.model = detector, PPOCRV5MobileRecForTextRecognition(config).eval().to(device)
-    scorer.letters, scorer.scale = ocr.alphabet("a" * 18383, 18385), [torch.full((3, 1, 1), 0.5)] * 2
-    return scorer
+    scorer.model, scorer.letters = (detector, reader), ocr.alphabet("a" * 18383, 18385)
+    scorer.scale = [torch.full((3, 1, 1), 0.5, device="cpu")] * 2
 
 
-def make_deqa(device):
-    scorer, shapes = deqa.DeQA(device), published_shapes(FULL)
-    state = {name: torch.randn(shape, dtype=torch.float16, device=device) * 0.02 for name, shape in shapes.items()}
-    scorer.model = deqa.build(FULL, deqa.convert(state, FULL), torch.float16).eval().to(device)
-    scorer.processor = picture_processor(448)
-    return scorer
+def make_deqa(scorer):
+    shapes = published_shapes(FULL).items()
+    state = {name: torch.randn(shape, dtype=torch.float16) * 0.02 for name, shape in shapes}
+    scorer.model = deqa.build(FULL, deqa.convert(state, FULL), torch.float16).eval()
+    scorer.model.to(scorer.device)
+    scorer.processor = processor(448)
 
 
 SCORERS = {
-    "geneval": (make_geneval, "Mask2Former Swin-S at 800 x 800, CLIP L/14"),
-    "ocr": (make_ocr, "PP-OCRv5 mobile"),
-    "pickscore": (make_pickscore, "CLIP H/14"),
-    "clipscore": (make_clipscore, "CLIP L/14"),
-    "aesthetic": (make_aesthetic, "CLIP L/14"),
-    "deqa": (make_deqa, "mPLUG-Owl2 7B at 448 x 448"),
+    "geneval": (geneval.GenEval, make_geneval, "Mask2Former Swin-S at 800 x 800, CLIP L/14"),
+    "ocr": (ocr.OCR, make_ocr, "PP-OCRv5 mobile"),
+    "pickscore": (pickscore.PickScore, make_pickscore, "CLIP H/14"),
+    "clipscore": (clipscore.CLIPScore, make_clipscore, "CLIP L/14"),
+    "aesthetic": (aesthetic.Aesthetic, make_aesthetic, "CLIP L/14"),
+    "deqa": (deqa.DeQA, make_deqa, "mPLUG-Owl2 7B at 448 x 448"),
 }
+TITLES = ["scorer", "networks", "images / s, one at a time", "best batch", "images / s", "ratio"]
+TITLES += ["ms an image outside the networks", "peak GB"]
 
 
-def outside_networks(scorer, images, device):
-    """Seconds an image that a call spends outside its networks: pictures, boxes, letters; what a GPU would wait for."""
-    state = {"depth": 0, "seconds": 0.0}
-
-    def clock():
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def enter(module, inputs):
-        state["began"] = state["began"] if state["depth"] else clock()
-        state["depth"] += 1
-
-    def leave(module, inputs, output):
-        state["depth"] -= 1
-        if not state["depth"]:
-            state["seconds"] += clock() - state["began"]
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    whole = seconds(scorer, images, device, 0)
-    [hook.remove() for hook in hooks]
-    return (whole - state["seconds"]) / len(images)
+def clock(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def seconds(scorer, images, device, budget):
-    """Median time of a call on all these images, of as many calls as the budget (s) allows, at least one."""
+def seconds(scorer, images, budget=0.0):
+    """Median time of a call on all these images, of as many calls as the budget (s) allows."""
     scorer.batch, times = len(images), []
     while not times or (sum(times) < budget and len(times) < 20):
-        began = time.perf_counter()
+        began = clock(scorer.device)
         scorer(images, [PROMPT] * len(images), [METADATA] * len(images))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(clock(scorer.device) - began)
     return statistics.median(times)
 
 
+def outside_networks(scorer, images):
+    """Seconds of a call outside its networks: pictures, boxes, letters. A GPU would wait for them."""
+    depth, inside, began = 0, 0.0, 0.0
+
+    def enter(module, inputs):
+        nonlocal depth, began
+        if depth == 0:
+            began = clock(scorer.device)
+        depth += 1
+
+    def leave(module, inputs, output):
+        nonlocal depth, inside
+        depth -= 1
+        if depth == 0:
+            inside += clock(scorer.device) - began
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    whole = seconds(scorer, images)
+    for hook in hooks:
+        hook.remove()
+    return whole - inside
+
+
+def measure(name, images, batches, device, budget):
+    """One row of the table."""
+    kind, make, networks = SCORERS[name]
+    if name == "deqa" and device == "cpu":  # 33 GB and minutes for an image
+        return [name, networks, "not run here", "", "", "", "", ""]
+    torch.manual_seed(0)
+    scorer = kind(device)
+    with torch.device(device):
+        make(scorer)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = {1: seconds(scorer, images[:1])}  # a warm-up; below it is measured again
+    for batch in batches:
+        fastest = min(took[b] / b for b in took)
+        if batch <= 2 or batch * fastest < 4 * budget:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                took[batch] = seconds(scorer, images[:batch], budget)
+    best = min((b for b in took if b > 1), key=lambda b: took[b] / b, default=1)
+    outside = 1000 * outside_networks(scorer, images[:best]) / best
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else "not measured"
+    rates = [f"{1 / took[1]:.3g}", str(best), f"{best / took[best]:.3g}"]
+    return [name, networks, *rates, f"{took[1] * best / took[best]:.2f}", f"{outside:.0f}", peak]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 2 4 8 on a CPU, 1 to 64 on a GPU")
-    parser.add_argument("--size", type=int, default=512, help="of the images, in pixels (default: 512)")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=5.0,
-        help="seconds a batch size, at most about 4 times that (default: 5)",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    flag = parser.add_argument
+    flag("--device", choices=("cpu", "cuda"), default="cpu")
+    flag("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
+    flag("--batches", nargs="+", type=int, help="default: 1 2 4 8 on a CPU, 1 to 64 on a GPU")
+    flag("--size", type=int, default=512, help="of the images, in pixels (default: 512)")
+    flag("--budget", type=float, default=5.0, help="seconds for a batch size (default: 5)")
     args = parser.parse_args()
-    batches = args.batches or ([1, 2, 4, 8] if args.device == "cpu" else [1, 2, 4, 8, 16, 32, 64])
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(max(batches), 3, 16, 16, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, (args.size, args.size), mode="bicubic").clamp(0, 1)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    batches = args.batches or [1, 2, 4, 8]
+    if args.device == "cuda" and not args.batches:
+        batches += [16, 32, 64]
+    coarse = torch.rand(max(batches), 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    size = (args.size, args.size)
+    images = torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
     print(f"{where}, images of {args.size} x {args.size}, random weights\n")
-    titles = ["scorer", "networks", "images / s, one at a time", "best batch", "images / s", "ratio"]
-    titles += ["ms an image outside the networks", "peak GB"]
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
-    for name in tqdm(args.scorers, "scorers", disable=None):
-        make, networks = SCORERS[name]
-        if name == "deqa" and args.device == "cpu":  # 33 GB and minutes an image
-            tqdm.write(f"| {name} | {networks} | not run here | | | | | |")
-            continue
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            scorer = make(args.device)
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            took = {1: seconds(scorer, images[:1], args.device, 0)}  # a warm-up
-            for batch in batches:
-                if batch <= 2 or batch * min(took[b] / b for b in took) < 4 * args.budget:
-                    with contextlib.suppress(torch.OutOfMemoryError):
-                        took[batch] = seconds(scorer, images[:batch], args.device, args.budget)
-        best = min((b for b in took if b > 1), key=lambda b: took[b] / b, default=1)
-        outside = 1000 * outside_networks(scorer, images[:best], args.device)
-        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if args.device == "cuda" else "not measured"
-        rates = f"{1 / took[1]:.3g} | {best} | {best / took[best]:.3g} | {took[1] * best / took[best]:.2f}"
-        rates += f" | {outside:.0f} | {peak}"
-        tqdm.write(f"| {name} | {networks} | {rates} |")
-        del scorer
+    for row in (TITLES, ["---"] * len(TITLES)):
+        print("| " + " | ".join(row) + " |")
+    for name in args.scorers:
+        row = measure(name, images, batches, args.device, args.budget)
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

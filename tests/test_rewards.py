@@ -1,8 +1,8 @@
-"""rewards/ without a single downloaded weight: every rule against hand-made cases, every class of transformers as a tiny
-random model through the very path that real weights take, every port against a plain rewriting of what it ports.
+"""rewards/ without a downloaded weight: every rule against hand-made cases, every network as a tiny
+random model on the path that real weights take, every port against a plain rewriting of its source.
 
     python -m pytest tests/test_rewards.py
-    python -m pytest tests/test_rewards.py --slow     # with the published weights, where they have been fetched
+    python -m pytest tests/test_rewards.py --slow     # with the published weights, where they are
 """
 
 import io
@@ -17,29 +17,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.testing import assert_close
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTokenizer,
-    PPOCRV5MobileDetConfig,
-    PPOCRV5MobileDetForObjectDetection,
-    PPOCRV5MobileRecConfig,
-    PPOCRV5MobileRecForTextRecognition,
-    PPOCRV5ServerDetConfig,
-    PPOCRV5ServerDetForObjectDetection,
-    PPOCRV5ServerRecConfig,
-    PPOCRV5ServerRecForTextRecognition,
-)
 
 from rewards import aesthetic, clipscore, deqa, monitors, ocr, pickscore
+from rewards.geneval import GenEval
+from rewards.images import as_pictures, exact_float32
 
-SIZES = [(64, 64), (33, 47), (71, 20), (40, 64), (19, 90)]  # height, width: square, odd, upright, wide
+SIZES = [(64, 64), (33, 47), (71, 20), (40, 64), (19, 90)]  # height, width
 PROMPTS = ["a cat", "", "two dogs on a very long leash, at night", "Ünïcödé ½ 猫", "a cat"]
-MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 def noise(height, width, seed=0):
@@ -50,6 +41,10 @@ def noise(height, width, seed=0):
 
 def as_image(pixels):
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def as_pixels(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def spread_out(model, seed=0):
@@ -68,24 +63,31 @@ def pictures():
 
 
 def letter_tokenizer():
-    """CLIP's tokenizer without its words: a token a letter, 514 in all."""
+    """CLIP's tokenizer without its words: a token for each letter, 514 in all."""
     letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return hf.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def save_clip(folder, side=32, patch=8):
+    """A CLIP of 2 + 2 layers as on the hub. Vectors of 768, as L/14's."""
+    letter_tokenizer().save_pretrained(folder)
+    layers = {"hidden_size": 32, "intermediate_size": 64}
+    layers |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    text = layers | ends | {"vocab_size": 514, "max_position_embeddings": 77}
+    vision = layers | {"image_size": side, "patch_size": patch}
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    config.logit_scale_init_value = math.log(100)
+    spread_out(hf.CLIPModel(config)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP of 2 + 2 layers whose tokenizer knows bytes and no words, saved as on the hub. Vectors of 768, as L/14's."""
     folder = tmp_path_factory.mktemp("clip")
-    letter_tokenizer().save_pretrained(folder)
-    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": 514, "max_position_embeddings": 77, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    config = CLIPConfig(
-        text_config=layers | text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=768
-    )
-    config.logit_scale_init_value = math.log(100)
-    spread_out(CLIPModel(config)).save_pretrained(folder)
+    save_clip(folder)
     return folder
 
 
@@ -93,10 +95,10 @@ def clip_folder(tmp_path_factory):
 def head_file(tmp_path_factory):
     """A random aesthetic head in the published shapes."""
     generator, path = torch.Generator().manual_seed(1), tmp_path_factory.mktemp("head") / "head.pth"
-    sizes = (768, 1024, 128, 64, 16, 1)
-    state = {}
+    sizes, state = (768, 1024, 128, 64, 16, 1), {}
     for layer, inner, outer in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
-        state[f"layers.{layer}.weight"] = torch.randn(outer, inner, generator=generator) / inner**0.5
+        weight = torch.randn(outer, inner, generator=generator) / inner**0.5
+        state[f"layers.{layer}.weight"] = weight
         state[f"layers.{layer}.bias"] = torch.randn(outer, generator=generator)
     torch.save(state, path)
     return path
@@ -104,80 +106,67 @@ def head_file(tmp_path_factory):
 
 # ---- What all of them have in common
 
+NAMES = ["pickscore", "clipscore", "aesthetic", "deqa", "ocr"]
 
-@pytest.fixture(params=["pickscore", "clipscore", "aesthetic", "deqa", "ocr"])
-def make_reward(request):
-    """() -> the reward with tiny weights; (batch=n) with another batch size."""
 
-    def make(**options):
-        folder = lambda name: str(request.getfixturevalue(name))
-        if request.param == "pickscore":
-            return pickscore.PickScore(weights=folder("clip_folder"), tokenizer=folder("clip_folder"), **options)
-        if request.param == "clipscore":
-            return clipscore.CLIPScore(weights=folder("clip_folder"), **options)
-        if request.param == "aesthetic":
-            return aesthetic.Aesthetic(weights=folder("clip_folder"), head=folder("head_file"), sha256=None, **options)
-        if request.param == "deqa":
-            return deqa.DeQA(weights=folder("deqa_folder"), **options)
-        return ocr.OCR(detector=folder("detector_folder"), reader=folder("reader_folder"), **options)
+@pytest.fixture
+def make_reward(clip_folder, head_file, deqa_folder, detector_folder, reader_folder):
+    """(name) -> the reward with tiny weights, or with those that the options name."""
+    clip, deqa_weights = str(clip_folder), str(deqa_folder)
+    networks = {"detector": str(detector_folder), "reader": str(reader_folder)}
+    makers = {
+        "pickscore": (pickscore.PickScore, {"weights": clip, "tokenizer": clip}),
+        "clipscore": (clipscore.CLIPScore, {"weights": clip}),
+        "aesthetic": (aesthetic.Aesthetic, {"weights": clip, "head": head_file, "sha256": None}),
+        "deqa": (deqa.DeQA, {"weights": deqa_weights}),
+        "ocr": (ocr.OCR, networks),
+    }
+
+    def make(name, **options):
+        kind, defaults = makers[name]
+        return kind(**defaults | options)
 
     return make
 
 
-def asked(reward, images=None):
-    """Five prompts that this reward can score; for OCR some ask for what it reads in the images, some nearly so."""
+def prompts_for(reward, images):
+    """Five prompts that this reward can score; OCR's quote what it reads, exactly and nearly."""
     if reward.name != "ocr":
         return PROMPTS
-    read = [text.replace(" ", "") for text in reward.read(images)] if images else ["E=mc²"] * 5
-    return [
-        f'{prompt} "{text}{more}"'
-        for prompt, text, more in zip(PROMPTS, read, ("", "!", "", "!!!!!!!!", "!!!!!!!!!!!!!!!!!!!"))
-    ]
+    texts = [text.replace(" ", "") for text in reward.read(images)]
+    more = ("", "!", "", "!!!!!!!!", "!!!!!!!!!!!!!!!!!!!")
+    return [f'{prompt} "{text}{end}"' for prompt, text, end in zip(PROMPTS, texts, more)]
 
 
-def test_scores_do_not_depend_on_batch_size_order_or_company(make_reward, pictures):
-    reward = make_reward()
-    prompts = asked(reward, pictures)
-    scores = reward(pictures, prompts)
-    assert scores.shape == (5,) and scores.dtype == torch.float32 and scores.isfinite().all()
-    assert len({round(s, 4) for s in scores.tolist()}) > 2  # they tell pictures apart, or nothing would be tested here
-    order = [3, 0, 4, 2, 1]
-    shuffled = make_reward(batch=2)([pictures[i] for i in order], [prompts[i] for i in order])
-    assert_close(shuffled, scores[order], rtol=1e-4, atol=1e-4)
-    alone = torch.cat([reward([picture], [prompt]) for picture, prompt in zip(pictures, prompts)])
-    assert_close(alone, scores, rtol=1e-4, atol=1e-4)
-    assert not scores.requires_grad and not scores.is_inference()
-
-
-def test_a_tensor_scores_like_the_pictures_in_it(make_reward):
-    reward = make_reward()
-    pixels = torch.stack([noise(48, 40, seed) for seed in range(5)])
-    images = [as_image(p) for p in pixels]
-    prompts = asked(reward, images)
-    assert_close(reward(pixels, prompts), reward(images, prompts), rtol=1e-5, atol=1e-5)
-
-
-def test_no_pictures_no_scores_and_no_loading(make_reward):
-    reward = make_reward()
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_depend_on_the_image_and_the_prompt_alone(name, make_reward, pictures):
+    """Not on batch size, order, the images beside it, its form, or whether the model is new."""
+    reward = make_reward(name)
+    low, high = reward.range
+    assert reward.higher_is_better is True and low < high and reward.name == name
     for nothing in ([], torch.empty(0, 3, 8, 8)):
         assert reward(nothing, []).shape == (0,)
-    assert reward.model is None
+    assert reward.model is None  # so far nothing was loaded
 
+    prompts = prompts_for(reward, pictures)
+    scores = reward(pictures, prompts)
+    assert scores.shape == (5,) and scores.dtype == torch.float32 and scores.isfinite().all()
+    assert len({round(s, 4) for s in scores.tolist()}) > 2  # they tell pictures apart
+    assert not scores.requires_grad and not scores.is_inference()
+    order = [3, 0, 4, 2, 1]
+    reward.batch = 2
+    shuffled = reward([pictures[i] for i in order], [prompts[i] for i in order])
+    assert_close(shuffled, scores[order], rtol=1e-4, atol=1e-4)
+    if name == "ocr":  # whose decisions hang on thresholds
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(reward(pictures, prompts), scores)
+    tensor = as_pixels(pictures[0])[None]
+    assert_close(reward(tensor, prompts[:1]), scores[:1], rtol=1e-4, atol=1e-4)
 
-def test_attributes(make_reward):
-    reward = make_reward()
-    low, high = reward.range
-    assert reward.higher_is_better is True and low < high and reward.name in type(reward).__module__
-
-
-def test_a_dropped_model_is_loaded_again(make_reward, pictures):
-    """`reward.model = None` lets go of everything large; the next call loads it and scores the same."""
-    reward = make_reward()
-    prompts = asked(reward, pictures)
-    before = reward(pictures, prompts)
-    reward.model = None
-    left = [v for v in vars(reward).values() if isinstance(v, torch.nn.Module)]
-    assert not left and torch.equal(reward(pictures, prompts), before)
+    before = reward(pictures[:2], prompts[:2])
+    reward.model = None  # drops everything large; the next call loads it again
+    assert not [v for v in vars(reward).values() if isinstance(v, torch.nn.Module)]
+    assert torch.equal(reward(pictures[:2], prompts[:2]), before)
 
 
 def truncated():
@@ -186,262 +175,272 @@ def truncated():
     return Image.open(io.BytesIO(file.getvalue()[:-500]))
 
 
-@pytest.mark.parametrize(
-    "images, says",
-    [
-        (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
-        (lambda: torch.zeros(1, 8, 8, 3), r"\(1, 8, 8, 3\)"),
-        (lambda: torch.zeros(3, 8, 8), r"\(B, 3, H, W\)"),
-        (lambda: torch.zeros(1, 3, 0, 8), r"\(B, 3, H, W\)"),
-        (lambda: torch.linspace(-1, 1, 192).view(1, 3, 8, 8), "-1 to 1"),
-        (lambda: torch.full((1, 3, 8, 8), math.nan), "nan"),
-        (lambda: [truncated()], "image 0 cannot be decoded"),
-        (lambda: ["cat.png"], "image 0 cannot be decoded"),
-    ],
-)
-def test_bad_images_get_no_score(make_reward, images, says):
-    reward = make_reward()
-    with pytest.raises(ValueError, match=says) as error:
-        reward(images(), asked(reward)[:1])
-    assert "\n" not in str(error.value)
+BAD_IMAGES = [
+    (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+    (lambda: torch.zeros(1, 8, 8, 3), r"\(1, 8, 8, 3\)"),
+    (lambda: torch.zeros(1, 1, 8, 8), r"\(1, 1, 8, 8\)"),
+    (lambda: torch.zeros(3, 8, 8), r"\(B, 3, H, W\)"),
+    (lambda: torch.zeros(1, 3, 0, 8), r"\(B, 3, H, W\)"),
+    (lambda: torch.linspace(-1, 1, 192).view(1, 3, 8, 8), "-1 to 1"),
+    (lambda: torch.full((1, 3, 8, 8), math.nan), "nan"),
+    (lambda: [truncated()], "image 0 cannot be decoded.*truncated"),
+    (lambda: ["cat.png"], "image 0 cannot be decoded"),
+]
 
 
-@pytest.mark.parametrize("reward", [pickscore.PickScore, clipscore.CLIPScore, ocr.OCR])
-def test_one_prompt_per_image(reward, pictures):
+@pytest.mark.parametrize("images, message", BAD_IMAGES)
+def test_bad_images_get_no_score(make_reward, images, message):
+    """Neither from a scorer nor from a monitor, and before anything is loaded."""
+    every = [make_reward(name) for name in NAMES] + [GenEval(weights="nowhere")]
+    images = images()
+    if isinstance(images, torch.Tensor):
+        every += [monitors.edge_density, monitors.colour_entropy, monitors.diversity]
+    metadata = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}]
+    for reward in every:
+        with pytest.raises(ValueError, match=message) as error:
+            reward(images, ['a "sign"'], metadata)
+        assert "\n" not in str(error.value) and getattr(reward, "model", None) is None
+
+
+def test_floats_become_bytes_by_rounding():
+    values = torch.tensor([0.999, 0.5, 1.0009, -0.0009])  # 254.7, 127.5, and two rounding errors
+    (picture,) = as_pictures(values.expand(1, 3, 2, 4))
+    assert picture.size == (4, 2) and picture.mode == "RGB"
+    assert np.array(picture)[1, :, 2].tolist() == [255, 128, 255, 0]
+
+
+def test_exact_float32_restores_the_callers_settings():
+    torch.set_float32_matmul_precision("high")
+    before = torch.backends.cudnn.allow_tf32
+    product = lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with exact_float32("cpu"):
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert not torch.backends.cudnn.allow_tf32 and product() == torch.float32
+            assert product() == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32 == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "ocr"])
+def test_one_prompt_per_image(name, make_reward, pictures):
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
-        reward(weights="nowhere")(pictures[:2], ['"a"']) if reward is not ocr.OCR else reward()(pictures[:2], ['"a"'])
+        make_reward(name)(pictures[:2], ['"a"'])
 
 
-def missing_weights(folder):
-    return [
-        pickscore.PickScore(weights=folder),
-        clipscore.CLIPScore(weights=folder),
-        aesthetic.Aesthetic(head=folder + "/head.pth"),
-        deqa.DeQA(weights=folder),
-        ocr.OCR(detector=folder),
-    ]
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_weights_name_the_command(name, make_reward, tmp_path, pictures):
+    flag = {"aesthetic": "head", "ocr": "detector"}.get(name, "weights")
+    for folder in ("no/such/weights", str(tmp_path)):
+        reward = make_reward(name, **{flag: folder})
+        with pytest.raises(ValueError, match=f"{name}: .*(hf download|curl -LO)") as error:
+            reward(pictures[:1], ['"a"'])
+        assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("folder", ["no/such/weights", "{empty}"])
-@pytest.mark.parametrize("which", range(5))
-def test_missing_weights_name_the_command(which, folder, tmp_path, pictures):
-    reward = missing_weights(folder.format(empty=tmp_path))[which]
-    with pytest.raises(ValueError, match="hf download|curl -LO") as error:
-        reward(pictures[:1], asked(reward)[:1])
-    assert "\n" not in str(error.value) and reward.name in str(error.value)
-
-
-@pytest.mark.parametrize("which", ["pickscore", "clipscore", "aesthetic", "ocr"])
-def test_pickled_weights_are_not_opened(which, clip_folder, head_file, detector_folder, tmp_path, pictures):
-    """The right weights, as a pickle: who offers safetensors is read from those alone."""
-    folder = tmp_path / "weights"
-    shutil.copytree(detector_folder if which == "ocr" else clip_folder, folder)
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic", "ocr"])
+def test_pickled_weights_are_not_opened(name, make_reward, tmp_path, pictures):
+    """The right weights, as a pickle: where safetensors are published, nothing else is read."""
+    flag, folder = "detector" if name == "ocr" else "weights", tmp_path / "weights"
+    shutil.copytree(getattr(make_reward(name), flag), folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    reward = {
-        "pickscore": lambda: pickscore.PickScore(weights=str(folder), tokenizer=str(clip_folder)),
-        "clipscore": lambda: clipscore.CLIPScore(weights=str(folder)),
-        "aesthetic": lambda: aesthetic.Aesthetic(weights=str(folder), head=head_file, sha256=None),
-        "ocr": lambda: ocr.OCR(detector=str(folder)),
-    }[which]()
-    with pytest.raises(ValueError, match=f"{which}: cannot load"):
-        reward(pictures[:1], asked(reward)[:1])
+    with pytest.raises(ValueError, match=f"{name}: cannot load"):
+        make_reward(name, **{flag: str(folder)})(pictures[:1], ['"a"'])
 
 
 def test_no_code_beside_the_weights_is_run(detector_folder, tmp_path, pictures):
-    """A kind of model that transformers does not know, with its own code: nobody is asked whether to run it."""
-    shutil.copytree(detector_folder, tmp_path / "weights")
-    config = json.loads((tmp_path / "weights/config.json").read_text())
-    config |= {"model_type": "zebra", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForObjectDetection"), "zebra.Zebra")}
-    (tmp_path / "weights/config.json").write_text(json.dumps(config))
-    (tmp_path / "weights/zebra.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Zebra:\n    pass\n")
+    """A kind of model that transformers does not know, with its own code."""
+    folder = tmp_path / "weights"
+    shutil.copytree(detector_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "zebra"}
+    config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModelForObjectDetection"), "z.Zebra")
+    (folder / "config.json").write_text(json.dumps(config))
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Zebra:\n    pass\n"
+    (folder / "z.py").write_text(code)
     with pytest.raises(ValueError, match="ocr: cannot load"):
-        ocr.OCR(detector=str(tmp_path / "weights"))(pictures[:1], ['"a"'])
+        ocr.OCR(detector=str(folder))(pictures[:1], ['"a"'])
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("make", [pickscore.PickScore, clipscore.CLIPScore])
-def test_a_clip_without_all_its_weights_is_refused(make, clip_folder, tmp_path, pictures):
-    model = CLIPModel.from_pretrained(clip_folder)
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_an_incomplete_clip_is_refused(name, make_reward, clip_folder, tmp_path, pictures):
+    """Where a weight is missing transformers makes a random one; without its files an empty
+    tokenizer."""
+    model = hf.CLIPModel.from_pretrained(clip_folder)
+    hf.CLIPTokenizer().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    flag = "tokenizer" if name == "pickscore" else "weights"
+    with pytest.raises(ValueError, match="differ in vocabulary"):
+        make_reward(name, **{flag: str(tmp_path)})(pictures[:1], PROMPTS[:1])
     state = model.state_dict()
     del state["visual_projection.weight"]
+    letter_tokenizer().save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, state_dict=state)
-    CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks 1 weights .visual_projection.weight"):
-        make(weights=str(tmp_path))(pictures[:1], PROMPTS[:1])
-
-
-@pytest.mark.parametrize("make", [pickscore.PickScore, clipscore.CLIPScore])
-def test_a_tokenizer_without_its_words_is_refused(make, clip_folder, tmp_path, pictures):
-    CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
-    CLIPTokenizer().save_pretrained(tmp_path)  # what transformers makes of missing files: three tokens and no complaint
-    options = {"tokenizer": str(tmp_path)} if make is pickscore.PickScore else {}
-    with pytest.raises(ValueError, match="differ in vocabulary"):
-        make(weights=str(tmp_path), **options)(pictures[:1], PROMPTS[:1])
+        make_reward(name, weights=str(tmp_path))(pictures[:1], PROMPTS[:1])
 
 
 # ---- PickScore, CLIPScore, aesthetic
 
 
 def logits(clip_folder, pixels):
-    """CLIPModel's own logits_per_image for pictures (B, 3, 32, 32) in [0, 1] and PROMPTS, each with its own."""
-    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
-    words = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-    pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
+    """CLIPModel's own logits_per_image of pictures (B, 3, 32, 32) in [0, 1] and PROMPTS."""
+    model = hf.CLIPModel.from_pretrained(clip_folder)
+    tokenizer = hf.CLIPTokenizer.from_pretrained(clip_folder)
+    length = {"padding": "max_length", "truncation": True, "max_length": 77}
+    tokens = tokenizer(PROMPTS, **length, return_tensors="pt")
     with torch.no_grad():
-        return model(pixel_values=pixels, **words).logits_per_image.diag()
+        return model(pixel_values=(pixels - MEAN) / STD, **tokens).logits_per_image.diag()
 
 
 def resized(picture, side, resample):
     """Shorter side to `side`; the other one rounded down."""
     short = min(picture.size)
-    return picture.resize([side if n == short else int(side * n / short) for n in picture.size], resample)
+    size = [side if n == short else int(side * n / short) for n in picture.size]
+    return picture.resize(size, resample)
 
 
-def test_pickscore_is_the_logit_of_clip(clip_folder, pictures):
+def test_pickscore_is_the_logit_of_clip(make_reward, clip_folder, pictures):
     prepared = []
     for picture in pictures:
         picture = resized(picture, 32, Image.Resampling.BICUBIC)
-        left, top = (picture.width - 32) // 2, (picture.height - 32) // 2  # transformers rounds down
-        prepared.append(torch.from_numpy(np.array(picture.crop((left, top, left + 32, top + 32)))).permute(2, 0, 1) / 255)
-    reward = pickscore.PickScore(weights=str(clip_folder), tokenizer=str(clip_folder))
+        left, top = (picture.width - 32) // 2, (picture.height - 32) // 2  # rounded down
+        prepared.append(as_pixels(picture.crop((left, top, left + 32, top + 32))))
+    reward = make_reward("pickscore")
     scores = reward(pictures, PROMPTS)
     assert_close(scores, logits(clip_folder, torch.stack(prepared)), rtol=1e-4, atol=1e-3)
     assert_close(reward.model.logit_scale.exp().item(), 100.0, rtol=1e-5, atol=0.0)
     assert scores[0] != scores[4]  # same prompt, other picture
 
 
-def test_clipscore_is_a_thirtieth_of_clips_logit(clip_folder, pictures):
+def test_clipscore_is_a_thirtieth_of_clips_logit(make_reward, clip_folder, pictures):
     prepared = []
     for picture in pictures:
-        # bilinear on floats, one channel at a time, by Pillow: what torchvision does to a tensor, antialiasing included
-        planes = [resized(plane.convert("F"), 32, Image.Resampling.BILINEAR) for plane in picture.split()]
-        pixels = torch.from_numpy(np.stack([np.array(plane) for plane in planes])) / 255
-        top, left = (round((n - 32) / 2) for n in pixels.shape[1:])  # torchvision rounds to the nearest
+        # Bilinear on floats, one channel at a time, by Pillow: what torchvision does to a tensor
+        planes = [plane.convert("F") for plane in picture.split()]
+        planes = [np.array(resized(plane, 32, Image.Resampling.BILINEAR)) for plane in planes]
+        pixels = torch.from_numpy(np.stack(planes)) / 255
+        top, left = (round((n - 32) / 2) for n in pixels.shape[1:])  # torchvision: to the nearest
         prepared.append(pixels[:, top : top + 32, left : left + 32])
-    scores = clipscore.CLIPScore(weights=str(clip_folder))(pictures, PROMPTS)
+    scores = make_reward("clipscore")(pictures, PROMPTS)
     assert_close(scores, logits(clip_folder, torch.stack(prepared)) / 30, rtol=1e-4, atol=1e-4)
+    ramp = torch.arange(35.0).expand(3, 32, 35) / 255  # (35 - 32) / 2 = 1.5 is rounded to 2
+    cropped = clipscore.prepare(ramp, 32) * STD + MEAN
+    assert_close(cropped[0, 0] * 255, torch.arange(2.0, 34.0), rtol=0, atol=1e-4)
 
 
-def test_clipscore_crops_as_torchvision_does():
-    pixels = torch.arange(35.0).expand(3, 32, 35) / 255  # (35 - 32) / 2 = 1.5 is rounded to the even 2
-    got = clipscore.prepare(pixels, 32) * STD[:, None, None] + MEAN[:, None, None]
-    assert_close(got[0, 0] * 255, torch.arange(2.0, 34.0), rtol=0, atol=1e-4)
-
-
-def test_the_folded_head_is_the_head(head_file):
+def test_aesthetic_is_the_head_on_clips_vector(make_reward, clip_folder, head_file, pictures):
     state = torch.load(head_file, weights_only=True)
-    layers = [torch.nn.Linear(*state[f"layers.{i}.weight"].shape[::-1]) for i in (0, 2, 4, 6, 7)]
-    torch.nn.Sequential(*layers).load_state_dict({f"{k}.{p}": state[f"layers.{i}.{p}"] for k, i in enumerate((0, 2, 4, 6, 7))
-                                                  for p in ("weight", "bias")})  # fmt: skip
-    w, b = aesthetic.fold(state)
     x = F.normalize(torch.randn(7, 768, generator=torch.Generator().manual_seed(0)))
+
+    def head(x):
+        for i in (0, 2, 4, 6, 7):
+            x = F.linear(x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"])
+        return x[:, 0]
+
+    w, b = aesthetic.fold(state)
     assert w.shape == (768,) and b.shape == () and w.dtype == b.dtype == torch.float32
-    assert_close(x @ w + b, torch.nn.Sequential(*layers)(x)[:, 0].detach(), rtol=1e-4, atol=1e-5)
-    assert_close(b, torch.nn.Sequential(*layers)(torch.zeros(1, 768))[0, 0].detach(), rtol=1e-4, atol=1e-5)
+    assert_close(x @ w + b, head(x), rtol=1e-4, atol=1e-5)
+    assert_close(b[None], head(torch.zeros(1, 768)), rtol=1e-4, atol=1e-5)
+
+    model = hf.CLIPModel.from_pretrained(clip_folder)
+    pixels = (as_pixels(resized(pictures[0], 32, Image.Resampling.BICUBIC)) - MEAN) / STD
+    with torch.no_grad():
+        vector = model.visual_projection(model.vision_model(pixels[None]).pooler_output)
+    score = make_reward("aesthetic")(pictures[:1])
+    assert_close(score, head(vector / vector.norm()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("key", ["layers.2.bias", "layers.7.weight"])
-def test_a_head_with_a_key_too_few_or_too_many_is_refused(head_file, key):
+def test_another_head_is_refused(make_reward, head_file, pictures):
     state = torch.load(head_file, weights_only=True)
     with pytest.raises(ValueError, match="1 weights too many .layers.1.weight"):
         aesthetic.fold(state | {"layers.1.weight": torch.zeros(2)})
-    del state[key]
-    with pytest.raises(ValueError, match=rf"layers\.{key[7]} is not a linear layer"):
-        aesthetic.fold(state)
-    with pytest.raises(ValueError, match=rf"layers\.{key[7]} is not a linear layer"):
-        aesthetic.fold(state | {key: torch.zeros(3, 5)})
-
-
-def test_aesthetic_end_to_end(clip_folder, head_file, pictures):
-    model, (w, b) = CLIPModel.from_pretrained(clip_folder), aesthetic.fold(torch.load(head_file, weights_only=True))
-    scores = aesthetic.Aesthetic(weights=str(clip_folder), head=head_file, sha256=None)(pictures)
-    image = resized(pictures[0], 32, Image.Resampling.BICUBIC)
-    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - MEAN[:, None, None]) / STD[:, None, None]
-    with torch.no_grad():
-        vector = model.visual_projection(model.vision_model(pixels[None]).pooler_output)[0]
-    assert_close(scores[0], vector @ w / vector.norm() + b, rtol=1e-4, atol=1e-4)
-
-
-def test_another_file_than_the_published_head_is_refused(head_file, clip_folder, pictures):
+    for key in ("layers.2.bias", "layers.7.weight"):
+        without = {k: t for k, t in state.items() if k != key}
+        for other in (without, state | {key: torch.zeros(3, 5)}):
+            with pytest.raises(ValueError, match=rf"layers\.{key[7]} is not a linear layer"):
+                aesthetic.fold(other)
     with pytest.raises(ValueError, match="not the published file .SHA-256.*curl -LO"):
-        aesthetic.Aesthetic(weights=str(clip_folder), head=head_file)(pictures[:1])
+        make_reward("aesthetic", sha256=aesthetic.SHA256)(pictures[:1])
 
 
 # ---- DeQA
 
-DEQA = {
-    "vocab_size": 32000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "rope_theta": 10000.0,
-    "model_type": "mplug_owl2", "auto_map": {"AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config"},
-    "visual_config": {
-        "visual_model": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
-                         "image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-6},
-        "visual_abstractor": {"hidden_size": 24, "encoder_hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
-                              "num_attention_heads": 4, "num_learnable_queries": 5, "grid_size": 4, "layer_norm_eps": 1e-6},
-    },
-}  # fmt: skip
-FULL = DEQA | {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "max_position_embeddings": 2048,
-    "visual_config": {
-        "visual_model": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                         "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6},
-        "visual_abstractor": {"hidden_size": 1024, "encoder_hidden_size": 1024, "intermediate_size": 2816,
-                              "num_hidden_layers": 6, "num_attention_heads": 16, "num_learnable_queries": 64,
-                              "grid_size": 32, "layer_norm_eps": 1e-6},
-    },
-}  # fmt: skip
+SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def deqa_config(llama, heads_of_values, vision, image, abstractor, queries):
+    """config.json as it is published; the tuples hold SIZE, image the size and that of a patch."""
+    vision = dict(zip(SIZE, vision)) | {"image_size": image[0], "patch_size": image[1]}
+    abstractor = dict(zip(SIZE, abstractor)) | {"encoder_hidden_size": vision["hidden_size"]}
+    abstractor |= {"num_learnable_queries": queries, "grid_size": image[0] // image[1]}
+    visual = {"visual_model": vision, "visual_abstractor": abstractor}
+    for part in visual.values():
+        part["layer_norm_eps"] = 1e-6
+    config = dict(zip(SIZE, llama)) | {"num_key_value_heads": heads_of_values, "vocab_size": 32000}
+    config |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0}
+    config["auto_map"] = {"AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config"}
+    return config | {"model_type": "mplug_owl2", "visual_config": visual}
+
+
+DEQA = deqa_config((32, 48, 2, 4), 2, (24, 40, 2, 3), (28, 7), (24, 36, 2, 4), 5)
+FULL = deqa_config((4096, 11008, 32, 32), 32, (1024, 4096, 24, 16), (448, 14), (1024, 2816, 6, 16), 64)
 
 
 def published_shapes(config):
-    """{name: shape} as mPLUG-Owl2's own classes name and shape their weights (visual_encoder.py, modeling_llama2.py)."""
+    """{name: shape} as mPLUG-Owl2's classes define them (visual_encoder.py, modeling_llama2.py)."""
     H, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = H // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (vocabulary, H), "model.norm.weight": (H,), "lm_head.weight": (vocabulary, H)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, H), "model.norm.weight": (H,)}
+    shapes["lm_head.weight"] = (vocabulary, H)
     for i in range(config["num_hidden_layers"]):
         name = f"model.layers.{i}."
-        shapes |= {name + f"self_attn.{x}_proj.weight": (H, H) for x in "qo"}
-        shapes |= {name + f"self_attn.{x}_proj.multiway.{way}.weight": (kv, H) for x in "kv" for way in (0, 1)}
-        shapes |= {name + f"mlp.{x}_proj.weight": (inner, H) for x in ("gate", "up")}
-        shapes |= {name + "mlp.down_proj.weight": (H, inner)}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        shapes |= {name + f"{norm}.multiway.{way}.weight": (H,) for norm in norms for way in (0, 1)}
+        for x, shape in {"q": (H, H), "o": (H, H), "k": (kv, H), "v": (kv, H)}.items():
+            ways = (".multiway.0", ".multiway.1") if x in "kv" else ("",)
+            shapes |= {f"{name}self_attn.{x}_proj{way}.weight": shape for way in ways}
+        for x, shape in {"gate": (inner, H), "up": (inner, H), "down": (H, inner)}.items():
+            shapes[f"{name}mlp.{x}_proj.weight"] = shape
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{name}{norm}.multiway.{way}.weight": (H,) for way in (0, 1)}
 
     def add(name, *shape):
         shapes[name + ".weight"], shapes[name + ".bias"] = shape, shape[:1]
 
     c = config["visual_config"]["visual_model"]
-    D, patch, name = c["hidden_size"], c["patch_size"], "model.vision_model."
-    shapes[name + "embeddings.cls_token"] = (1, 1, D)
-    shapes[name + "embeddings.patch_embed.weight"] = (D, 3, patch, patch)
-    shapes[name + "embeddings.position_embedding"] = (1, (c["image_size"] // patch) ** 2 + 1, D)
-    add(name + "embeddings.pre_layernorm", D)
-    add(name + "post_layernorm", D)
+    D, inner, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
+    name = "model.vision_model.embeddings."
+    shapes[name + "cls_token"] = (1, 1, D)
+    shapes[name + "patch_embed.weight"] = (D, 3, patch, patch)
+    shapes[name + "position_embedding"] = (1, (c["image_size"] // patch) ** 2 + 1, D)
+    add(name + "pre_layernorm", D)
+    add("model.vision_model.post_layernorm", D)
     for i in range(c["num_hidden_layers"]):
-        layer = f"{name}encoder.layers.{i}."
-        add(layer + "self_attn.query_key_value", 3 * D, D)
-        add(layer + "self_attn.dense", D, D)
-        add(layer + "mlp.fc1", c["intermediate_size"], D)
-        add(layer + "mlp.fc2", D, c["intermediate_size"])
-        add(layer + "input_layernorm", D)
-        add(layer + "post_attention_layernorm", D)
+        layer = f"model.vision_model.encoder.layers.{i}."
+        parts = {"self_attn.query_key_value": (3 * D, D), "self_attn.dense": (D, D),
+                 "mlp.fc1": (inner, D), "mlp.fc2": (D, inner), "input_layernorm": (D,),
+                 "post_attention_layernorm": (D,)}  # fmt: skip
+        for part, shape in parts.items():
+            add(layer + part, *shape)
 
-    c = config["visual_config"]["visual_abstractor"]
-    D, E, inner, name = c["hidden_size"], c["encoder_hidden_size"], c["intermediate_size"], "model.visual_abstractor."
-    shapes[name + "query_embeds"], shapes[name + "vit_eos"] = (1, c["num_learnable_queries"], D), (1, 1, H)
+    c, name = config["visual_config"]["visual_abstractor"], "model.visual_abstractor."
+    D, E, inner = c["hidden_size"], c["encoder_hidden_size"], c["intermediate_size"]
+    shapes[name + "query_embeds"] = (1, c["num_learnable_queries"], D)
+    shapes[name + "vit_eos"] = (1, 1, H)
     add(name + "visual_fc", H, D)
     for i in range(c["num_hidden_layers"]):
         layer = f"{name}encoder.layers.{i}.crossattention."
         shapes[layer + "attention.q_pos_embed"] = (c["num_learnable_queries"], D)
         shapes[layer + "attention.k_pos_embed"] = (c["grid_size"] ** 2 + 1, D)
-        for x, width in (("query", D), ("key", E), ("value", E)):
-            add(layer + "attention." + x, D, width)
-        for x, shape in {"out_proj": (D, D), "norm2": (D,), "mlp.w1": (inner, D), "mlp.w2": (D, inner), "mlp.w3": (inner, D),
-                         "mlp.ffn_ln": (inner,)}.items():  # fmt: skip
-            add(layer + "output." + x, *shape)
-        add(layer + "norm1", D)
-        add(layer + "normk", E)
+        parts = {"attention.query": (D, D), "attention.key": (D, E), "attention.value": (D, E),
+                 "output.out_proj": (D, D), "output.norm2": (D,), "output.mlp.w1": (inner, D),
+                 "output.mlp.w2": (D, inner), "output.mlp.w3": (inner, D),
+                 "output.mlp.ffn_ln": (inner,), "norm1": (D,), "normk": (E,)}  # fmt: skip
+        for part, shape in parts.items():
+            add(layer + part, *shape)
     return shapes
 
 
@@ -467,32 +466,32 @@ def protobuf(number, payload):
 def tokenizer_model(change=None):
     """A SentencePiece file of 32000 pieces that spells what LLaMA's does where DeQA needs it."""
     pieces = [f"piece{i}" for i in range(32000)]
-    chunks = [
-        (deqa.BEFORE, "<s> ▁US ER : ▁How ▁would ▁you ▁rate ▁the ▁quality ▁of ▁this ▁image ? <0x0A>"),
-        (deqa.AFTER, "▁ <0x0A> ASS IST ANT : ▁The ▁quality ▁of ▁the ▁image ▁is"),
-        (deqa.LEVELS.values(), "▁excellent ▁good ▁fair ▁poor ▁bad"),
-    ]
-    for ids, text in chunks:
+    before = "<s> ▁US ER : ▁How ▁would ▁you ▁rate ▁the ▁quality ▁of ▁this ▁image ? <0x0A>"
+    after = "▁ <0x0A> ASS IST ANT : ▁The ▁quality ▁of ▁the ▁image ▁is"
+    levels = "▁excellent ▁good ▁fair ▁poor ▁bad"
+    for ids, text in ((deqa.BEFORE, before), (deqa.AFTER, after), (deqa.LEVELS.values(), levels)):
         for i, piece in zip(ids, text.split(" "), strict=True):
             assert pieces[i] in (f"piece{i}", piece)  # one number, one piece
             pieces[i] = piece
     if change:
         pieces[change] = "other"
-    # per piece: 1 text, 2 score (four bytes), 3 kind (varint); behind them field 2, the trainer's settings
-    body = b"".join(protobuf(1, protobuf(1, p.encode()) + b"\x15\0\0\x80\xbf" + b"\x18\x01") for p in pieces)
+    # Of a piece: 1 text, 2 score (four bytes), 3 kind (varint). Then field 2, the trainer's settings
+    more = b"\x15\0\0\x80\xbf" + b"\x18\x01"
+    body = b"".join(protobuf(1, protobuf(1, piece.encode()) + more) for piece in pieces)
     return body + protobuf(2, b"\x08\xac\x02" + b"\x11" + bytes(8))
 
 
-def save_deqa(folder, state, vocabulary=None):
+def save_deqa(folder, state):
     """As on the hub: two pickled shards, an index, config.json, tokenizer.model."""
-    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    halves = [dict(list(state.items())[i::2]) for i in (0, 1)]
-    for name, half in zip(names, halves):
-        torch.save(half, folder / name)
-    index = {"weight_map": {key: name for name, half in zip(names, halves) for key in half}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shards, index = {}, {}
+    for i, (key, tensor) in enumerate(state.items()):
+        index[key] = f"pytorch_model-0000{i % 2 + 1}-of-00002.bin"
+        shards.setdefault(index[key], {})[key] = tensor
+    for name, shard in shards.items():
+        torch.save(shard, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(DEQA))
-    (folder / "tokenizer.model").write_bytes(vocabulary or tokenizer_model())
+    (folder / "tokenizer.model").write_bytes(tokenizer_model())
     (folder / "configuration_mplug_owl2.py").write_text("raise SystemExit('remote code ran')")
     return folder
 
@@ -503,21 +502,24 @@ def deqa_folder(tmp_path_factory):
 
 
 def published_logits(state, config, pixels):
-    """The published forward pass written out once more, on published names: logits (B, vocabulary) after the prompt."""
+    """The published forward pass, written again on published names -> the levels' logits (B, 5)."""
     linear = lambda x, name: F.linear(x, state[name + ".weight"], state.get(name + ".bias"))
-    norm = lambda x, name, eps: F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps)
+    norm = lambda x, name, eps: F.layer_norm(
+        x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps
+    )
     B = len(pixels)
 
-    c = config["visual_config"]["visual_model"]
-    D, heads, eps, name = c["hidden_size"], c["num_attention_heads"], c["layer_norm_eps"], "model.vision_model."
-    x = F.conv2d(pixels, state[name + "embeddings.patch_embed.weight"], stride=c["patch_size"]).flatten(2).transpose(1, 2)
-    x = torch.cat([state[name + "embeddings.cls_token"].expand(B, 1, D), x], 1) + state[name + "embeddings.position_embedding"]
+    c, name = config["visual_config"]["visual_model"], "model.vision_model."
+    D, heads, eps = c["hidden_size"], c["num_attention_heads"], c["layer_norm_eps"]
+    x = F.conv2d(pixels, state[name + "embeddings.patch_embed.weight"], stride=c["patch_size"])
+    x = torch.cat([state[name + "embeddings.cls_token"].expand(B, 1, D), x.flatten(2).mT], 1)
+    x = x + state[name + "embeddings.position_embedding"]
     x = norm(x, name + "embeddings.pre_layernorm", eps)
     for i in range(c["num_hidden_layers"]):
         layer = f"{name}encoder.layers.{i}."
         qkv = linear(norm(x, layer + "input_layernorm", eps), layer + "self_attn.query_key_value")
         q, k, v = qkv.reshape(B, -1, heads, 3, D // heads).permute(3, 0, 2, 1, 4)
-        attention = (q @ k.transpose(-1, -2) * (D // heads) ** -0.5).softmax(-1) @ v
+        attention = (q @ k.mT * (D // heads) ** -0.5).softmax(-1) @ v
         x = x + linear(attention.permute(0, 2, 1, 3).reshape(B, -1, D), layer + "self_attn.dense")
         h = linear(norm(x, layer + "post_attention_layernorm", eps), layer + "mlp.fc1")
         x = x + linear(h * torch.sigmoid(1.702 * h), layer + "mlp.fc2")
@@ -529,165 +531,149 @@ def published_logits(state, config, pixels):
     for i in range(c["num_hidden_layers"]):
         layer = f"{name}encoder.layers.{i}.crossattention."
         x, seen = norm(x, layer + "norm1", 1e-5), norm(tokens, layer + "normk", 1e-5)
-        both, q_pos, k_pos = (
-            torch.cat([x, seen], 1),
-            state[layer + "attention.q_pos_embed"],
-            state[layer + "attention.k_pos_embed"],
-        )
+        both = torch.cat([x, seen], 1)
+        q_pos, k_pos = (state[f"{layer}attention.{n}_pos_embed"] for n in "qk")
         q = linear(x + q_pos, layer + "attention.query")
         k = linear(both + torch.cat([q_pos, k_pos]), layer + "attention.key")
         v = linear(both, layer + "attention.value")
         q, k, v = (y.view(B, -1, heads, D // heads).permute(0, 2, 1, 3) for y in (q, k, v))
-        attention = (q @ k.transpose(-1, -2) / math.sqrt(D // heads)).softmax(-1) @ v
-        x = x + linear(attention.permute(0, 2, 1, 3).reshape(B, -1, D), layer + "output.out_proj")
+        attention = (q @ k.mT / math.sqrt(D // heads)).softmax(-1) @ v
+        attention = attention.permute(0, 2, 1, 3).reshape(B, -1, D)
+        x = x + linear(attention, layer + "output.out_proj")
         h = norm(x, layer + "output.norm2", 1e-5)
         h = F.silu(linear(h, layer + "output.mlp.w1")) * linear(h, layer + "output.mlp.w3")
         x = x + linear(norm(h, layer + "output.mlp.ffn_ln", eps), layer + "output.mlp.w2")
-    picture = torch.cat([linear(x, name + "visual_fc"), state[name + "vit_eos"].repeat(B, 1, 1)], 1)
+    end = state[name + "vit_eos"].repeat(B, 1, 1)
+    picture = torch.cat([linear(x, name + "visual_fc"), end], 1)
 
-    H, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    d = H // heads
+    H, heads = config["hidden_size"], config["num_attention_heads"]
+    d, groups = H // heads, config["num_key_value_heads"]
     embed = lambda ids: state["model.embed_tokens.weight"][torch.tensor(ids)].expand(B, -1, -1)
     x = torch.cat([embed(deqa.BEFORE), picture, embed(deqa.AFTER)], 1)
     L = x.shape[1]
-    way = torch.zeros(L, dtype=torch.long)
-    way[len(deqa.BEFORE) : len(deqa.BEFORE) + picture.shape[1]] = 1  # which of the two weights each place uses
+    way = torch.zeros(L, dtype=torch.long)  # which of the two weights each place uses
+    way[len(deqa.BEFORE) : len(deqa.BEFORE) + picture.shape[1]] = 1
     rms = lambda x, w: x * (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt() * w
-    rms_way = lambda x, name: rms(x, torch.stack([state[f"{name}.multiway.{m}.weight"] for m in (0, 1)])[way])
-    linear_way = lambda x, name: torch.stack([linear(x, f"{name}.multiway.{m}") for m in (0, 1)])[
-        way, :, torch.arange(L)
-    ].transpose(0, 1)
-    angle = torch.arange(L)[:, None] * config["rope_theta"] ** (-torch.arange(0, d, 2) / d)  # (L, d / 2)
+    weights = lambda name: [state[f"{name}.multiway.{m}.weight"] for m in (0, 1)]
+    both_ways = lambda name: torch.stack(weights(name))[way]
+    linear_way = lambda x, name: torch.einsum("bli,loi->blo", x, both_ways(name))
+    angle = torch.arange(L)[:, None] * config["rope_theta"] ** (-torch.arange(0, d, 2) / d)
 
-    def rotate(y):  # (B, heads, L, d): pairs (j, j + d / 2) turn by the angle
+    def rotate(y):  # (B, heads, L, d): pairs (j, j + d / 2) turn by the angle (L, d / 2)
         a, b = y.chunk(2, -1)
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        h = rms_way(x, layer + "input_layernorm")
-        q = rotate(linear(h, layer + "self_attn.q_proj").view(B, L, heads, d).transpose(1, 2))
-        k = rotate(linear_way(h, layer + "self_attn.k_proj").view(B, L, groups, d).transpose(1, 2))
+        h = rms(x, both_ways(layer + "input_layernorm"))
+        q = linear(h, layer + "self_attn.q_proj").view(B, L, heads, d).transpose(1, 2)
+        k = linear_way(h, layer + "self_attn.k_proj").view(B, L, groups, d).transpose(1, 2)
         v = linear_way(h, layer + "self_attn.v_proj").view(B, L, groups, d).transpose(1, 2)
-        k, v = (y.repeat_interleave(heads // groups, 1) for y in (k, v))
-        weight = (q @ k.transpose(-1, -2) / math.sqrt(d)).masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf)
-        x = x + linear((weight.softmax(-1) @ v).transpose(1, 2).reshape(B, L, H), layer + "self_attn.o_proj")
-        h = rms_way(x, layer + "post_attention_layernorm")
+        k, v = (y.repeat_interleave(heads // groups, 1) for y in (rotate(k), v))
+        weight = rotate(q) @ k.mT / math.sqrt(d)
+        weight = weight.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(-1)
+        h = (weight @ v).transpose(1, 2).reshape(B, L, H)
+        x = x + linear(h, layer + "self_attn.o_proj")
+        h = rms(x, both_ways(layer + "post_attention_layernorm"))
         h = F.silu(linear(h, layer + "mlp.gate_proj")) * linear(h, layer + "mlp.up_proj")
         x = x + linear(h, layer + "mlp.down_proj")
-    return linear(rms(x[:, -1], state["model.norm.weight"]), "lm_head")
+    words = linear(rms(x[:, -1], state["model.norm.weight"]), "lm_head")
+    return words[:, [15129, 1781, 6534, 6460, 4319]]
 
 
-def test_deqa_is_the_published_forward_pass():
+def test_deqa_is_the_published_forward_pass(make_reward, pictures):
     state = published_state()
     model = deqa.build(DEQA, deqa.convert(state, DEQA)).eval()
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        got = deqa.level_logits(model, pixels)
-    wanted = published_logits(state, DEQA, pixels)[:, [15129, 1781, 6534, 6460, 4319]]
-    assert wanted.std(0).min() > 0.05  # the picture matters
-    assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        levels = deqa.level_logits(model, pixels)
+    expected = published_logits(state, DEQA, pixels)
+    assert expected.std(0).min() > 0.05  # the picture matters
+    assert_close(levels, expected, rtol=1e-4, atol=1e-4)
 
-
-def test_deqa_end_to_end(deqa_folder, pictures):
     picture = pictures[1]  # 33 high, 47 wide: 7 rows of padding above, 7 below
     padded = Image.new("RGB", (47, 47), (122, 116, 104))
     padded.paste(picture, (0, 7))
-    padded = torch.from_numpy(np.array(padded.resize((28, 28), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    pixels = (padded - MEAN[:, None, None]) / STD[:, None, None]
-    wanted = published_logits(published_state(), DEQA, pixels[None])[:, [15129, 1781, 6534, 6460, 4319]]
-    score = deqa.DeQA(weights=str(deqa_folder))([picture])
-    assert_close(score, wanted.softmax(1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), rtol=1e-4, atol=1e-4)
+    pixels = (as_pixels(padded.resize((28, 28), Image.Resampling.BICUBIC)) - MEAN) / STD
+    expected = published_logits(state, DEQA, pixels[None]).softmax(1)
+    score = make_reward("deqa")([picture])
+    assert_close(score, expected @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_the_expected_level():
-    rows = torch.tensor([[7.0] * 5, [2.0, 1.0, 0.0, -1.0, -2.0], [200.0, 0, 0, 0, 0], [0, 0, 0, 0, 200.0]])
-    assert_close(deqa.expected_level(rows), torch.tensor([3.0, 4.451941, 5.0, 1.0]), rtol=0, atol=1e-6)
-    assert deqa.expected_level(rows.half()).dtype == torch.float32
-
-
-def test_square_pads_with_the_mean_colour():
-    red = deqa.square(Image.new("RGB", (3, 6), "red"))  # 1 column to the left, 2 to the right
-    assert red.size == (6, 6)
-    assert [red.getpixel((x, 0)) for x in (0, 1, 3, 4)] == [(122, 116, 104), (255, 0, 0), (255, 0, 0), (122, 116, 104)]
-    assert deqa.square(Image.new("RGB", (6, 6), "red")).getcolors() == [(36, (255, 0, 0))]
+def test_the_expected_level_and_the_padding():
+    rows = [[7.0] * 5, [2.0, 1.0, 0.0, -1.0, -2.0], [200.0, 0, 0, 0, 0], [0, 0, 0, 0, 200.0]]
+    levels = deqa.expected_level(torch.tensor(rows))
+    assert_close(levels, torch.tensor([3.0, 4.451941, 5.0, 1.0]), rtol=0, atol=1e-6)
+    assert deqa.expected_level(torch.tensor(rows).half()).dtype == torch.float32
+    mean, red = (122, 116, 104), (255, 0, 0)
+    square = deqa.square(Image.new("RGB", (3, 6), "red"))  # 1 column to the left, 2 to the right
+    assert square.size == (6, 6)
+    assert [square.getpixel((x, 0)) for x in range(6)] == [mean, red, red, red, mean, mean]
+    assert deqa.square(Image.new("RGB", (6, 6), "red")).getcolors() == [(36, red)]
 
 
 def test_every_published_weight_of_the_7b_has_its_place():
     shapes = published_shapes(FULL)
-    assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(8.2e9, rel=0.01)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    assert total == pytest.approx(8.2e9, rel=0.01)
     published = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    published["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.empty(64, device="meta")  # older files have it
-    converted = deqa.convert(published, FULL)
-    assert sum(t.numel() for t in converted.values()) == sum(math.prod(shape) for shape in shapes.values())
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"  # older files have it
+    converted = deqa.convert(published | {table: torch.empty(64, device="meta")}, FULL)
+    assert sum(t.numel() for t in converted.values()) == total
     model = deqa.build(FULL, converted)  # load_state_dict is strict: names and shapes
     assert set(model.state_dict()) == set(converted)
 
 
-def test_conversion_can_be_undone():
-    published, heads = published_state(), DEQA["visual_config"]["visual_model"]["num_attention_heads"]
-    converted = dict(deqa.convert(published, DEQA))
-    undone = {}
-    for name, tensor in published.items():
-        new = name
-        if name.startswith("model.vision_model."):
-            for old, replacement in deqa.RENAMED.items():
-                new = new.replace(old, replacement)
-        if ".query_key_value." in name:
-            parts = [converted.pop(new.replace("query_key_value", x)) for x in ("q_proj", "k_proj", "v_proj")]
-            undone[name] = torch.stack([p.unflatten(0, (heads, -1)) for p in parts], 1).flatten(0, 2)
-        else:
-            undone[name] = converted.pop(new).view(tensor.shape)
-    assert not converted
-    for name, tensor in published.items():
-        assert torch.equal(undone[name], tensor), name
+class Evil:
+    """Its pickle would make a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("change", ["too few", "too many", "another shape", "a shard gone", "another tokenizer", "code"])
-def test_deqa_refuses_other_weights(change, tmp_path, pictures):
-    state, vocabulary = dict(published_state()), None
-    if change == "too few":
-        del state["model.norm.weight"]
-    if change == "too many":
-        state["model.extra.weight"] = torch.zeros(2)
-    if change == "another shape":
-        state["lm_head.weight"] = torch.zeros(31999, 32)
-    if change == "another tokenizer":
-        vocabulary = tokenizer_model(change=deqa.LEVELS["poor"])
-    save_deqa(tmp_path, state, vocabulary)
-    if change == "a shard gone":
-        (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
-    if change == "code":  # a pickle that would run something
+SHARD = "pytorch_model-00001-of-00002.bin"
+CHANGES = {
+    "too few": lambda state, folder: state.pop("model.norm.weight"),
+    "too many": lambda state, folder: state.update({"model.extra.weight": torch.zeros(2)}),
+    "another shape": lambda state, folder: state.update({"lm_head.weight": torch.zeros(31999, 32)}),
+    "code": lambda state, folder: state.update({"lm_head.weight": Evil(folder / "executed")}),
+    "a shard gone": lambda state, folder: (folder / SHARD).unlink(),
+    "another tokenizer": lambda state, folder: (folder / "tokenizer.model").write_bytes(
+        tokenizer_model(change=deqa.LEVELS["poor"])
+    ),
+}
 
-        class Evil:
-            def __reduce__(self):
-                return open, (str(tmp_path / "was here"), "w")
 
-        torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(ValueError, match="deqa: cannot load.*hf download zhiyuanyou/DeQA-Score-Mix3") as error:
-        deqa.DeQA(weights=str(tmp_path))(pictures[:1])
-    assert "\n" not in str(error.value) and not (tmp_path / "was here").exists()
+@pytest.mark.parametrize("change", CHANGES)
+def test_deqa_refuses_other_weights(change, deqa_folder, tmp_path, pictures):
+    state, folder = dict(published_state()), tmp_path / "weights"
+    shutil.copytree(deqa_folder, folder)
+    CHANGES[change](state, folder)
+    if change in ("too few", "too many", "another shape", "code"):
+        save_deqa(folder, state)
+    with pytest.raises(ValueError, match=f"deqa: cannot load.*{deqa.FETCH}") as error:
+        deqa.DeQA(weights=str(folder))(pictures[:1])
+    assert "\n" not in str(error.value) and not (folder / "executed").exists()
 
 
 # ---- OCR: the formula
 
 
 @pytest.mark.parametrize(
-    "read, score",
-    [("HELLO world", 1.0), ("xxHello World!!", 1.0), ("Helo World", 0.9), ("", 0.0), ("hell o wor1d", 0.9),
-     ("zzzzzzzzzzzzzzzzzzzzzzzz", 0.0), ("Hello\nWorld", 0.9), ("Hello, World", 0.9)],
-)  # fmt: skip
-def test_the_papers_formula(read, score):
-    assert ocr.score_text(read, "Hello World") == pytest.approx(score)
-
-
-@pytest.mark.parametrize(
     "read, target, score, with_nfkc",
-    [("E=mc²", "E=mc²", 1, 1), ("e=MC2", "E=mc²", 0.8, 1), ("CAFÉ", "café", 1, 1), ("cafe", "café", 0.75, 0.75),
-     ("½ off", "½ OFF", 1, 1), ("H₂O", "H₂O", 1, 1), ("H2O", "H₂O", 2 / 3, 1), ("ＯＰＥＮ", "open", 0, 1),
-     ("你好", "你好吗", 2 / 3, 2 / 3), ("don't", "don’t", 0.8, 0.8)],
+    [("HELLO world", "Hello World", 1, 1), ("xxHello World!!", "Hello World", 1, 1),
+     ("Helo World", "Hello World", 0.9, 0.9), ("", "Hello World", 0, 0),
+     ("hell o wor1d", "Hello World", 0.9, 0.9), ("zzzzzzzzzzzzzzzzzzz", "Hello World", 0, 0),
+     ("Hello\nWorld", "Hello World", 0.9, 0.9), ("Hello, World", "Hello World", 0.9, 0.9),
+     ("E=mc²", "E=mc²", 1, 1), ("e=MC2", "E=mc²", 0.8, 1), ("CAFÉ", "café", 1, 1),
+     ("cafe", "café", 0.75, 0.75), ("½ off", "½ OFF", 1, 1), ("H₂O", "H₂O", 1, 1),
+     ("H2O", "H₂O", 2 / 3, 1), ("ＯＰＥＮ", "open", 0, 1), ("你好", "你好吗", 2 / 3, 2 / 3),
+     ("don't", "don’t", 0.8, 0.8)],
 )  # fmt: skip
-def test_targets_beyond_ascii(read, target, score, with_nfkc):
+def test_the_papers_formula(read, target, score, with_nfkc):
     assert ocr.score_text(read, target) == pytest.approx(score)
     assert ocr.score_text(read, target, nfkc=True) == pytest.approx(with_nfkc)
 
@@ -705,169 +691,156 @@ def test_edit_distance_against_its_definition():
         assert ocr.edit_distance(a, b) == slow(a, b)
 
 
-def test_the_quoted_text():
+def test_the_quoted_text(pictures):
     assert ocr.quoted('a sign "Hi there" and "another"') == "Hi there"
-
-
-@pytest.mark.parametrize(
-    "prompt", ["a cat", 'one quote " only', 'an empty "" one', 'only "  " spaces', "typographic “quotes”", ""]
-)
-def test_a_prompt_without_a_quoted_text_is_an_error(prompt, pictures):
-    with pytest.raises(ValueError, match="quotes no text"):
-        ocr.OCR()(pictures[:1], [prompt])
+    none = ["a cat", 'one quote " only', 'an empty "" one', 'only "  " spaces', "“typographic”", ""]
+    for prompt in none:
+        with pytest.raises(ValueError, match="quotes no text"):
+            ocr.OCR()(pictures[:1], [prompt])
+        with pytest.raises(ValueError, match="quotes no text"):
+            ocr.OCR().check([prompt])
 
 
 # ---- OCR: before and after the networks
 
 
-def blank(height=256, width=512):
-    return np.zeros((height, width), np.float32)
+def page_with(*boxes, size=(256, 512)):
+    """A map of text probabilities; boxes (y, x, height, width, probability)."""
+    page = np.zeros(size, np.float32)
+    for y, x, height, width, probability in boxes:
+        page[y : y + height, x : x + width] = probability
+    return page
 
 
-def test_a_box_grows_by_the_rule():
-    # 300 x 40 pixels are 299 x 39 from first to last; 1.5 * area / perimeter = 1.5 * 299 * 39 / 676 = 25.875 outwards
-    page = blank()
-    page[100:140, 80:380] = 0.9
+def test_a_box_grows_by_the_rule_and_stops_at_the_edge():
+    # 300 x 40 pixels are 299 x 39 from first to last; it grows by
+    # 1.5 * area / perimeter = 1.5 * 299 * 39 / 676 = 25.875 on every side
+    page = page_with((100, 80, 40, 300, 0.9))
     (quad,) = ocr.find_lines(page, 256, 512)
     assert quad.tolist() == [[54, 74], [405, 74], [405, 165], [54, 165]]
     (double,) = ocr.find_lines(page, 512, 1024)  # the picture was twice the map
     assert double.tolist() == [[108, 148], [810, 148], [810, 330], [108, 330]]
-
-
-def test_boxes_stop_at_the_edge_of_the_picture():
-    page = blank()
-    page[0:50, 0:512] = 0.9
-    (quad,) = ocr.find_lines(page, 256, 512)
-    assert quad.tolist() == [[0, 0], [511, 0], [511, 83], [0, 83]]  # 49 + 1.5 * 511 * 49 / 1120 = 82.53
+    (quad,) = ocr.find_lines(page_with((0, 0, 50, 512, 0.9)), 256, 512)
+    assert quad.tolist() == [[0, 0], [511, 0], [511, 83], [0, 83]]  # 49 + 33.53
 
 
 def test_reading_order():
-    page = blank(512, 512)
-    boxes = {"c": (300, 20), "b": (104, 260), "a": (110, 20), "d": (306, 300), "e": (420, 5)}  # a and b: one row, 6 apart
-    for y, x in boxes.values():
-        page[y : y + 24, x : x + 150] = 0.95
-    corners = [quad[0] for quad in ocr.find_lines(page, 512, 512)]
-    found = [min(boxes, key=lambda name: abs(boxes[name][1] - x - 15) + abs(boxes[name][0] - y - 15)) for x, y in corners]
+    # a and b are one row: 6 pixels apart
+    boxes = {"c": (300, 20), "b": (104, 260), "a": (110, 20), "d": (306, 300), "e": (420, 5)}
+    lines = [(y, x, 24, 150, 0.95) for y, x in boxes.values()]
+    found = []
+    for quad in ocr.find_lines(page_with(*lines, size=(512, 512)), 512, 512):
+        x, y = quad[0] + 15
+        found.append(min(boxes, key=lambda n: abs(boxes[n][0] - y) + abs(boxes[n][1] - x)))
     assert found == list("abcde")
 
 
-@pytest.mark.parametrize("value, size, seen", [(0.59, 40, 0), (0.61, 40, 1), (0.9, 3, 0), (0.9, 8, 1)])
-def test_what_is_no_line(value, size, seen):
-    page = blank()
-    page[100 : 100 + size, 80 : 80 + 2 * size] = value
-    page[5, 5] = page[7, 100] = 1.0  # specks
-    assert len(ocr.find_lines(page, 256, 512)) == seen
-    assert ocr.find_lines(blank(), 256, 512) == []
+def test_what_is_no_line():
+    specks = [(5, 5, 1, 1, 1.0), (7, 100, 1, 1, 1.0)]
+    for value, size, seen in [(0.59, 40, 0), (0.61, 40, 1), (0.9, 3, 0), (0.9, 8, 1)]:
+        page = page_with((100, 80, size, 2 * size, value), *specks)
+        assert len(ocr.find_lines(page, 256, 512)) == seen
+    assert ocr.find_lines(page_with(), 256, 512) == []
 
 
 @pytest.mark.parametrize("degrees", [-40, -12, 5, 30])
 def test_a_tilted_line(degrees):
     y, x = np.mgrid[:256, :512]
-    a = math.radians(degrees)
+    a, w, h = math.radians(degrees), 180, 24
     along, across = np.array([math.cos(a), math.sin(a)]), np.array([-math.sin(a), math.cos(a)])
     from_centre = np.stack([x - 256, y - 128], -1)
-    w, h = 180, 24
-    page = ((abs(from_centre @ along) <= w / 2) & (abs(from_centre @ across) <= h / 2)).astype(np.float32)
-    (quad,) = ocr.find_lines(page, 256, 512)
+    page = (abs(from_centre @ along) <= w / 2) & (abs(from_centre @ across) <= h / 2)
+    (quad,) = ocr.find_lines(page.astype(np.float32), 256, 512)
     grow = 1.5 * w * h / (2 * (w + h))
-    signs = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    wanted = [[256, 128] + s * (w / 2 + grow) * along + t * (h / 2 + grow) * across for s, t in signs]
-    assert_close(torch.tensor(quad), torch.tensor(np.array(wanted)), rtol=0, atol=2.5)  # a drawn edge is up to a pixel off
+    expected = []
+    for s, t in [(-1, -1), (1, -1), (1, 1), (-1, 1)]:
+        expected.append([256, 128] + s * (w / 2 + grow) * along + t * (h / 2 + grow) * across)
+    assert np.abs(quad - expected).max() < 2.5  # a drawn edge is up to a pixel off
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.55])
 def test_components_against_flooding(density):
     bitmap = np.random.default_rng(0).random((23, 31)) < density
-    left, wanted = {(x, y) for y, x in zip(*np.nonzero(bitmap))}, []
+    left, expected = {(x, y) for y, x in zip(*np.nonzero(bitmap))}, []
+    near = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     while left:
         region = edge = {left.pop()}
         while edge:
-            edge = {(x + i, y + j) for x, y in edge for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            edge = {(x + i, y + j) for x, y in edge for i, j in near} & left
             left, region = left - edge, region | edge
-        wanted.append((len({y for _, y in region}), *np.array(sorted(region)).min(0), *np.array(sorted(region)).max(0)))
-    got = [(len(set(points[:, 1])), *points.min(0), *points.max(0)) for points in ocr.components(bitmap)]
-    assert sorted(map(tuple, got)) == sorted(map(tuple, wanted))
+        points = np.array(sorted(region))
+        expected.append((len(set(points[:, 1])), *points.min(0), *points.max(0)))
+    regions = ocr.components(bitmap)
+    found = [(len(set(points[:, 1])), *points.min(0), *points.max(0)) for points in regions]
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
 
 
 def test_the_smallest_rectangle_against_all_angles():
     rng = np.random.default_rng(1)
+    angles = np.linspace(0, math.pi / 2, 2000)
+    turns = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]])
     for _ in range(20):
-        points = np.round(rng.normal(size=(12, 2)) * [20, 6] @ np.linalg.qr(rng.normal(size=(2, 2)))[0])
-        turned = [points @ [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]] for a in np.linspace(0, math.pi / 2, 5000)]
-        areas = [np.ptp(p, axis=0).prod() for p in turned]
+        rotation = np.linalg.qr(rng.normal(size=(2, 2)))[0]
+        points = np.round(rng.normal(size=(12, 2)) * [20, 6] @ rotation)
+        area = np.ptp(np.einsum("px,xya->pya", points, turns), axis=0).prod(0).min()
         rectangle = ocr.smallest_rectangle(points)
-        assert rectangle[2].prod() == pytest.approx(min(areas), rel=2e-3) and rectangle[2].prod() <= min(areas) + 1e-6
-        inside = ocr.corners(rectangle, grow=1e-6)
-        for a, b in zip(inside, np.roll(inside, -1, 0)):  # every point is on one side of each edge
+        assert rectangle[2].prod() == pytest.approx(area, rel=5e-3)
+        assert rectangle[2].prod() <= area + 1e-6
+        quad = ocr.corners(rectangle, grow=1e-6)
+        for a, b in zip(quad, np.roll(quad, -1, 0)):  # every point is on one side of each edge
             cross = (b - a)[0] * (points - a)[:, 1] - (b - a)[1] * (points - a)[:, 0]
             assert (cross >= 0).all() or (cross <= 0).all()
     assert ocr.smallest_rectangle(np.array([[4.0, 7.0]]))[2].tolist() == [0, 0]  # a single pixel
-    assert ocr.smallest_rectangle(np.array([[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]]))[2].min() == pytest.approx(0, abs=1e-9)
+    diagonal = np.array([[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]])
+    assert ocr.smallest_rectangle(diagonal)[2].min() == pytest.approx(0, abs=1e-9)
 
 
-def test_cutting_out_a_straight_line_copies_its_pixels():
+def test_cutting_out_lines():
     pixels = (noise(90, 120, seed=4) * 255).round()
-    crop = ocr.cut(pixels, np.array([[10.0, 20], [110, 20], [110, 50], [10, 50]]))
-    assert torch.equal(crop, pixels[:, 20:50, 10:110])
+    straight = ocr.cut(pixels, np.array([[10.0, 20], [110, 20], [110, 50], [10, 50]]))
+    assert torch.equal(straight, pixels[:, 20:50, 10:110])
+    upright = ocr.cut(pixels, np.array([[10.0, 5], [30, 5], [30, 85], [10, 85]]))  # 20 x 80
+    assert torch.equal(upright, pixels[:, 5:85, 10:30].rot90(1, (1, 2)))
 
-
-def test_an_upright_line_is_laid_down():
-    pixels = (noise(90, 120, seed=4) * 255).round()
-    crop = ocr.cut(pixels, np.array([[10.0, 5], [30, 5], [30, 85], [10, 85]]))  # 20 wide, 80 high
-    assert torch.equal(crop, torch.from_numpy(np.rot90(pixels[:, 5:85, 10:30].numpy(), axes=(1, 2)).copy()))
-
-
-def test_a_tilted_line_is_straightened():
-    a = math.radians(20)
+    a, start = math.radians(20), np.array([60.0, 40.0])
     along, across = np.array([math.cos(a), math.sin(a)]), np.array([-math.sin(a), math.cos(a)])
+    slope = along + 3 * across  # it gets brighter along the line, three times as much across it
     y, x = np.mgrid[:200, :300]
-    ramp = np.stack([x, y], -1) @ along + 3 * np.stack([x, y], -1) @ across  # bright along the line, three times so across it
-    start = np.array([60.0, 40.0])
-    quad = np.array([start, start + 120 * along, start + 120 * along + 30 * across, start + 30 * across])
-    crop = ocr.cut(torch.from_numpy(ramp).float().expand(3, -1, -1) / 4, quad)
-    v, u = np.mgrid[: crop.shape[1], : crop.shape[2]]
-    assert abs(crop.shape[1] - 30) <= 1 and abs(crop.shape[2] - 120) <= 1
-    assert_close(crop[0].double(), torch.from_numpy((start @ along + 3 * start @ across + u + 3 * v) / 4), rtol=0, atol=1.5)
+    ramp = torch.from_numpy(np.stack([x, y], -1) @ slope).float().expand(3, -1, -1) / 4
+    ends = [start, start + 120 * along, start + 120 * along + 30 * across, start + 30 * across]
+    tilted = ocr.cut(ramp, np.array(ends))[0]
+    assert abs(tilted.shape[0] - 30) <= 1 and abs(tilted.shape[1] - 120) <= 1
+    v, u = np.mgrid[: tilted.shape[0], : tilted.shape[1]]
+    expected = torch.from_numpy((start @ slope + u + 3 * v) / 4)
+    assert_close(tilted.double(), expected, rtol=0, atol=1.5)
 
 
-def test_lines_for_the_reader_keep_their_shape():
+def test_what_the_networks_get():
     mean = std = torch.full((3, 1, 1), 0.5)
     line = ocr.for_reader(torch.full((3, 24, 100), 255.0), mean, std)  # 200 of 320 columns
     assert line.shape == (3, 48, 320)
     assert (line[..., :200] == 1).all() and (line[..., 200:] == 0).all()
-    assert ocr.for_reader(torch.zeros(3, 24, 400), mean, std).shape == (3, 48, 800)
-    assert ocr.for_reader(torch.zeros(3, 10, 5000), mean, std).shape == (3, 48, 3200)
-    assert ocr.for_reader(torch.zeros(3, 7, 5), mean, std).shape == (3, 48, 320)
-
-
-@pytest.mark.parametrize(
-    "size, shape",
-    [((512, 512), (512, 512)), ((1024, 1024), (960, 960)), ((33, 47), (32, 32)), ((70, 1500), (32, 960)), ((8, 8), (32, 32))],
-)
-def test_sizes_for_the_detector(size, shape):
-    assert ocr.for_detector(torch.zeros(3, *size)).shape == (3, *shape)
-
-
-def test_the_detector_sees_blue_green_red():
+    for size, width in {(24, 400): 800, (10, 5000): 3200, (7, 5): 320}.items():
+        assert ocr.for_reader(torch.zeros(3, *size), mean, std).shape == (3, 48, width)
+    sizes = {(512, 512): (512, 512), (1024, 1024): (960, 960), (33, 47): (32, 32),
+             (70, 1500): (32, 960), (8, 8): (32, 32)}  # fmt: skip
+    for size, resized_to in sizes.items():
+        assert ocr.for_detector(torch.zeros(3, *size)).shape == (3, *resized_to)
     pixels = torch.tensor([255.0, 0.0, 51.0])[:, None, None].expand(3, 32, 32)
-    wanted = [(0.2 - 0.485) / 0.229, (0 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    assert_close(ocr.for_detector(pixels)[:, 3, 4], torch.tensor(wanted))
+    bgr = [(0.2 - 0.485) / 0.229, (0 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert_close(ocr.for_detector(pixels)[:, 3, 4], torch.tensor(bgr))
 
 
-def test_ctc():
-    letters = ["", "a", "b", "c", " "]
+def test_ctc_and_its_alphabet():
     path = [1, 1, 0, 1, 2, 0, 3, 4, 1, 1]  # a a - a b - c _ a a
-    sure = [0.9, 0.4, 0.99, 0.95, 0.9, 0.99, 0.92, 0.95, 0.9, 0.5]
     steps = np.full((10, 5), 0.01)
-    steps[range(10), path] = sure
-    text, confidence = ocr.decode(steps, letters)
+    steps[range(10), path] = [0.9, 0.4, 0.99, 0.95, 0.9, 0.99, 0.92, 0.95, 0.9, 0.5]
+    text, confidence = ocr.decode(steps, ["", "a", "b", "c", " "])
     assert text == "aabc a" and confidence == pytest.approx(0.92)
-    assert ocr.decode(np.eye(5)[[0, 0, 0]], letters) == ("", 0.0)
-
-
-def test_the_alphabet_in_its_three_forms():
+    assert ocr.decode(np.eye(5)[[0, 0, 0]], ["", "a", "b", "c", " "]) == ("", 0.0)
     full = ["", "a", "b", " "]
-    assert ocr.alphabet(["a", "b"], 4) == ocr.alphabet(["a", "b", " "], 4) == full and ocr.alphabet(full, 4) == full
+    for listed in (["a", "b"], ["a", "b", " "], full):
+        assert ocr.alphabet(listed, 4) == full
     with pytest.raises(ValueError, match="5 letters for 4 outputs"):
         ocr.alphabet(list("abcde"), 4)
 
@@ -875,13 +848,14 @@ def test_the_alphabet_in_its_three_forms():
 # ---- OCR: the networks
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789²é")
+READER = {"hidden_size": 24, "num_attention_heads": 2, "head_out_channels": len(LETTERS) + 2}
 
 
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory):
-    """A detector of random weights, in love with text: it takes a whole picture for one line."""
+    """A detector of random weights that takes a whole picture for one line."""
     torch.manual_seed(0)
-    model = PPOCRV5MobileDetForObjectDetection(PPOCRV5MobileDetConfig())
+    model = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig())
     model.head.conv_final.bias.data.fill_(4.0)
     folder = tmp_path_factory.mktemp("detector")
     model.save_pretrained(folder)
@@ -890,16 +864,14 @@ def detector_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
-    """A reader of random weights, sure of what it reads."""
+    """A reader of random weights that is sure of what it reads."""
     torch.manual_seed(0)
     blocks = [[[3, 16, 32, 1, False]], [[3, 32, 64, [2, 1], False]], [[3, 64, 128, [1, 2], False]],
               [[3, 128, 256, [2, 1], False]], [[5, 256, 512, [2, 1], True]]]  # fmt: skip
-    backbone = {"model_type": "pp_lcnet_v3", "scale": 0.25, "block_configs": blocks, "divisor": 8,
-                "out_features": ["stage2", "stage3", "stage4", "stage5"]}  # fmt: skip
-    config = PPOCRV5MobileRecConfig(
-        backbone_config=backbone, hidden_size=24, num_attention_heads=2, head_out_channels=len(LETTERS) + 2
-    )
-    model = PPOCRV5MobileRecForTextRecognition(config)
+    backbone = {"model_type": "pp_lcnet_v3", "scale": 0.25, "block_configs": blocks, "divisor": 8}
+    backbone["out_features"] = ["stage2", "stage3", "stage4", "stage5"]
+    config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone, **READER)
+    model = hf.PPOCRV5MobileRecForTextRecognition(config)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # convolutions: keep the signal alive through all the layers
             torch.nn.init.kaiming_normal_(parameter)
@@ -911,119 +883,50 @@ def reader_folder(tmp_path_factory):
     return folder
 
 
-def test_reading_end_to_end(detector_folder, reader_folder, pictures):
-    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
+def test_reading_end_to_end(make_reward, pictures, monkeypatch):
+    reward = make_reward("ocr")
     texts = reward.read(pictures)
-    assert all(texts) and len(set(texts)) > 2  # something is read everywhere, and not the same thing
+    assert all(texts) and len(set(texts)) > 2  # something is read everywhere, and different things
     detector, reader = reward.model
-    # pictures[0] is 64 x 64: nothing to resize for the detector
     pixels = torch.from_numpy(np.array(pictures[0])).permute(2, 0, 1).float()
-    bgr = ocr.for_detector(pixels)  # held to its rule above
-    with torch.no_grad():
-        assert detector(bgr[None]).last_hidden_state.min() > 0.6  # one line, the whole picture up to 63
-        line = F.interpolate(pixels[None, :, :63, :63], (48, 48), mode="bilinear").round() / 127.5 - 1
-        steps = reader(F.pad(line, (0, 320 - 48))).last_hidden_state[0]
+    with torch.no_grad():  # pictures[0] is 64 x 64: no resize; one line, the whole picture up to 63
+        assert detector(ocr.for_detector(pixels)[None]).last_hidden_state.min() > 0.6
+        line = F.interpolate(pixels[None, :, :63, :63], (48, 48), mode="bilinear").round() / 127.5
+        steps = reader(F.pad(line - 1, (0, 320 - 48))).last_hidden_state[0]
     assert steps.shape == (40, len(LETTERS) + 2)  # 320 columns, an eighth of them places
     assert texts[0] == ocr.decode(steps.numpy(), ["", *LETTERS, " "])[0]
     target = texts[0].replace(" ", "")
     assert reward([pictures[0]], [f'a sign that says "{target}"']).tolist() == [1.0]
+    monkeypatch.setattr(ocr, "CONFIDENT", 1.1)  # doubtful lines are dropped
+    assert reward.read(pictures[:1]) == [""] and reward(pictures[:1], ['"ab"']).tolist() == [0.0]
 
 
-@pytest.fixture(scope="module")
-def server_folders(tmp_path_factory):
-    """The server models of PP-OCRv5, of random weights: other networks, with the same inputs and outputs."""
-    torch.manual_seed(0)
-    net = {"stem_channels": [3, 8, 8], "embedding_size": 8, "stage_in_channels": [8, 16, 16, 16], "depths": [1] * 4,
-           "stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4,
-           "stage_numb_of_layers": [1] * 4, "hidden_sizes": [16] * 4}  # fmt: skip
-    stages = {"model_type": "hgnet_v2", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
-    block = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
-    for name, k in (("long", 7), ("mid", 5), ("short", 3)):
-        block[f"vertical_long_to_small_conv_{name}ratio"] = [[k, 1], [1, 1], [k // 2, 0]]
-        block[f"horizontal_small_to_long_conv_{name}ratio"] = [[1, k], [1, 1], [0, k // 2]]
-        block[f"symmetric_conv_long_{name}ratio"] = [k, 1, k // 2]
-    detector = PPOCRV5ServerDetForObjectDetection(PPOCRV5ServerDetConfig(
-        backbone_config=net | stages, neck_out_channels=16, intraclass_block_config=block, scale_factor_list=[1, 2, 4, 8],
-        kernel_list=[3, 2, 2],
-    ))  # fmt: skip
-    for layer in (detector.head.binarize_head.conv_final, detector.head.local_refinement_module.convolution_final):
-        layer.bias.data.fill_(6.0)  # text everywhere
-    backbone = PPOCRV5ServerRecConfig().backbone_config.to_dict() | net
-    reader = PPOCRV5ServerRecForTextRecognition(
-        PPOCRV5ServerRecConfig(
-            backbone_config=backbone, hidden_size=24, num_attention_heads=2, head_out_channels=len(LETTERS) + 2
-        )
-    )
-    spread_out(reader).head.head.weight.data.normal_(0, 64.0)  # sure of what it reads
-    folders = tmp_path_factory.mktemp("server_det"), tmp_path_factory.mktemp("server_rec")
-    for model, folder in zip((detector, reader), folders):
-        model.save_pretrained(folder)
-    (folders[1] / "preprocessor_config.json").write_text(json.dumps({"character_list": LETTERS}))
-    return folders
+def test_networks_that_give_nan_give_no_score(make_reward, pictures):
+    """NaN would mean no text, or other letters, and score 0."""
+    reward = make_reward("ocr")
+    reward.load()
+    for model in reversed(reward.model):  # the reader, then the detector
+        for parameter in model.parameters():
+            parameter.data.fill_(math.nan)
+        with pytest.raises(ValueError, match="ocr: a network's output is not finite"):
+            reward(pictures[:2], ['"ab"'] * 2)
 
 
-def test_the_server_models_fit_too(server_folders, pictures):
-    reward = ocr.OCR(detector=str(server_folders[0]), reader=str(server_folders[1]))
-    texts = reward.read(pictures)
-    assert all(texts) and all(set(text) <= {*LETTERS, " "} for text in texts)
-    assert reward.read(pictures[3:]) == texts[3:]
-
-
-def test_text_is_read_in_float32_whatever_the_caller_does(detector_folder, reader_folder, pictures):
-    """Under autocast and with TF32 on, as many training loops have it: the same numbers, and the caller's settings stay."""
-    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
-    texts, seen = reward.read(pictures), []
-    for model in reward.model:
-        model.register_forward_hook(
-            lambda *given: seen.append(
-                (given[2].last_hidden_state.dtype, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-            )
-        )
-    torch.set_float32_matmul_precision("high")
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert reward.read(pictures) == texts
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-        assert set(seen) == {(torch.float32, "highest", False)}
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32 == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def test_doubtful_lines_are_dropped(detector_folder, reader_folder, pictures, monkeypatch):
-    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
-    monkeypatch.setattr(ocr, "CONFIDENT", 1.1)
-    assert reward.read(pictures[:2]) == ["", ""] and reward(pictures[:1], ['"ab"']).tolist() == [0.0]
-
-
-def test_other_models_than_ppocrv5_are_refused(clip_folder, detector_folder, tmp_path, pictures):
+def test_other_networks_and_alphabets_are_refused(make_reward, clip_folder, tmp_path, pictures):
     with pytest.raises(ValueError, match="ocr: cannot load .*hf download"):
-        ocr.OCR(detector=str(clip_folder), reader=str(clip_folder))(pictures[:1], ['"a"'])
+        make_reward("ocr", detector=str(clip_folder))(pictures[:1], ['"a"'])
     with pytest.raises(ValueError, match="no engine 'tesseract'"):
         ocr.OCR(engine="tesseract")
-
-
-def test_a_reader_without_its_alphabet_is_refused(detector_folder, reader_folder, tmp_path, pictures):
-    PPOCRV5MobileRecForTextRecognition.from_pretrained(reader_folder).save_pretrained(tmp_path)
-    reward = ocr.OCR(detector=str(detector_folder), reader=str(tmp_path))
-    with pytest.raises(ValueError, match="no usable alphabet"):
-        reward(pictures[:1], ['"a"'])
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"character_list": ["a", "b"]}))
+    shutil.copytree(make_reward("ocr").reader, tmp_path / "reader")
+    settings = tmp_path / "reader/preprocessor_config.json"
+    reward = make_reward("ocr", reader=str(tmp_path / "reader"))
+    settings.write_text(json.dumps({"character_list": ["a", "b"]}))
     with pytest.raises(ValueError, match="no usable alphabet .*2 letters for 40 outputs"):
         reward(pictures[:1], ['"a"'])
+    settings.unlink()
+    with pytest.raises(ValueError, match="no usable alphabet"):
+        reward(pictures[:1], ['"a"'])
     assert reward.model is None
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_network_that_gives_nan_gives_no_score(which, detector_folder, reader_folder, pictures):
-    """It would find no text, or other letters, and score 0."""
-    reward = ocr.OCR(detector=str(detector_folder), reader=str(reader_folder))
-    prompts = asked(reward, pictures)
-    with torch.no_grad():
-        [parameter.fill_(math.nan) for parameter in reward.model[which].parameters()]
-    with pytest.raises(ValueError, match="ocr: a network's output is not finite"):
-        reward(pictures, prompts)
 
 
 def test_the_papers_engine(monkeypatch, pictures):
@@ -1032,32 +935,39 @@ def test_the_papers_engine(monkeypatch, pictures):
 
     class PaddleOCR:
         def __init__(self, **settings):
-            assert settings == {"lang": "en", "use_angle_cls": False, "use_gpu": False, "show_log": False}
+            expected = {"lang": "en", "use_angle_cls": False, "use_gpu": False, "show_log": False}
+            assert settings == expected
 
         def ocr(self, image, cls):
             seen.append(image)
-            return [None if image.shape[0] == 33 else [[[[0, 0]] * 4, ("Hello ", 0.9)], [[[0, 9]] * 4, ("W0rld", 0.6)]]]
+            if image.shape[0] == 33:
+                return [None]
+            return [[[[[0, 0]] * 4, ("Hello ", 0.9)], [[[0, 9]] * 4, ("W0rld", 0.6)]]]
 
-    monkeypatch.setitem(sys.modules, "paddleocr", types.SimpleNamespace(PaddleOCR=PaddleOCR, __version__="2.9.1"))
-    scores = ocr.OCR(engine="paddleocr")(pictures[:2], ['"Hello World"', '"Hello World"'])
+    def installed(module):
+        monkeypatch.setitem(sys.modules, "paddleocr", module)
+        return ocr.OCR(engine="paddleocr")(pictures[:2], ['"Hello World"'] * 2)
+
+    scores = installed(types.SimpleNamespace(PaddleOCR=PaddleOCR, __version__="2.9.1"))
     assert_close(scores, torch.tensor([0.9, 0.0]))
     assert np.array_equal(seen[0], np.array(pictures[0]))  # red first
-    monkeypatch.setitem(sys.modules, "paddleocr", types.SimpleNamespace(__version__="3.2.0"))
-    with pytest.raises(ValueError, match="3.2.0 is not the engine of the paper; pip install paddleocr==2.9.1"):
-        ocr.OCR(engine="paddleocr")(pictures[:1], ['"a"'])
-    monkeypatch.setitem(sys.modules, "paddleocr", None)
-    with pytest.raises(ValueError, match="needs that package.*pip install paddleocr==2.9.1"):
-        ocr.OCR(engine="paddleocr")(pictures[:1], ['"a"'])
+    new = types.SimpleNamespace(__version__="3.2.0")
+    for module, message in ((new, "3.2.0 is not the engine"), (None, "needs that package")):
+        with pytest.raises(ValueError, match=f"{message}.*pip install paddleocr==2.9.1"):
+            installed(module)
 
 
 def test_training_prompts():
     prompts = ocr.make_prompts(500, seed=1)
-    assert len(set(prompts)) == 500 and prompts == ocr.make_prompts(500, seed=1) != ocr.make_prompts(500, seed=2)
+    assert len(set(prompts)) == 500
+    assert prompts == ocr.make_prompts(500, seed=1) != ocr.make_prompts(500, seed=2)
     texts = [ocr.quoted(prompt) for prompt in prompts]
-    assert all(prompt.count('"') == 2 for prompt in prompts) and all(2 <= len(text) <= 29 for text in texts)
+    assert all(prompt.count('"') == 2 for prompt in prompts)
+    assert all(2 <= len(text) <= 29 for text in texts)
     assert 12 < np.mean([len(text) for text in texts]) < 20  # 16.8 in flow_grpo's test set
-    kept = {ocr.quoted(p).lower() for p in ocr.make_prompts(500, seed=1, exclude=[f'x "{t.upper()}"' for t in texts[:50]])}
-    assert not kept & {t.lower() for t in texts[:50]}
+    held_out = [f'x "{text.upper()}"' for text in texts[:50]]
+    others = {ocr.quoted(p).lower() for p in ocr.make_prompts(500, seed=1, exclude=held_out)}
+    assert not others & {text.lower() for text in texts[:50]}
     assert ocr.make_prompts(0) == []
 
 
@@ -1065,18 +975,18 @@ def test_training_prompts():
 
 
 def test_edge_density():
-    step = torch.zeros(3, 3, 16, 20)
-    step[0, :, :, 7:] = 1.0  # one upright edge: the columns on both sides of it
-    step[1, :, :8] = 0.5
-    step[2, :, ::2] = 0.2  # stripes below the threshold
-    assert_close(monitors.edge_density(step), torch.tensor([2 / 20, 2 / 16, 0.0]))
+    images = torch.zeros(3, 3, 16, 20)
+    images[0, :, :, 7:] = 1.0  # one upright edge: the columns on both sides of it
+    images[1, :, :8] = 0.5
+    images[2, :, ::2] = 0.2  # stripes below the threshold
+    assert_close(monitors.edge_density(images), torch.tensor([2 / 20, 2 / 16, 0.0]))
     assert 0.05 < monitors.edge_density(noise(64, 64)[None]).item() < 0.5
 
 
 def test_colour_entropy():
     images = torch.zeros(3, 3, 8, 8)
     images[1, :, :4] = 1.0  # half black, half white: 1 bit
-    for k in range(8):  # eight colours, one a row: 3 bits
+    for k in range(8):  # eight colours, one in each row: 3 bits
         images[2, :, k] = torch.tensor([k & 1, k >> 1 & 1, k >> 2]).float()[:, None]
     assert_close(monitors.colour_entropy(images), torch.tensor([0.0, 1.0, 3.0]))
     assert monitors.colour_entropy(torch.rand(1, 3, 256, 256)).item() == pytest.approx(9, abs=0.05)
@@ -1085,29 +995,32 @@ def test_colour_entropy():
 def test_diversity():
     black, white, grey = (torch.full((3, 40, 56), v) for v in (0.0, 1.0, 0.5))
     images, prompts = torch.stack([black, white, grey, white, grey]), ["a", "b", "a", "b", "c"]
-    assert_close(monitors.diversity(images, prompts), torch.tensor([0.5, 0.0, 0.5, 0.0, math.nan]), equal_nan=True)
+    expected = torch.tensor([0.5, 0.0, 0.5, 0.0, math.nan])
+    assert_close(monitors.diversity(images, prompts), expected, equal_nan=True)
     mixed = monitors.diversity(torch.stack([black, white, grey]), ["a"] * 3)
     assert_close(mixed, torch.tensor([0.75, 0.75, 0.5]))
     order = [2, 0, 4, 3, 1]
     shuffled = monitors.diversity(images[order], [prompts[i] for i in order])
-    assert_close(shuffled, monitors.diversity(images, prompts)[order], equal_nan=True)
+    assert_close(shuffled, expected[order], equal_nan=True)
+    with pytest.raises(ValueError, match="3 images and 1 prompts"):
+        monitors.diversity(images[:3], ["a"])
 
 
-@pytest.mark.parametrize("monitor", [monitors.edge_density, monitors.colour_entropy, monitors.diversity])
-def test_monitors_take_none_or_one_and_refuse_the_rest(monitor):
+@pytest.mark.parametrize("name", ["edge_density", "colour_entropy", "diversity"])
+def test_monitors_have_the_form_of_a_reward(name):
+    monitor = getattr(monitors, name)
     assert monitor(torch.empty(0, 3, 9, 9), []).shape == (0,)
     assert monitor(torch.rand(1, 3, 9, 13), ["a"]).shape == (1,)
-    assert monitor.higher_is_better is None and monitor.range[0] == 0 and monitor.name == monitor.__name__
-    for images in (torch.rand(1, 3, 9, 9) * 2 - 1, torch.full((1, 3, 9, 9), math.nan), torch.zeros(1, 1, 9, 9), [1, 2]):
-        with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            monitor(images, ["a"])
+    assert monitor.name == name and monitor.range[0] == 0 and monitor.higher_is_better is None
+    with pytest.raises(ValueError, match=r"\[0, 1\] is needed, not list"):
+        monitor([1, 2], ["a"])
 
 
 # ---- With the published weights
 
 
 def fetched(reward):
-    """The reward with its weights, or a skipped test that says how to fetch them."""
+    """The reward with its weights, or a skipped test with the command that fetches them."""
     reward.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         reward.load()
@@ -1123,11 +1036,15 @@ def drawing(colour):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, low, high", [(pickscore.PickScore, 10, 30), (clipscore.CLIPScore, 0.2, 1.4)])
-def test_the_right_prompt_scores_higher(make, low, high):
-    reward, images = fetched(make()), [drawing("red"), drawing("red"), drawing("blue"), drawing("blue")]
-    scores = reward(images, ["a red circle", "a blue circle", "a red circle", "a blue circle"])
-    assert scores[0] > scores[1] and scores[3] > scores[2] and low < scores.min() and scores.max() < high
+@pytest.mark.parametrize(
+    "kind, low, high", [(pickscore.PickScore, 10, 30), (clipscore.CLIPScore, 0.2, 1.4)]
+)
+def test_the_right_prompt_scores_higher(kind, low, high):
+    reward = fetched(kind())
+    images = [drawing(colour) for colour in ("red", "red", "blue", "blue")]
+    scores = reward(images, ["a red circle", "a blue circle"] * 2)
+    assert scores[0] > scores[1] and scores[3] > scores[2]
+    assert low < scores.min() and scores.max() < high
     assert_close(reward.model.logit_scale.exp().item(), 100.0, rtol=0.01, atol=0.0)
 
 
@@ -1135,16 +1052,17 @@ def test_the_right_prompt_scores_higher(make, low, high):
 def test_the_published_aesthetic_head():
     reward = fetched(aesthetic.Aesthetic())
     w, b = reward.w.cpu(), reward.b.cpu()
-    assert_close(torch.stack([w.norm(), b]), torch.tensor([17.995625, 5.236646]), rtol=1e-5, atol=1e-5)
-    assert_close(F.normalize(torch.arange(768.0).sin(), dim=0) @ w + b, torch.tensor(5.867869), rtol=0, atol=1e-5)
+    expected = torch.tensor([17.995625, 5.236646])
+    assert_close(torch.stack([w.norm(), b]), expected, rtol=1e-5, atol=1e-5)
+    score = F.normalize(torch.arange(768.0).sin(), dim=0) @ w + b
+    assert_close(score, torch.tensor(5.867869), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_deqa_prefers_a_clean_picture():
-    reward = fetched(deqa.DeQA())
-    clean = drawing("red")
-    spoilt = np.array(clean) + np.random.default_rng(0).normal(0, 90, (512, 512, 3))
-    scores = reward([clean, Image.fromarray(spoilt.clip(0, 255).astype(np.uint8))])
+    reward, clean = fetched(deqa.DeQA()), drawing("red")
+    noisy = np.array(clean) + np.random.default_rng(0).normal(0, 90, (512, 512, 3))
+    scores = reward([clean, Image.fromarray(noisy.clip(0, 255).astype(np.uint8))])
     assert scores[0] > scores[1] + 0.5 and scores.min() >= 1 and scores.max() <= 5
 
 
