@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
         return dry_run(args)
     rank, world, device = run.start_processes()
     folder, tasks, objective = Path(args.out), list(args.teacher), OBJECTIVES[args.objective]
-    scorers = load_scorers(args, device)  # a missing scorer stops the run here, not at its end
+    scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
     pipe = model.load_pipeline(args, device)
     student, average, anchor, guidance = load_loras(args, pipe.transformer)
     is_anchor = torch.tensor([f"teacher_{task}" == anchor for task in tasks])  # (tasks,)

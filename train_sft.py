@@ -22,7 +22,6 @@ from torch.nn.utils import clip_grad_norm_
 from losses import flow_matching
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
-from support.checks import self_checks
 from support.distillation import check_distillation
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import guarded
@@ -66,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
     folder = Path(args.out)
-    scorers = load_scorers(args, device)  # a missing scorer stops the run here, not at its end
+    scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
     pipe = model.load_pipeline(args, device)
     for task, path in args.teacher.items():
         name, alpha = f"teacher_{task}", args.teacher_alpha.get(task)

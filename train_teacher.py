@@ -91,7 +91,6 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
     folder = Path(args.out)
-    reward_of = make_reward(args, device)
     pipe = model.load_pipeline(args, device)
     student, average = lora.add_student(pipe.transformer, args)  # {name: parameter} of two LoRAs
     parameters = list(student.values())
@@ -107,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
     # The seed decides the prompts of all iterations. They are embedded once.
     train = run.read_tasks(args.prompts)  # {task: (prompts, metadata)}
     tests = run.read_tasks(args.test_prompts, args.eval_prompts)
+    reward_of = make_reward(args, device, train, tests)
     shares, wanted = args.mix or dict.fromkeys(train, 1), args.prompts_per_iteration
     schedule = run.draw_schedule(train, shares, wanted, args.iterations, args.seed)
     used = run.prompts_used(schedule, samples, G, tests)  # by this process
@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
             value = monitor(images.nan_to_num(), prompts).nanmean().item()
             metrics.add_to_log(log, {f"monitor/{monitor.name}": value}, b / B)
         log = metrics.sum_logs(log)  # over all processes
-        log |= metrics.reward_log(rewards.view(-1, G), of_slot)
+        log |= metrics.reward_log(rewards, G, of_slot)
         log |= {"grad_norm": norm.item()} | watch.result()
         bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
 
@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     saver.finish()  # publishes the adapter
     metrics.draw_curves(folder, CURVES)
     if rank == 0:
-        print(next_command(args, f"base teacher={folder}/adapter"))
+        print(next_command(args, ["base", f"teacher={folder}/adapter"]))
     run.stop_processes()
 
 

@@ -49,6 +49,16 @@ def sum_logs(log: dict[str, float]) -> dict[str, float]:
     return total
 
 
+def reward_log(rewards: torch.Tensor, G: int, of_slot: list[str]) -> dict[str, float]:
+    """Means of rewards (B,), over all and per task, and the share of groups whose G rewards are all
+    equal: those carry no signal."""
+    groups = rewards.view(-1, G)  # (prompts, G)
+    log = {"reward": rewards.mean().item()}
+    for task in sorted(set(of_slot)):
+        log[f"reward/{task}"] = groups[[other == task for other in of_slot]].mean().item()
+    return log | {"flat_groups": (groups.std(1) < 1e-6).double().mean().item()}
+
+
 def log_line(folder: str | Path, values: dict) -> None:
     """Append one iteration to metrics.jsonl: six digits; NaN and infinity become null."""
     line = {}

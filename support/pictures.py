@@ -1,0 +1,99 @@
+"""Pictures: files of single images, and grids to look at."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from support.flags import one_line
+
+
+def as_picture(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> PIL, rounded to bytes."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(file: str | Path, image: torch.Tensor, mark: str) -> None:
+    """(3, H, W) in [0, 1] -> PNG. `mark`, a text inside the file, tells what it was made from.
+    Written beside and renamed: the file is complete or not there."""
+    info, beside = PngInfo(), Path(file).with_suffix(f".{os.getpid()}")
+    info.add_text("made from", mark)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    as_picture(image).save(beside, "PNG", pnginfo=info)
+    beside.replace(file)
+
+
+def is_kept(file: str | Path, mark: str) -> bool:
+    """Whether the file is there and carries this mark."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get("made from") == mark
+    except (OSError, SyntaxError):
+        return False
+
+
+def read_pictures(files: Iterable[str | Path]) -> list[torch.Tensor]:
+    """[(3, H, W) in [0, 1]], of any sizes. ValueError where a file is no image."""
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
+        except Exception as error:  # damaged files fail in many ways
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{file} cannot be decoded ({why}); make this image again") from error
+        images.append(pixels.permute(2, 0, 1) / 255)
+    return images
+
+
+def picture_grid(
+    path: str | Path,
+    columns: dict[str, Sequence[torch.Tensor]],
+    prompts: Sequence[str],
+    scores: dict[str, Sequence[float]] | None = None,
+) -> None:
+    """A column per model, a row per prompt; the prompt above its row, a score under each image.
+
+    columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file."""
+    if not prompts:
+        return
+    side = max(112, *(image.shape[-1] for images in columns.values() for image in images))
+    font, pad, line = ImageFont.load_default(12), 8, 16
+    prompts = [one_line(prompt)[:120] for prompt in prompts]
+    height = line + side + pad
+    if scores:
+        height += line
+    longest = int(max(font.getlength(prompt) for prompt in prompts))
+    width = max(pad + (side + pad) * len(columns), 2 * pad + longest)
+    page = Image.new("RGB", (width, line + pad + height * len(prompts)), "white")
+    pen = ImageDraw.Draw(page)
+    for row, prompt in enumerate(prompts):
+        pen.text((pad, line + pad + height * row), prompt, "black", font)
+    for column, (name, images) in enumerate(columns.items()):
+        x = pad + (side + pad) * column
+        pen.text((x, 4), one_line(name)[: side // 7], "black", font)
+        for row in range(len(prompts)):
+            y = 2 * line + pad + height * row
+            picture = ImageOps.contain(as_picture(images[row]), (side, side), Image.NEAREST)
+            page.paste(picture, (x, y))
+            if scores:
+                pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+
+
+def save_grid(path: str | Path, scores: dict, files: dict, tests: dict, rows: dict) -> None:
+    """The images `rows` {task: [number, ...]} of every model, with their task's own score. Removes
+    an older file where there is none to show."""
+    Path(path).unlink(missing_ok=True)
+    places = [(task, j) for task in tests for j in rows.get(task, ())]
+    columns, marks = {}, {}
+    for name, of_model in scores.items():
+        columns[name] = read_pictures(files[name][task][j] for task, j in places)
+        marks[name] = [of_model[task][j] if task in of_model else math.nan for task, j in places]
+    picture_grid(path, columns, [tests[task][0][j] for task, j in places], marks)

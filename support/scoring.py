@@ -1,0 +1,309 @@
+"""Scoring: the scorers of a module, their queries, and the report at the end of a training run."""
+
+import argparse
+import importlib
+import math
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.files import read_json, save_json
+from support.flags import fail, one_line, reason
+from support.lora import load_adapter, use
+from support.model import sample_images
+from support.pictures import as_picture, read_pictures, save_grid, save_picture
+from support.run import gather, rank_and_world, share
+from support.tables import average, compare, summarise, table
+
+
+def load_rewards(module: str, device: torch.device | str = "cpu") -> dict[str, Callable]:
+    """{name: scorer}, a module's REWARDS. A scorer with weights loads them onto `device` when it is
+    first called."""
+    try:
+        rewards = dict(importlib.import_module(module).REWARDS)
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        fail(f"--rewards {module}: not a module (a name without .py) with REWARDS in it ({error})")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--reward_device {device}: {reason(error)}")
+    for scorer in rewards.values():
+        if hasattr(scorer, "device"):
+            scorer.device = device
+    return rewards
+
+
+def load_scorers(module: str, tasks: Iterable[str], device: torch.device | str = "cpu") -> dict:
+    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict."""
+    if not tasks:
+        return {}
+    rewards, scorers = load_rewards(module, device), {}
+    for task in tasks:
+        if task not in rewards:
+            known = ", ".join(rewards)
+            fail(f"task {task!r} has no scorer of its name in {module}: there are {known}")
+        names = [name for name in rewards if name == task or name.startswith(task + "_")]
+        scorers[task] = {name: rewards[name] for name in names}
+    return scorers
+
+
+def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], file: str) -> None:
+    """Find a prompt that a scorer could never score before hours of sampling, not after them."""
+    try:
+        if hasattr(scorer, "check"):
+            scorer.check(prompts, metadata)
+    except ValueError as error:
+        fail(f"{file}: {error}")
+
+
+def query(scorer: Callable, images, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """A scorer's scores (B,), float64 on the CPU. images (B, 3, H, W) in [0, 1], or PIL pictures.
+
+    ValueError, one line, whatever goes wrong in it: any exception, a number that is not finite,
+    another shape. An error is never a score."""
+    try:
+        scores = scorer(images, prompts, metadata)
+        if torch.is_tensor(scores):
+            scores = scores.detach().double().cpu()
+    except Exception as error:
+        what = (str(error).splitlines() or ["no message"])[0]
+        if not isinstance(error, ValueError):  # a fault in the scorer's own code: tell where
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}, line {where.lineno}"
+            what = f"{type(error).__name__}: {what} ({place})"
+        raise ValueError(what) from error
+    shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+    if shape != (len(prompts),):
+        raise ValueError(f"it gave {shape}, not a tensor of shape ({len(prompts)},)")
+    if not scores.isfinite().all():
+        raise ValueError(f"it gave {scores.tolist()[:4]}..., which are not all finite numbers")
+    return scores
+
+
+def make_reward(args: argparse.Namespace, device, train: dict, tests: dict) -> Callable:
+    """-> reward(images (B, 3, H, W), slots of (task, prompt, metadata)): (B,), float64.
+
+    The weighted mean of --reward, or with --mix of the task's own score and deqa; each score is put
+    on 0..1 by its range. A scorer that fails ends the run, or with --on_reward_error skip its batch
+    gets nan, and a nan gradient skips the update. Prompts {task: (prompts, metadata)} that cannot be
+    scored end the run now."""
+    rewards = load_rewards(args.rewards, args.reward_device or device)
+    for name in args.reward or [*args.tasks, "deqa"]:
+        if name not in rewards:
+            fail(f"unknown reward {name!r}: {args.rewards} has {', '.join(rewards)}")
+        limits = getattr(rewards[name], "range", None)
+        known = isinstance(limits, tuple | list) and len(limits) == 2 and limits[0] < limits[1]
+        if not known:
+            fail(f"reward {name!r} of {args.rewards} needs .range = (score for 0, score for 1)")
+
+    for flag, files, sets in (
+        ("--prompts", args.prompts, train),
+        ("--test_prompts", args.test_prompts, tests),
+    ):
+        for task, (prompts, metadata) in sets.items():
+            for name in args.reward or [task]:
+                check_prompts(rewards[name], prompts, metadata, f"{flag} {files[task]}")
+
+    def reward_of_task(task, images, prompts, metadata):
+        weights = args.reward or {task: 1 - args.mix_quality, "deqa": args.mix_quality}
+        if args.mix and task == "deqa":
+            weights = {"deqa": 1.0}
+        total = torch.zeros(len(images), dtype=torch.float64)
+        for name, weight in weights.items():
+            low, high = rewards[name].range
+            try:
+                scores = query(rewards[name], images, prompts, metadata)
+            except ValueError as error:
+                why = f"reward {name} cannot score: {str(error).removeprefix(f'{name}: ')}"
+                if args.on_reward_error == "stop":
+                    print(file=sys.stderr)  # ends the progress bar's line
+                    fail(why)
+                tqdm.write(f"batch dropped: {why}", file=sys.stderr)
+                return torch.full_like(total, math.nan)
+            total += weight * (scores.float() - low) / (high - low)
+        return total / sum(weights.values())
+
+    def reward(images, slots):
+        rewards = torch.zeros(len(slots), dtype=torch.float64)
+        for task in sorted({task for task, *_ in slots}):
+            own = [n for n, slot in enumerate(slots) if slot[0] == task]
+            prompts, metadata = [slots[n][1] for n in own], [slots[n][2] for n in own]
+            rewards[own] = reward_of_task(task, images[own], prompts, metadata)
+        return rewards
+
+    return reward
+
+
+def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tuple[dict, dict]:
+    """Score the images of every model; every process scores its share. All processes call it.
+
+    files {model: {task: [file, ...]}}, tests {task: (prompts, metadata)}, scorers {task: {metric:
+    scorer}}. One scorer at a time is on the device. One that fails is left out of every row.
+    Returns scores {model: {metric: (N,) float64}} and the failures {metric: reason}."""
+    rank, world = rank_and_world()
+    scores, failed = {name: {} for name in files}, {}
+    number = sum(len(prompts) * len(scorers[task]) for task, (prompts, _) in tests.items())
+    total = number * len(files)
+    bar = tqdm(total=total, desc="scoring", unit="image", disable=rank > 0, dynamic_ncols=True)
+    for task, (prompts, metadata) in tests.items():
+        own = share(len(prompts), rank, world)
+        for metric, scorer in scorers[task].items():
+            for name in files:
+                if metric in failed:
+                    continue
+                values, why = [], None
+                for i in range(0, len(own), batch):
+                    part = own[i : i + batch]
+                    try:
+                        images = read_pictures(files[name][task][j] for j in part)
+                    except ValueError as error:  # of the image: no scorer can score it
+                        bar.close()
+                        fail(str(error))
+                    if len({image.shape for image in images}) == 1:
+                        images = torch.stack(images)
+                    else:
+                        images = [as_picture(image) for image in images]
+                    words, about = [prompts[j] for j in part], [metadata[j] for j in part]
+                    try:
+                        values += query(scorer, images, words, about).tolist()
+                    except ValueError as error:
+                        why = str(error).removeprefix(f"{task}: ")
+                        break
+                    bar.update(len(part) * world)
+                parts = gather((values, why))
+                reasons = [why for _, why in parts if why]
+                if reasons:
+                    failed[metric] = reasons[0]
+                values = [value for values, _ in parts for value in values]
+                scores[name][metric] = torch.tensor(values, dtype=torch.float64)
+            if hasattr(scorer, "model"):
+                scorer.model = None
+    bar.close()
+    for row in scores.values():
+        for metric in failed:
+            row.pop(metric, None)
+    return scores, failed
+
+
+def sample_tests(args, pipe, text: dict, loras: dict, guidance: dict, tests: dict, folder: Path):
+    """Every model's images of the test prompts, in files: {model: {task: [file, ...]}}.
+
+    loras {model: LoRA or None}, guidance {model: scale}. Equal noise for every model. Every process
+    samples its share. args: eval_steps, label_batch, size."""
+    rank, world = rank_and_world()
+    files = {name: {} for name in loras}
+    for name, lora in loras.items():
+        for task, (prompts, _) in tests.items():
+            files[name][task] = [folder / name / task / f"{j:05d}.png" for j in range(len(prompts))]
+            own = share(len(prompts), rank, world)
+            words, keys = [prompts[j] for j in own], [(0, "evaluate", task, j) for j in own]
+            how = (args.eval_steps, guidance[name], args.label_batch, args.size)
+            with use(pipe.transformer, lora):
+                images = sample_images(pipe, text, words, keys, *how)
+            for j, image in zip(own, images):
+                save_picture(files[name][task][j], image, "")
+    gather(None)  # all files are there
+    return files
+
+
+def read_recorded(model: str | Path) -> tuple[dict, dict]:
+    """Flags and results in MODEL/results.json; ({}, {}) where there are none that fit."""
+    try:
+        text = (Path(model) / "results.json").read_text(encoding="utf-8")
+        recorded, results = read_json(text), {}
+        for name, row in recorded["results"].items():
+            results[one_line(name)] = {
+                metric: {"mean": float(cell["mean"]), "se": float(cell["se"]), "n": cell.get("n")}
+                for metric, cell in row.items()
+            }
+        return {**recorded["flags"]}, results
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return {}, {}
+
+
+def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
+    """The end of a distillation: start and averaged student on the test prompts, beside what
+    MODEL/results.json recorded of the other models. Writes table.md, results.json and grid.png into
+    --out. All processes call it."""
+    run, (rank, _) = Path(args.out), rank_and_world()
+    if not tests:
+        if rank == 0:
+            print(next_command(args, ["base", f"student={run}/adapter"]), flush=True)
+        return
+    start = "merged start" if Path(args.init).name == "merged" else "start"
+    loras = {start: None, "student": "average"}
+    if args.init != "base":
+        load_adapter(pipe.transformer, "start", args.init, "--init")
+        loras[start] = "start"
+    student_guidance = getattr(args, "student_guidance", args.guidance)
+    guidance = {start: args.guidance, "student": student_guidance}
+    with tempfile.TemporaryDirectory(dir=run) as own:
+        folder = Path(gather(own)[0])  # rank 0's: its grid shows images of all processes
+        files = sample_tests(args, pipe, text, loras, guidance, tests, folder)
+        scores, failed = score_files(files, tests, scorers, args.label_batch)
+        if rank > 0:
+            return
+        rows = {task: range(min(2, len(prompts))) for task, (prompts, _) in tests.items()}
+        save_grid(run / "grid.png", scores, files, tests, rows)
+    live, (flags, recorded) = summarise(scores, tests), read_recorded(args.model)
+    results = {name: row for name, row in recorded.items() if name != "merged"}  # the live start
+    ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
+    changed = [name for name, value in ours.items() if flags.get(name) != value]
+    numbers = {task: len(prompts) for task, (prompts, _) in tests.items()}
+    if any(row[t]["n"] != n for row in results.values() for t, n in numbers.items() if t in row):
+        changed.append("number of prompts")
+    lines = []
+    if results and changed:
+        how = ", ".join(changed)
+        lines.append(f"The recorded rows have other settings ({how}): not comparable.\n")
+    notes = dict.fromkeys(results, "recorded")
+    notes["oracle"] = "recorded: each task by its own teacher"
+    lines += [table(results | live, notes), ""]
+    lines += [f"not scored: {metric}: {why}" for metric, why in failed.items()]
+    if "average" in live["student"]:
+        gain, se = compare(scores["student"], scores[start], tests)
+        paired = "in Average (paired: same prompts, same noise)"
+        lines.append(f"student - {start}: {gain:+.4f} ± {se:.4f} {paired}")
+        mean, se = average(scores["student"], tests)
+        if "average" in results.get("grpo_mix", ()) and not changed:
+            mix = results["grpo_mix"]["average"]
+            error = math.hypot(se, mix["se"])
+            lines.append(f"student - grpo_mix: {mean - mix['mean']:+.4f} ± {error:.4f}")
+        if "average" in results.get("oracle", ()) and not changed:
+            lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
+    (run / "table.md").write_text("\n".join(lines) + "\n")
+    save_json(run / "results.json", {"flags": vars(args), "results": live})
+    made = ["table.md", "results.json", "grid.png", "curves.png", "samples", "adapter"]
+    there = ", ".join(name for name in made if (run / name).exists())
+    print("\n" + "\n".join(lines) + f"\n\n-> {run}/: {there}")
+    example = tests[next(iter(tests))][0][0]
+    models = ["base", f"student={run}/adapter"]
+    print(next_command(args, models, "--prompt", example, "--out", f"{run}/prompt"), flush=True)
+
+
+def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str:
+    """The complete evaluate.py command for what this run trained."""
+    words = ["python", "evaluate.py"]
+    defaults = {"model": "toy", "rewards": "toy", "guidance": 1.0, "size": None, "text_length": 128}
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            words += [f"--{name}", str(getattr(args, name))]
+    if args.no_t5:
+        words.append("--no_t5")
+    words += ["--models", *models]
+    if getattr(args, "student_guidance", args.guidance) != args.guidance:
+        words += ["--model_guidance", f"student={args.student_guidance}"]
+    if "--prompt" not in more:
+        files = args.test_prompts or {task: None for task in args.prompts}
+        words += ["--tasks", *files]
+        own = [f"{task}={file}" for task, file in files.items() if file]
+        words += ["--prompts", *own] if own else []
+    if not more:
+        more = ("--out", f"{args.out}/evaluate")
+    return "next: " + shlex.join([*words, *more])

@@ -1,0 +1,382 @@
+"""The three training loops once more, slowly: one sample, one step, one coordinate formula at a time.
+
+Nothing comes from the scripts, sde.py, losses.py or support/: the pipeline and the LoRAs are loaded by
+stock diffusers, every equation is written out anew. tests/test_iteration.py compares the scripts with
+these loops: the same adapter, the same average, every number of the log.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "toy"
+
+
+def generator(*key):
+    """The documented rule: the key's words joined by /, blake2b, seven bytes, little-endian."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def schedule(prompts, shares, seed, slots, iterations):
+    """(task, prompt) of every slot: tasks in a cycle by their shares, prompts in shuffled passes."""
+    cycle = [task for task in prompts for _ in range(shares[task])]
+    passes = {task: [] for task in prompts}
+    number = dict.fromkeys(prompts, 0)
+    chosen = []
+    for slot in range(slots * iterations):
+        task = cycle[slot % len(cycle)]
+        if not passes[task]:
+            own = generator(seed, task, "pass", number[task])
+            passes[task] = torch.randperm(len(prompts[task]), generator=own).tolist()
+            number[task] += 1
+        chosen.append((task, prompts[task][passes[task].pop(0)]))
+    return [chosen[i * slots : (i + 1) * slots] for i in range(iterations)]
+
+
+class Models:
+    """A stock pipeline with LoRAs that stock diffusers loads; one velocity at a time."""
+
+    def __init__(self, adapters, student):
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(TOY, variant=None)
+        self.pipe.transformer.requires_grad_(False).eval()
+        for name, path in {**adapters, "student": student}.items():
+            self.pipe.load_lora_weights(path, adapter_name=name)
+        self.named = {}
+        for name, parameter in self.pipe.transformer.named_parameters():
+            parameter.requires_grad_(".student." in name)
+            if ".student." in name:
+                self.named[name.replace(".student.", ".")] = parameter
+        self.average = {name: p.detach().clone() for name, p in self.named.items()}
+        self.text = {}
+        self.pipe.scheduler.set_timesteps(1)
+
+    def grid(self, steps):
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.sigmas.tolist()
+
+    def embed(self, prompt):
+        if prompt not in self.text:
+            with torch.no_grad():
+                out = self.pipe.encode_prompt(
+                    prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=8
+                )
+            self.text[prompt] = out[0], out[2]
+        return self.text[prompt]
+
+    def velocity(self, lora, x, t, prompt, guidance):
+        transformer = self.pipe.transformer
+        transformer.enable_lora() if lora else transformer.disable_lora()
+        if lora:
+            before = {name: p.requires_grad for name, p in transformer.named_parameters()}
+            transformer.set_adapters(lora)
+            for name, p in transformer.named_parameters():
+                p.requires_grad_(before[name])
+
+        def at(words):
+            embeds, pooled = self.embed(words)
+            time = torch.tensor([1000 * t])
+            return transformer(x[None], embeds, pooled, timestep=time, return_dict=False)[0][0]
+
+        if guidance == 1:
+            return at(prompt)
+        empty = at("")
+        return empty + guidance * (at(prompt) - empty)
+
+
+def policy(x, v, t, t_next, a, t_1, kind):
+    """(mean, std) of one step of one sample: method of Flow-GRPO, DanceGRPO or CPS."""
+    dt = t - t_next
+    if kind == "cps":
+        std = t_next * math.sin(a * math.pi / 2)
+        data, noise = x - t * v, x + (1 - t) * v
+        return (1 - t_next) * data + math.sqrt(t_next**2 - std**2) * noise, std
+    if kind == "dance":
+        sigma = a
+    else:
+        sigma = a * math.sqrt(t / (1 - (t_1 if t == 1 else t)))
+    score_pull = sigma**2 / (2 * t) * (x + (1 - t) * v)
+    return x - dt * (v + score_pull), sigma * math.sqrt(dt)
+
+
+def log_density(x, mean, std):
+    """log Normal(x; mean, std^2) of every coordinate."""
+    return -((x - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def clipped(ratio, reward, clip):
+    """PPO's objective, to be maximised, and its two numbers for the log."""
+    low = torch.minimum(ratio * reward, ratio.clamp(1 - clip, 1 + clip) * reward)
+    gap = (ratio - 1).abs().detach()
+    return low, gap.mean().item(), (gap > clip).float().mean().item()
+
+
+class Descent:
+    """AdamW, the clipping of the gradient and the average, by hand."""
+
+    def __init__(self, models, f):
+        self.models, self.f, self.steps = models, f, 0
+        self.m = {name: torch.zeros_like(p) for name, p in models.named.items()}
+        self.s = {name: torch.zeros_like(p) for name, p in models.named.items()}
+
+    def step(self, gradients):
+        """gradients {name: tensor}. Returns their norm before clipping."""
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
+        shrink = min(1.0, self.f.grad_norm / (norm + 1e-6))
+        self.steps += 1
+        for name, p in self.models.named.items():
+            g = gradients[name] * shrink
+            self.m[name] = 0.9 * self.m[name] + 0.1 * g
+            self.s[name] = 0.999 * self.s[name] + 0.001 * g * g
+            m, s = self.m[name] / (1 - 0.9**self.steps), self.s[name] / (1 - 0.999**self.steps)
+            with torch.no_grad():
+                p.mul_(1 - self.f.lr * 1e-4)
+                p.sub_(self.f.lr * m / (s.sqrt() + 1e-8))
+        if self.steps % self.f.ema_every == 0:
+            n = self.steps // self.f.ema_every
+            keep = min((1 + n) / (10 + n), self.f.ema_decay)
+            for name, p in self.models.named.items():
+                self.models.average[name] = keep * self.models.average[name] + (1 - keep) * p.detach()
+        return norm
+
+
+def gradient_of(loss, models):
+    """{name: gradient} of one scalar."""
+    names = list(models.named)
+    found = torch.autograd.grad(loss, [models.named[n] for n in names], allow_unused=True)
+    return {n: torch.zeros_like(models.named[n]) if g is None else g for n, g in zip(names, found)}
+
+
+def add(total, more):
+    for name, tensor in more.items():
+        total[name] = total[name] + tensor if name in total else tensor
+    return total
+
+
+def dot(one, other):
+    return sum((one[name].double() * other[name].double()).sum().item() for name in one)
+
+
+def read(task, split="train"):
+    return (TOY / "prompts" / f"{task}_{split}.txt").read_text().split("\n")[:-1]
+
+
+def opd(**flags):
+    """train_opd.py: (student, average, log)."""
+    f = SimpleNamespace(
+        objective="ppo", mar_weight=0.02, clip_range=0.2, prompts_per_iteration=4, group_size=2,
+        steps=4, trained=None, random_steps=0, noise=0.7, noise_kind="flow", guidance=1.0,
+        student_guidance=None, teacher_guidance={}, task_mix={}, iterations=2, updates=2, lr=1e-3,
+        grad_norm=1.0, ema_decay=0.9, ema_every=1, seed=0, anchor="deqa", init="merged",
+        tasks=("geneval", "ocr", "deqa", "pickscore"),
+    )  # fmt: skip
+    f.__dict__.update(flags)
+    student_guidance = f.guidance if f.student_guidance is None else f.student_guidance
+    adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks}
+    if f.anchor != "base":
+        adapters["anchor"] = TOY / "adapters" / f.anchor
+    models = Models(adapters, TOY / "adapters" / f.init)
+    descent, grid, log = Descent(models, f), models.grid(f.steps), []
+    shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
+    prompts = {task: read(task) for task in f.tasks}
+    slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
+    B, shape = f.prompts_per_iteration * f.group_size, None
+    for iteration in range(f.iterations):
+        eligible = list(range(f.steps - 1)) if f.trained is None else f.trained
+        trained = eligible
+        if f.random_steps:
+            own = generator(f.seed, "steps", iteration)
+            order = torch.randperm(len(eligible), generator=own).tolist()
+            trained = sorted(eligible[j] for j in order[: f.random_steps])
+        rows = {}  # (sample, step): all that was visited and labelled
+        for i in range(B):
+            task, prompt = slots[iteration][i // f.group_size]
+            own = generator(f.seed, "rollout", iteration, i)
+            config = models.pipe.transformer.config
+            shape = (config.in_channels, config.sample_size, config.sample_size)
+            x = torch.randn(shape, generator=own)
+            for j in range(max(trained) + 1):
+                t, t_next = grid[j], grid[j + 1]
+                with torch.no_grad():
+                    v = models.velocity("student", x, t, prompt, student_guidance)
+                    mean, std = policy(x, v, t, t_next, f.noise, grid[1], f.noise_kind)
+                    x_next = mean
+                    if std > 0:
+                        x_next = mean + std * torch.randn(shape, generator=own)
+                    if j in trained:
+                        scale = f.teacher_guidance.get(task, f.guidance)
+                        label = models.velocity(f"t_{task}", x, t, prompt, scale)
+                        to, _ = policy(x, label, t, t_next, f.noise, grid[1], f.noise_kind)
+                        anchor = None if f.anchor == "base" else "anchor"
+                        v_anchor = models.velocity(anchor, x, t, prompt, f.guidance)
+                        one, _ = policy(0.0, 1.0, t, t_next, f.noise, grid[1], f.noise_kind)
+                        width = std or 1.0  # without noise: half the squared distance
+                        rows[i, j] = SimpleNamespace(
+                            task=task, prompt=prompt, t=t, t_next=t_next, x=x, x_next=x_next,
+                            old=mean, to=to, std=std, v_anchor=v_anchor, w=one**2 / (2 * width**2),
+                            kl=((mean - to) ** 2).mean().item() / (2 * width**2),
+                        )  # fmt: skip
+                x = x_next
+        line = {"iteration": iteration}
+        for task in f.tasks:
+            of_task = [row.kl for row in rows.values() if row.task == task]
+            if of_task:
+                line[f"kl/{task}"] = sum(of_task) / len(of_task)
+        means = {}
+        for update in range(f.updates):
+            own = [key for key in rows if key[0] % f.updates == update]
+            per_task = {}
+            for i, j in own:
+                row = rows[i, j]
+                v = models.velocity("student", row.x, row.t, row.prompt, student_guidance)
+                mean, std = policy(row.x, v, row.t, row.t_next, f.noise, grid[1], f.noise_kind)
+                values = {}
+                if f.objective == "ppo":
+                    log_old = log_density(row.x_next, row.old, std)
+                    ratio = (log_density(row.x_next, mean, std) - log_old).exp()
+                    reward = log_density(row.x_next, row.to, std) - log_old
+                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
+                        ratio, reward, f.clip_range
+                    )
+                    loss = -low.mean()
+                elif f.objective == "kl":
+                    loss = ((mean - row.to) ** 2).mean() / (2 * std**2)
+                elif f.objective == "ode":
+                    loss = ((mean - row.to) ** 2).mean() / 2
+                elif f.objective == "trajectory":
+                    log_old = log_density(row.x_next, row.old, std).mean()
+                    ratio = (log_density(row.x_next, mean, std).mean() - log_old).exp()
+                    later = sum(rows[i, k].kl for k in trained if k > j)
+                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
+                        ratio, torch.tensor(-later), f.clip_range
+                    )
+                    loss = ((mean - row.to) ** 2).mean() / (2 * std**2) - mean.numel() * low
+                penalty = f.mar_weight * row.w * ((v - row.v_anchor) ** 2).mean()
+                values |= {"mar": penalty.item(), "loss": (loss + penalty).item()}
+                for name, value in values.items():
+                    means[name] = means.get(name, 0.0) + value / len(own) / f.updates
+                gradient = gradient_of((loss + penalty) / len(own), models)
+                add(per_task.setdefault(row.task, {}), gradient)
+            total = {}
+            for task in f.tasks:
+                add(total, per_task.get(task, {}))
+            norm = descent.step(total)
+        line |= means | {"grad_norm": norm}
+        present = [task for task in f.tasks if task in per_task]  # of the last update
+        for n, task in enumerate(present):
+            line[f"grad_norm/{task}"] = math.sqrt(dot(per_task[task], per_task[task]))
+            for other in present[n + 1 :]:
+                both = math.sqrt(dot(per_task[task], per_task[task]))
+                both *= math.sqrt(dot(per_task[other], per_task[other]))
+                line[f"cosine/{task}-{other}"] = dot(per_task[task], per_task[other]) / both
+        log.append(line)
+    return models, log
+
+
+def score(models, name, latent, prompt):
+    """The miniature's scorer on one decoded sample, put on 0..1 by its range."""
+    from toy import REWARDS
+
+    vae = models.pipe.vae.float()
+    with torch.no_grad():
+        z = latent / vae.config.scaling_factor + vae.config.shift_factor
+        image = (vae.decode(z[None]).sample / 2 + 0.5).clamp(0, 1)
+    low, high = REWARDS[name].range
+    return (REWARDS[name](image, [prompt], [{}]).double().item() - low) / (high - low)
+
+
+def grpo(**flags):
+    """train_teacher.py: (models, log) without its tests and monitors."""
+    f = SimpleNamespace(
+        reward={"ocr": 1.0}, mix=None, mix_quality=0.2, tasks=("ocr",), prompts_per_iteration=4,
+        group_size=3, steps=4, noise=0.7, noise_kind="flow", window=0, window_end=0, guidance=1.0,
+        iterations=2, updates=1, lr=1e-3, clip_range=1e-2, beta=0.0, std="global", grad_norm=1.0,
+        ema_decay=0.9, ema_every=1, seed=0, init="merged",
+    )  # fmt: skip
+    f.__dict__.update(flags)
+    models = Models({}, TOY / "adapters" / f.init)
+    descent, grid, log = Descent(models, f), models.grid(f.steps), []
+    tasks = list(f.mix) if f.mix else list(f.tasks)
+    shares = f.mix or dict.fromkeys(tasks, 1)
+    prompts = {task: read(task) for task in tasks}
+    slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
+    B = f.prompts_per_iteration * f.group_size
+    config = models.pipe.transformer.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    for iteration in range(f.iterations):
+        trained = list(range(f.steps - 1))
+        if f.window:
+            end = f.window_end or f.steps - 1
+            own = generator(f.seed, "window", iteration)
+            first = torch.randint(end - f.window + 1, (), generator=own).item()
+            trained = list(range(first, first + f.window))
+        rows, rewards = {}, []
+        for i in range(B):
+            task, prompt = slots[iteration][i // f.group_size]
+            own = generator(f.seed, "rollout", iteration, i)
+            x = torch.randn(shape, generator=own)
+            for j in range(f.steps):
+                t, t_next = grid[j], grid[j + 1]
+                a = f.noise if not f.window or j in trained else 0.0
+                kind = f.noise_kind if a else "flow"
+                with torch.no_grad():
+                    v = models.velocity("student", x, t, prompt, f.guidance)
+                    mean, std = policy(x, v, t, t_next, a, grid[1], kind)
+                    x_next = mean
+                    if std > 0:
+                        x_next = mean + std * torch.randn(shape, generator=own)
+                if j in trained:
+                    old = log_density(x_next, mean, std).mean()
+                    rows[i, j] = (x, x_next, t, t_next, old, std)
+                x = x_next
+            if f.mix:
+                weights = {task: 1 - f.mix_quality, "deqa": f.mix_quality}
+                if task == "deqa":
+                    weights = {"deqa": 1.0}
+            else:
+                weights = f.reward
+            own = sum(w * score(models, name, x, prompt) for name, w in weights.items())
+            rewards.append(own / sum(weights.values()))
+        advantage = [0.0] * B
+        for task in tasks:
+            mine = [i for i in range(B) if slots[iteration][i // f.group_size][0] == task]
+            over_all = torch.tensor([rewards[i] for i in mine]).double()
+            for i in mine:
+                g = i // f.group_size * f.group_size
+                group = torch.tensor(rewards[g : g + f.group_size]).double()
+                spread = over_all if f.std == "global" else group
+                spread = ((spread - spread.mean()) ** 2).mean().sqrt().item()
+                value = (rewards[i] - group.mean().item()) / (spread + 1e-4)
+                advantage[i] = max(-5.0, min(5.0, value))
+        line, means = {"iteration": iteration, "reward": sum(rewards) / B}, {}
+        for task in tasks:
+            own = [r for i, r in enumerate(rewards) if slots[iteration][i // f.group_size][0] == task]
+            if own:
+                line[f"reward/{task}"] = sum(own) / len(own)
+        for update in range(f.updates):
+            own, total = [key for key in rows if key[0] % f.updates == update], {}
+            for i, j in own:
+                x, x_next, t, t_next, old, std = rows[i, j]
+                prompt = slots[iteration][i // f.group_size][1]
+                v = models.velocity("student", x, t, prompt, f.guidance)
+                mean, _ = policy(x, v, t, t_next, f.noise, grid[1], f.noise_kind)
+                ratio = (log_density(x_next, mean, std).mean() - old).exp()
+                low, gap, outside = clipped(ratio, torch.tensor(advantage[i]), f.clip_range)
+                loss, values = -low, {"ratio_gap": gap, "clip_fraction": outside}
+                if f.beta:
+                    with torch.no_grad():
+                        v_base = models.velocity(None, x, t, prompt, f.guidance)
+                    base, _ = policy(x, v_base, t, t_next, f.noise, grid[1], f.noise_kind)
+                    kl = ((mean - base) ** 2).mean() / (2 * std**2)
+                    loss, values["kl_base"] = loss + f.beta * kl, kl.item()
+                for name, value in values.items():
+                    means[name] = means.get(name, 0.0) + value / len(own) / f.updates
+                add(total, gradient_of(loss / len(own), models))
+            norm = descent.step(total)
+        log.append(line | means | {"grad_norm": norm})
+    return models, log
