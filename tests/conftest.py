@@ -1,7 +1,6 @@
 """Shared by all tests: where they run, their random numbers, and how they start a script.
 
-    python -m pytest           # all but the tests marked slow
-    python -m pytest --slow    # all
+`python -m pytest` leaves out the tests marked slow; `python -m pytest --slow` runs all.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from support import model  # noqa: E402
 from support.flags import model_flags  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,11 +98,39 @@ def weights(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
+# ---- The miniature
+
+PROMPTS = ["red circle", "sign reads K T in red"]
+
+
 def model_args(**flags):
     """The flags of model_flags, with these values in place of the defaults."""
     parser = argparse.ArgumentParser()
     model_flags(parser)
-    args = parser.parse_args([])
-    args.text_length = 8
+    args = parser.parse_args(["--text_length", "8"])
     vars(args).update(flags)
     return args
+
+
+def load(**flags):
+    return model.load_pipeline(model_args(**flags), torch.device("cpu"))
+
+
+def embed(pipe, prompts=PROMPTS, **flags):
+    return model.embed_prompts(pipe, prompts, model_args(**flags))
+
+
+def predict(transformer, text, guidance=1.0):
+    """Velocities of the active LoRA, at fixed states of two prompts: (2, 8, 8, 8)."""
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    return model.velocity(transformer, x, 0.5, text, torch.tensor([1, 2]), guidance)
+
+
+@pytest.fixture
+def pipe():
+    return load()
+
+
+@pytest.fixture
+def text(pipe):
+    return embed(pipe)

@@ -1,15 +1,14 @@
-"""losses.py: the expected gradient of every objective, measured by Monte Carlo against the KL's own gradient; then
-clipping, what gets a gradient and what does not, and the GRPO parts against plain Python loops.
+"""losses.py: the expected gradient of every objective, measured by Monte Carlo and compared with
+that of the KL; then clipping, what has a gradient, and the GRPO parts against plain loops.
 
     python -m pytest tests/test_losses.py
 
-How a gradient is measured: N samples of one state form a batch whose `mean` is a leaf tensor. The loss is an average
-over the batch, so N times its gradient holds the N single-sample gradients: their mean is the estimate, their spread
-gives its standard error. A test may be 5 standard errors off; nothing is fitted. (The gradient with respect to the
-mean is all there is to know: that of a network's parameters follows by the chain rule.)
+How a gradient is measured: N samples of one state form a batch whose `mean` is a leaf tensor. The
+loss is a mean over the batch, so N times its gradient holds the N gradients of single samples.
+Their mean is the estimate and their spread gives its standard error: 5 of these are allowed.
 """
 
-import inspect
+import functools
 import math
 
 import numpy as np
@@ -21,13 +20,11 @@ from torch.testing import assert_close
 
 import losses
 import sde
-from losses import group_advantage, grpo, opd_kl, opd_ppo, opd_ppo_published, opd_ppo_scalar, opd_trajectory
+from losses import OBJECTIVES, group_advantage, grpo
 
-N, D, STD = 200_000, 16, 0.3
-
-
-def public_code(mean, mean_old, mean_teacher, x_next, std):
-    return opd_ppo_published(mean, mean_old, mean_teacher, x_next, std, detach=False)
+N, D, STD = 100_000, 16, 0.3
+PPO = ("ppo", "ppo-scalar", "ppo-published", "ppo-public-code", "trajectory")  # with a ratio
+LATENT = (1, 2, 3)  # the dimensions of one sample
 
 
 @pytest.fixture(autouse=True)
@@ -37,191 +34,260 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
+@functools.cache
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def policies():
-    """Student's and teacher's mean (D,), some 0.3 std apart, and the gradient of their KL by autograd."""
-    student = randn(D).requires_grad_()
+    """Means of student and teacher (D,), about 0.3 std apart, and the gradient of their KL."""
+    student = randn(D).clone().requires_grad_()
     teacher = student.detach() - 0.3 * STD * (1 + 0.5 * randn(D, seed=1))
     kl = kl_divergence(Normal(student, STD), Normal(teacher, STD)).mean()
     return student.detach(), teacher, torch.autograd.grad(kl, student)[0]
 
 
-def sampled_gradients(objective, student, teacher):
-    """The N single-sample gradients (N, D) at ratio 1, and the objective's metrics."""
-    mean_old, mean_teacher = (m.view(1, D, 1, 1).expand(N, D, 1, 1) for m in (student, teacher))
-    mean = mean_old.clone().requires_grad_()
-    loss, metrics = objective(mean, mean_old, mean_teacher, mean_old + STD * randn(N, D, 1, 1, seed=2), STD)
+def sampled_gradients(objective, now, old, teacher, **options):
+    """The gradients of N single samples (N, D), and the metrics. The old student draws."""
+    now, old, teacher = (m.detach().view(1, D, 1, 1) for m in (now, old, teacher))
+    now, old = now.expand(N, D, 1, 1), old.expand(N, D, 1, 1)
+    mean, x_next = now.clone().requires_grad_(), old + STD * randn(N, D, 1, 1, seed=2)
+    loss, metrics = OBJECTIVES[objective](mean, old, teacher, x_next, STD, **options)
     loss.backward()
     return N * mean.grad.flatten(1), metrics
 
 
 def errors_off(samples, truth):
-    """By how many standard errors the samples' mean misses the truth, for every coordinate."""
+    """By how many standard errors the mean of the samples misses the truth, per coordinate."""
     return (samples.mean(0) - truth).abs() / (samples.std(0) / len(samples) ** 0.5)
 
 
-@pytest.mark.parametrize("objective", (opd_ppo, opd_ppo_scalar, public_code))
+@pytest.mark.parametrize("objective", ("ppo", "ppo-scalar", "ppo-public-code", "ppo-published"))
 def test_the_expected_gradient_is_that_of_the_kl(objective):
-    student, teacher, gradient = policies()
-    gradients, metrics = sampled_gradients(objective, student, teacher)
-    assert errors_off(gradients, gradient).max() < 5
-    assert errors_off(gradients, 0.0).max() > 25  # sharp enough that a wrong factor would show
-    assert metrics == {"ratio_gap": 0.0, "clip_fraction": 0.0}  # nothing has been updated yet: exactly 1
+    """But that of the published objective is zero: it does not learn."""
+    student, teacher, truth = policies()
+    wrong = torch.zeros(D)
+    if objective == "ppo-published":
+        truth, wrong = wrong, truth
+    gradients, metrics = sampled_gradients(objective, student, student, teacher)
+    assert errors_off(gradients, truth).max() < 5
+    assert errors_off(gradients, wrong).max() > 25  # sharp enough to show a wrong factor
+    assert metrics == {"ratio_gap": 0.0, "clip_fraction": 0.0}  # before the first update
 
 
-def test_in_later_updates_ppo_descends_the_difference_of_two_kls():
-    """Off ratio 1 and unclipped: KL(student, teacher) - KL(student, old student)."""
+def test_later_updates_of_ppo_descend_the_difference_of_two_kls():
+    """Off ratio 1 and without clipping: KL(student, teacher) - KL(student, old student)."""
     old, teacher, _ = policies()
     now = (old + 0.2 * STD * randn(D, seed=3)).requires_grad_()
-    kls = [kl_divergence(Normal(now, STD), Normal(other, STD)).mean() for other in (teacher, old)]
-    gradient, of_kl = (torch.autograd.grad(f, now, retain_graph=True)[0] for f in (kls[0] - kls[1], kls[0]))
-    mean_old, mean_teacher, mean = (m.detach().view(1, D, 1, 1).expand(N, D, 1, 1) for m in (old, teacher, now))
-    mean = mean.clone().requires_grad_()
-    opd_ppo(mean, mean_old, mean_teacher, mean_old + STD * randn(N, D, 1, 1, seed=2), STD, clip_range=1e9)[0].backward()
-    assert errors_off(N * mean.grad.flatten(1), gradient).max() < 5
-    assert errors_off(N * mean.grad.flatten(1), of_kl).max() > 25  # the KL's own it is not
+    to_teacher, to_old = (kl_divergence(Normal(now, STD), Normal(m, STD)) for m in (teacher, old))
+    (difference,) = torch.autograd.grad((to_teacher - to_old).mean(), now, retain_graph=True)
+    (kl,) = torch.autograd.grad(to_teacher.mean(), now)
+    gradients, _ = sampled_gradients("ppo", now, old, teacher, clip_range=1e9)
+    assert errors_off(gradients, difference).max() < 5
+    assert errors_off(gradients, kl).max() > 25
 
 
-def test_the_published_objective_does_not_learn():
-    student, teacher, gradient = policies()
-    gradients, _ = sampled_gradients(opd_ppo_published, student, teacher)
-    assert errors_off(gradients, 0.0).max() < 5  # nothing is expected of it ...
-    assert errors_off(gradients, gradient).max() > 25  # ... where the KL does have a gradient ...
-    assert (gradients.std(0) > 0).all()  # ... and what is left is noise
+def test_the_worked_number_in_the_docstring():
+    """One coordinate, u = 0.3; expectations over z by Gauss-Hermite quadrature, so exact."""
+    z, weights = np.polynomial.hermite_e.hermegauss(20)
+    average = functools.partial(np.average, weights=weights)
+    results = {}
+    for objective in ("ppo", "kl", "ppo-published"):
+        rows = []
+        for action in torch.tensor(0.1 + STD * z).view(-1, 1, 1):
+            mean, teacher = torch.full((1, 1), 0.1, requires_grad=True), torch.full((1, 1), 0.19)
+            loss, _ = OBJECTIVES[objective](mean, mean.detach(), teacher, action, STD)
+            loss.backward()
+            rows.append((loss.item(), mean.grad.item()))
+        results[objective] = np.array(rows).T  # losses and gradients, one per z
+    rewards = -results["ppo"][0]  # at ratio 1
+    variance = average((rewards - average(rewards)) ** 2)
+    found = [average(results["kl"][0]), average(rewards), variance]
+    gradients = [average(gradients) for _, gradients in results.values()]
+    assert_close(found, [0.045, -0.045, 0.09])
+    assert_close(gradients, [-0.3 / STD, -0.3 / STD, 0.0])  # descent moves the mean by u / std
+    text = " ".join(losses.opd_ppo.__doc__.split())
+    assert "u = .3 gives KL .045, mean reward -.045, variance .09" in text
 
 
-def test_coordinates_apart_have_far_less_noise():
-    """With z = (x_next - mean_old) / std and u = (mean_old - mean_teacher) / std a coordinate's reward is
-    r = -(u z + u^2 / 2). The gradient of opd_ppo is -r z / (D std); opd_ppo_scalar sums r over all coordinates first, and
-    so adds the variance of the others and the square of their mean. E[z^2] = 1 and E[z^4] = 3 give both variances."""
+def test_the_scalar_form_has_far_more_noise():
+    """z = (x_next - mean_old) / std and u = (mean_old - mean_teacher) / std: a coordinate's reward
+    is r = -(u z + u^2 / 2), and the gradient of ppo is -r z / (D std). ppo-scalar sums r over all
+    coordinates first, which adds the variance of the others and the square of their mean.
+    E[z^2] = 1 and E[z^4] = 3 give both variances."""
     student, teacher, _ = policies()
     u = (student - teacher) / STD
-    apart = (2 * u**2 + u**4 / 4) / (D * STD) ** 2
-    together = (u**2 + u.square().sum() + (u.square().sum() / 2) ** 2) / (D * STD) ** 2
-    for objective, variance in ((opd_ppo, apart), (opd_ppo_scalar, together)):
-        gradients, _ = sampled_gradients(objective, student, teacher)
-        assert errors_off((gradients - gradients.mean(0)).square(), variance).max() < 5
-    assert together.sum() > 8 * apart.sum()  # (D + 1) / 2 = 8.5 where u is small, more where it is not
+    variance = {
+        "ppo": (2 * u**2 + u**4 / 4) / (D * STD) ** 2,
+        "ppo-scalar": (u**2 + u.square().sum() + (u.square().sum() / 2) ** 2) / (D * STD) ** 2,
+    }
+    for objective, expected in variance.items():
+        gradients, _ = sampled_gradients(objective, student, student, teacher)
+        assert errors_off((gradients - gradients.mean(0)).square(), expected).max() < 5
+    factor = variance["ppo-scalar"].sum() / variance["ppo"].sum()
+    kl = u.square().mean() / 2
+    assert_close(factor, D / 2 * (1 + D * kl / 2), rtol=0.1, atol=0)  # the table in losses.py
 
 
 def features(x):
     return torch.stack([torch.tanh(x), torch.ones_like(x)], -1)  # (..., 2)
 
 
-def test_opd_trajectory_has_the_gradient_of_the_whole_trajectory():  # E
-    """Two steps x -> y -> z, each with the policy Normal(x + features(x) theta, STD^2): theta also decides at which y
-    the second KL is asked. KL of the trajectories = KL_1(x) + E_y[KL_2(y)], the expectation by Gauss-Hermite
-    quadrature, one integral per coordinate: exact, and differentiable in theta."""
-    x, theta, theta_teacher = torch.linspace(-1.5, 1.5, D), torch.tensor([0.5, -0.2]), torch.tensor([-0.3, 0.1])
+def test_trajectory_has_the_gradient_of_the_whole_trajectory():
+    """Two steps x -> y -> z, each with the policy Normal(x + features(x) theta, STD^2): theta also
+    decides at which y the second KL is taken. KL of the trajectories = KL_1(x) + E_y[KL_2(y)], the
+    expectation by Gauss-Hermite quadrature, one integral per coordinate: exact."""
+    x, theta = torch.linspace(-1.5, 1.5, D), torch.tensor([0.5, -0.2])
+    theta_teacher = torch.tensor([-0.3, 0.1])
     nodes, weights = (torch.from_numpy(n) for n in np.polynomial.hermite_e.hermegauss(60))
 
-    def kl(state, parameters):  # of every coordinate
+    def kl(state, parameters):  # per coordinate
         return (features(state) @ (parameters - theta_teacher)).square() / (2 * STD**2)
 
     parameters = theta.clone().requires_grad_()
     y = (x + features(x) @ parameters)[:, None] + STD * nodes  # (D, nodes)
-    total = kl(x, parameters).mean() + (kl(y, parameters) @ weights / math.sqrt(2 * math.pi)).mean()
-    (exact,) = torch.autograd.grad(total, parameters)
+    second = kl(y, parameters) @ weights / math.sqrt(2 * math.pi)  # (D,)
+    (exact,) = torch.autograd.grad((kl(x, parameters) + second).mean(), parameters)
 
-    def sampled(future):  # the sum of both steps' gradients with respect to theta: (N, 2)
+    def sampled(future):
+        """The sum of both steps' gradients of theta (N, 2)."""
         gradients, state = 0.0, x.expand(N, D)
         for number in (1, 2):
-            mean_old, mean_teacher = state + features(state) @ theta, state + features(state) @ theta_teacher
-            mean, action = mean_old.clone().requires_grad_(), mean_old + STD * randn(N, D, seed=number)
+            phi = features(state)  # (N, D, 2)
+            mean_old, mean_teacher = state + phi @ theta, state + phi @ theta_teacher
+            mean = mean_old.clone().requires_grad_()
+            action = mean_old + STD * randn(N, D, seed=number)
             kl_to_go = kl(action, theta).mean(1) if future and number == 1 else torch.zeros(N)
-            arguments = (m.view(N, D, 1, 1) for m in (mean, mean_old, mean_teacher, action))
-            opd_trajectory(*arguments, STD, kl_to_go)[0].backward()
-            gradients = gradients + N * torch.einsum("nd,ndp->np", mean.grad, features(state))
+            rollout_of = (mean_old, mean_teacher, action, STD)
+            losses.opd_trajectory(mean, *rollout_of, kl_to_go=kl_to_go)[0].backward()
+            gradients = gradients + N * torch.einsum("nd,ndp->np", mean.grad, phi)
             state = action
         return gradients
 
     assert errors_off(sampled(future=True), exact).max() < 5
-    per_step = sampled(future=False)  # that is D: the sum of the steps' own gradients leaves something out
+    per_step = sampled(future=False)  # as kl: the gradients of the steps alone
     assert errors_off(per_step, exact).max() > 25
-    assert ((per_step.mean(0) - exact) / exact).abs().max() > 0.05
 
 
-def test_the_direct_losses_equal_their_closed_forms():  # D, F, MAR, flow matching
-    (x, v, v_teacher), times = randn(3, 2, 4, 3, 3), (0.7, 0.55)  # t, t_next
+def test_the_direct_losses_equal_their_closed_forms():
+    (x, v, v_teacher), times = randn(3, 2, 4, 3, 3).clone(), (0.7, 0.55)  # t, t_next
     v.requires_grad_()
-    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, a=0.7, t_max=0.96) for u in (v, v_teacher))
-    euler, euler_teacher = (sde.step(x, u, *times, a=0.0, t_max=0.96)[0] for u in (v, v_teacher))
-    kl, w = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean(), sde.kl_weight(*times, a=0.7, t_max=0.96)
-    anchored, metrics = losses.mar(v, v_teacher, 0.02 * w)
+    (mean, std), (mean_teacher, _) = (sde.step(x, u, *times, 0.7, 0.96) for u in (v, v_teacher))
+    euler, euler_teacher = (sde.step(x, u, *times, 0.0, 0.96)[0] for u in (v, v_teacher))
+    kl = kl_divergence(Normal(mean, std), Normal(mean_teacher, std)).mean()
+    mar, metrics = losses.mar(v, v_teacher, 0.02 * sde.kl_weight(*times, 0.7, 0.96))
+    ode, _ = losses.opd_ode(euler, None, euler_teacher, None, None)
     for loss, truth in (
-        (opd_kl(mean, mean_teacher, std)[0], kl),
-        (anchored, 0.02 * kl),
-        (losses.opd_ode(v, v_teacher, 0.7 - 0.55)[0], F.mse_loss(euler, euler_teacher) / 2),
+        (losses.opd_kl(mean, None, mean_teacher, None, std)[0], kl),
+        (mar, 0.02 * kl),
+        (ode, F.mse_loss(euler, euler_teacher) / 2),
+        (ode, (0.7 - 0.55) ** 2 / 2 * F.mse_loss(v, v_teacher)),
         (losses.flow_matching(v, x, v_teacher)[0], F.mse_loss(v, v_teacher - x)),
     ):
         assert_close(loss, truth)
-        assert_close(*(torch.autograd.grad(value, v, retain_graph=True)[0] for value in (loss, truth)))
-    assert metrics == {"mar": anchored.item()}
+        ours, theirs = (torch.autograd.grad(f, v, retain_graph=True)[0] for f in (loss, truth))
+        assert_close(ours, theirs)
+    assert metrics == {"mar": mar.item()}
 
 
-@pytest.mark.parametrize("objective", (opd_ppo, opd_ppo_scalar, opd_ppo_published, opd_trajectory))
+def mar(mean, mean_old, mean_teacher, x_next, std, clip_range, kl_to_go):
+    """With the signature of an objective: std is its weight."""
+    return losses.mar(mean, mean_teacher, std)
+
+
+@pytest.mark.parametrize("name, objective", [*OBJECTIVES.items(), ("mar", mar)])
+def test_rows_of_several_steps_equal_the_mean_over_steps(name, objective):
+    """std (B, 1, 1, 1) against a call per step. Only the student's mean has a gradient."""
+    stds, clip = [0.7, 0.1, 0.4], 0.01
+    std = torch.tensor(stds).repeat_interleave(2).view(6, 1, 1, 1)
+    old, noise, shift, towards = randn(4, 6, 4, 2, 2)
+    mean = (old + 0.1 * std * shift).requires_grad_()
+    teacher = (old + std * towards).requires_grad_()
+    tensors, kl_to_go = (mean, old, teacher, old + std * noise), randn(6).abs().requires_grad_()
+    loss, metrics = objective(*tensors, std, clip, kl_to_go)
+    expected, averages = 0.0, dict.fromkeys(metrics, 0.0)
+    for number, rows in zip(stds, torch.arange(6).split(2)):
+        part = [tensor[rows] for tensor in tensors]
+        one, values = objective(*part, number, clip, kl_to_go[rows])
+        expected = expected + one / 3
+        averages = {key: averages[key] + value / 3 for key, value in values.items()}
+    assert_close(loss, expected)
+    assert_close(metrics, averages)
+    leaves = (mean, teacher, kl_to_go)
+    gradient, *others = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    assert gradient.any() and others == [None, None]
+    assert_close(gradient, torch.autograd.grad(expected, mean)[0])
+    assert ("clip_fraction" in metrics) == (name in PPO) and metrics.get("clip_fraction", 1) > 0
+
+
+@pytest.mark.parametrize("objective", ("ppo", "ppo-scalar", "ppo-published", "trajectory"))
 def test_clipping_stops_what_the_reward_favours_and_nothing_else(objective):
-    """`mean` has moved since x_next was drawn. An action whose ratio has left the range on the side that its reward
-    asks for gets no gradient; every other one gets that of ratio times reward."""
-    mean_old, clip = randn(64, 4, 2, 2), 0.01
-    x_next, mean, mean_teacher = (mean_old + s * randn(64, 4, 2, 2, seed=i + 1) for i, s in enumerate((STD, 0.03, 0.1)))
-    log_p, log_old, log_teacher = (Normal(m, STD).log_prob(x_next) for m in (mean, mean_old, mean_teacher))
-    log_ratio, reward = log_p - log_old, log_teacher - log_old
-    if objective is not opd_ppo:  # one action per image
-        log_ratio, reward = (r.mean((1, 2, 3), keepdim=True) for r in (log_ratio, reward))
-    if objective is opd_ppo_published:
-        reward = -kl_divergence(Normal(mean, STD), Normal(mean_teacher, STD)).mean((1, 2, 3), keepdim=True)
-    if objective is opd_trajectory:
+    """`mean` has moved since x_next was drawn. An action whose ratio has left the range in the
+    direction of its reward has no gradient; all others have that of ratio times reward."""
+    old, clip = randn(64, 4, 2, 2), 0.01
+    spread = {1: STD, 2: 0.03, 3: 0.1}
+    x_next, mean, teacher = (old + s * randn(64, 4, 2, 2, seed=n) for n, s in spread.items())
+    log_p, log_old, log_teacher = (Normal(m, STD).log_prob(x_next) for m in (mean, old, teacher))
+    log_ratio, reward, factor = log_p - log_old, log_teacher - log_old, 1
+    if objective != "ppo":  # one action per image
+        log_ratio, reward = (r.mean(LATENT, keepdim=True) for r in (log_ratio, reward))
+        factor = 1 if objective == "ppo-published" else D
+    if objective == "ppo-published":
+        kl = kl_divergence(Normal(mean, STD), Normal(teacher, STD))
+        reward = -kl.mean(LATENT, keepdim=True)
+    if objective == "trajectory":
         reward = randn(64, 1, 1, 1, seed=4)  # minus kl_to_go; any number will do
     ratio = log_ratio.exp()
     up, down = (ratio > 1 + clip) & (reward > 0), (ratio < 1 - clip) & (reward < 0)
-    assert down.any() and (up.any() or objective is opd_ppo_published) and not (up | down).all()
+    assert down.any() and (up.any() or objective == "ppo-published") and not (up | down).all()
 
     mean.requires_grad_()
-    options = {"kl_to_go": -reward.flatten()} if objective is opd_trajectory else {}
-    loss, metrics = objective(mean, mean_old, mean_teacher, x_next, STD, clip_range=clip, **options)
-    weight = torch.where(up | down, 0.0, ratio * reward) * (D if objective in (opd_ppo_scalar, opd_trajectory) else 1)
-    direct = mean - mean_teacher if objective is opd_trajectory else 0.0  # its KL, which nothing clips
-    assert_close(torch.autograd.grad(loss, mean)[0], (direct - weight * (x_next - mean)) / STD**2 / mean.numel())
-    outside = ((ratio - 1).abs() > clip).double().mean().item()
-    assert_close(metrics, {"ratio_gap": (ratio - 1).abs().mean().item(), "clip_fraction": outside})
+    kl_to_go = -reward.flatten()
+    loss, metrics = OBJECTIVES[objective](mean, old, teacher, x_next, STD, clip, kl_to_go)
+    weight = factor * torch.where(up | down, 0.0, ratio * reward)
+    direct = mean - teacher if objective == "trajectory" else 0.0  # its KL is never clipped
+    expected = (direct - weight * (x_next - mean)) / STD**2 / mean.numel()
+    assert_close(torch.autograd.grad(loss, mean)[0], expected)
+    gap = (ratio - 1).abs()
+    outside = (gap > clip).double().mean().item()
+    assert_close(metrics, {"ratio_gap": gap.mean().item(), "clip_fraction": outside})
 
 
-@pytest.mark.parametrize(
-    "objective",
-    (opd_ppo, opd_ppo_scalar, opd_ppo_published, public_code, opd_kl, opd_trajectory, losses.opd_ode, losses.mar),
-)
-def test_only_the_student_gets_a_gradient(objective):
-    student, teacher, x_next = (randn(2, 4, 3, 3, seed=i) for i in range(3))
-    known = dict.fromkeys(("mean_teacher", "v_teacher", "v_anchor"), teacher.requires_grad_())
-    known |= {"mean_old": student.clone(), "x_next": x_next, "std": STD, "dt": 0.1, "weight": 0.1}
-    known |= {"mean": student.requires_grad_(), "v": student, "kl_to_go": randn(2).requires_grad_()}
-    loss, _ = objective(**{k: known[k] for k in inspect.signature(objective).parameters if k in known})
-    loss.backward()
-    assert student.grad.any() and teacher.grad is None and known["kl_to_go"].grad is None
+def test_the_update_in_the_docstring_runs():
+    """On points (B, 2) it gives the gradient of the KL, up to the noise of the actions."""
+    lines = losses.__doc__[losses.__doc__.index("  path = ") :].splitlines()
+    weight, grid = torch.full((), 0.5, requires_grad=True), [1.0, 0.8, 0.5, 0.2, 0.0]
+    names = {"torch": torch, "sde": sde, "opd_ppo": losses.opd_ppo, "grid": grid, "a": 0.7}
+    names |= {"student": lambda x, t: weight * x, "teacher": lambda x, t: 0.4 * x}
+    names["noise"] = randn(20000, 2, seed=1)  # not the stream of the actions
+    exec("\n".join(line[2:] for line in lines), names)
+    exact = 0.0
+    for x, t, t_next in zip(names["path"].x, grid[:-2], grid[1:]):
+        w = sde.kl_weight(t, t_next, 0.7, 0.8)
+        exact += 2 * w * (0.5 - 0.4) * x.square().mean() / 3
+    assert_close(weight.grad, exact, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("global_std, clip", ((True, 5.0), (False, 5.0), (True, 1.0), (False, 1.0)))
 def test_group_advantage_by_hand(global_std, clip):
-    groups = [7, 2, 7, 5, 2, 7, 5, 5, 2, 7, 9]  # unequal sizes, mixed order, one prompt with a single sample
-    rewards = [0.1 if group == 5 else r for group, r in zip(groups, randn(11, seed=5).tolist())]  # 5: all the same
-    expected = []
+    groups = [7, 2, 7, 5, 2, 7, 5, 5, 2, 7, 9]  # unequal sizes, mixed order, one single sample
+    rewards, expected = randn(11, seed=5).tolist(), []
+    for n in (3, 6, 7):  # group 5: all equal
+        rewards[n] = 0.1
     for reward, group in zip(rewards, groups):
         members = [r for r, g in zip(rewards, groups) if g == group]
         spread = np.std(rewards if global_std else members)
         expected.append(min(max((reward - np.mean(members)) / (spread + 1e-4), -clip), clip))
-    advantage = group_advantage(torch.tensor(rewards).float(), torch.tensor(groups), global_std, clip)
+    given = torch.tensor(rewards).float().requires_grad_()
+    advantage = group_advantage(given, torch.tensor(groups), global_std, clip)
     assert_close(advantage, torch.tensor(expected).float())
-    assert (advantage.abs() == clip).any() == (clip == 1.0)
-    assert not advantage[[3, 6, 7, 10]].any()  # equal rewards, or one alone: exactly nothing to learn
+    assert (advantage.abs() == clip).any() == (clip == 1.0) and not advantage.requires_grad
+    assert not advantage[[3, 6, 7, 10]].any()  # equal rewards, or one sample: nothing to learn
 
 
 def test_grpo_by_hand():
-    new, old, advantage, clip = 0.02 * randn(40).requires_grad_(), 0.02 * randn(40, seed=1), randn(40, seed=2), 0.01
-    loss, metrics = grpo(new, old, advantage, clip)
+    new, old, advantage, clip = *(0.02 * randn(2, 40)).clone(), randn(40, seed=2), 0.01
+    loss, metrics = grpo(new.requires_grad_(), old, advantage, clip)
     ratios, values, gradient = (new - old).exp().tolist(), [], []
     for ratio, a in zip(ratios, advantage.tolist()):
         values.append(-min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a))
@@ -232,26 +298,5 @@ def test_grpo_by_hand():
     outside = sum(abs(ratio - 1) > clip for ratio in ratios)
     assert 0 < gradient.count(0.0) < outside < 40 and metrics["clip_fraction"] == outside / 40
     assert grpo(new, new.detach(), advantage)[1] == {"ratio_gap": 0.0, "clip_fraction": 0.0}
-
-
-def test_advantages_carry_no_gradient():
-    assert not group_advantage(randn(6).requires_grad_(), torch.arange(6) // 3).requires_grad
-
-
-def test_the_update_in_the_docstring_runs():
-    """As it stands there, on points (B, 2): it fills the gradient of the direct KL, up to the noise of the actions."""
-    lines = losses.__doc__[losses.__doc__.index("  path = ") :].splitlines()
-    weight = torch.full((), 0.5, requires_grad=True)
-    names = {"torch": torch, "sde": sde, "opd_ppo": losses.opd_ppo, "grid": [1.0, 0.8, 0.5, 0.2, 0.0], "a": 0.7}
-    names |= {"student": lambda x, t: weight * x, "teacher": lambda x, t: 0.4 * x}
-    names["noise"] = torch.randn(20000, 2, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(1)  # not the stream of `noise`
-    exec("\n".join(line[2:] for line in lines), names)
-    x, times = names["path"].x, [(t, t_next, 0.7, 0.8) for t, t_next in zip(names["grid"][:-2], names["grid"][1:-1])]
-    exact = sum(2 * sde.kl_weight(*step) * (0.5 - 0.4) * x[i].square().mean() for i, step in enumerate(times)) / 3
-    torch.testing.assert_close(weight.grad, exact, rtol=0.1, atol=0)
-
-
-def test_grpo_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match="one number a sample"):
+    with pytest.raises(ValueError, match="one number per sample"):  # it would broadcast
         grpo(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4))

@@ -1,267 +1,254 @@
-"""Loading: directories and hub ids, precisions, text embeddings and their cache, sharded and fused transformers.
+"""support/model.py: loading, precisions, text embeddings; support/run.py: prompts and gradients.
 
-No hub is asked: its cache is laid out by hand. python -m pytest tests/test_model.py
+python -m pytest tests/test_model.py
 """
 
+import argparse
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import PROMPTS, ROOT, call, embed, load, predict, shell
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
-import support.lora as adapters
-import support.files as files
 import merge
-import support.model as model
+from support import files, lora, model, run
 
-CPU = torch.device("cpu")
-PROMPTS = ["red circle", "sign reads K T in red"]
-
-
-def predict(pipe, text, name=None, guidance=1.0):
-    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    rows = torch.tensor([text["rows"][p] for p in PROMPTS])
-    with torch.no_grad(), adapters.adapter(pipe.transformer, name):
-        return model.velocity(pipe.transformer, x, 0.5, text, rows, guidance)
+STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}  # flags of add_student
 
 
-def ask_hub(monkeypatch, answer):
-    """Whatever is asked of the hub gives `answer`: a folder, or an exception that is raised."""
-
-    def snapshot_download(name, revision=None, allow_patterns=None):
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
-
-    files.fetch.cache_clear()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-
-@pytest.mark.parametrize(
-    "path,hub",
-    [
-        ("stabilityai/stable-diffusion-3.5-medium", True),
-        ("me/lora@refs/pr/1", True),
-        ("toy/adapters", False),  # toy is a folder here
-        ("toy", False),
-        ("runs/a/b", False),
-        ("/data/model", False),
-    ],
-)
-def test_what_counts_as_a_hub_id(path, hub):
-    assert files.hub_id(path) == hub
-
-
-def test_a_checkpoint_of_another_model_is_refused(monkeypatch, tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    ask_hub(monkeypatch, tmp_path)
-    for name in (str(tmp_path), "some/flux"):  # known at once, and known only when it has been fetched
-        with pytest.raises(SystemExit):
-            model.load_pipeline(name, CPU)
-        assert "FluxPipeline" in capsys.readouterr().err
-
-
-def test_the_patterns_fetch_the_pipeline_and_not_the_single_files_beside_it():
-    from fnmatch import fnmatch
-
-    wanted = [str(f.relative_to("toy")) for f in Path("toy").rglob("*") if f.is_file()]
-    parts = {name.split("/")[0] for name in wanted if any(fnmatch(name, p) for p in files.PIPELINE)}
-    assert parts == {f.name for f in Path("toy").iterdir()} - {"adapters", "prompts", "results.json", "grid.png"}
-    for name in ("sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors"):
-        assert not any(fnmatch(name, p) for p in files.PIPELINE)
+def test_what_counts_as_a_hub_id():
+    for path in ("stabilityai/stable-diffusion-3.5-medium", "me/lora@refs/pr/1"):
+        assert files.hub_id(path)
+    for path in ("toy", "toy/adapters", "runs/a/b", "/data/model"):  # toy is a folder here
+        assert not files.hub_id(path)
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
-    """Without T5 its 9.5 GB stay on the hub; fusing wants the transformer alone."""
-    asked = []
+    """Without T5 its 9.5 GB stay on the hub; fusing needs the transformer alone."""
+    fetched = []
 
     def snapshot_download(name, revision=None, allow_patterns=None):
-        asked.append(set(allow_patterns))
+        fetched.append(set(allow_patterns))
         return "toy"
 
     files.fetch.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model.load_pipeline("some/model", CPU)
-    model.load_pipeline("some/model", CPU, no_t5=True)
+    load(model="some/model")
+    load(model="some/model", no_t5=True)
     merge.fuse("some/model", {}, tmp_path / "fused")
-    assert asked[0] - asked[1] == {"text_encoder_3/*", "tokenizer_3/*"}
-    assert asked[2] == {"model_index.json", "transformer/*"}
     files.fetch.cache_clear()
+    assert fetched[0] - fetched[1] == {"text_encoder_3/*", "tokenizer_3/*"}
+    assert fetched[2] == {"model_index.json", "transformer/*"}
+    index = json.loads(Path("toy/model_index.json").read_text())
+    parts = {f"{part}/*" for part in index if Path("toy", part).is_dir()}
+    assert fetched[0] == parts | {"model_index.json"}  # not the single-file copies in a repository
 
 
-@pytest.mark.slow
-def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path):
-    """Base and an adapter's revision by name, in a fresh process, from a cache in the layout that `hf download` leaves."""
-    for name, folder, revision in (("models--me--toy", "toy", "main"), ("models--me--lora", "toy/adapters/ocr", "v2")):
-        sha = "0123456789" * 4
-        shutil.copytree(folder, tmp_path / name / "snapshots" / sha, ignore=shutil.ignore_patterns("adapters"))
-        (tmp_path / name / "refs").mkdir()
-        (tmp_path / name / "refs" / revision).write_text(sha)
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    words = "evaluate.py --model me/toy --models base ocr=me/lora@v2 --num_prompts 2 --steps 2 --out".split()
-    run = lambda *more: subprocess.run(
-        [sys.executable, *words, tmp_path / "out", *more], env=environment, capture_output=True, text=True
-    )
-    done = run()
-    assert done.returncode == 0 and "| ocr |" in done.stdout, done.stderr
-    done = run("--model", "me/absent", "--out", tmp_path / "other")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "hf download me/absent" in done.stderr
+def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):
+    """In a fresh process, from a cache in the layout of `hf download`."""
+    number, name = "0123456789" * 4, tmp_path / "models--me--lora"
+    shutil.copytree("toy/adapters/ocr", name / "snapshots" / number)
+    (name / "refs").mkdir()
+    (name / "refs" / "v2").write_text(number)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = "from support.files import ADAPTER, fetch; print(fetch({!r}, '--init', ADAPTER))"
+    done = shell("-c", code.format("me/lora@v2"))
+    assert done.stdout.strip() == str(name / "snapshots" / number)
+    done = shell("-c", code.format("me/absent"))
+    assert done.returncode == 2 and "hf download me/absent" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_bf16_backbone_with_a_float32_student():
-    """The labels of a bf16 backbone are near those of fp32; student and gradients are fp32; teachers take the backbone's."""
-    one, two = (model.load_pipeline("toy", CPU, dtype) for dtype in ("fp32", "bf16"))
-    texts = [model.embed_prompts(pipe, PROMPTS) for pipe in (one, two)]
-    assert [model.backbone_dtype(p.transformer) for p in (one, two)] == [torch.float32, torch.bfloat16]
-    layers = adapters.read_adapter("toy/adapters/ocr", "--init")
-
-    class Args:
-        seed, rank, alpha, init = 0, 4, 8, "toy/adapters/ocr"
-
-    for pipe in (one, two):
-        adapters.add_adapter(pipe.transformer, "teacher", layers)
-        adapters.add_student(pipe.transformer, Args, layers)
-    for guidance in (1.0, 4.5):
-        for name in (None, "teacher", "student"):
-            exact, rounded = (predict(p, t, name, guidance) for p, t in zip((one, two), texts))
-            assert rounded.dtype == torch.float32
-            assert (exact - rounded).norm() < 0.03 * exact.norm()
-    student = adapters.adapter_parameters(two.transformer, "student")
-    with adapters.adapter(two.transformer, "student"):
-        x = torch.randn(2, 8, 8, 8)
-        model.velocity(two.transformer, x, 0.5, texts[1], torch.tensor([1, 2]), 1.0).square().mean().backward()
-    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in student.values() if p.grad is not None)
-    teacher = adapters.adapter_parameters(two.transformer, "teacher")
-    assert {p.dtype for p in teacher.values()} == {torch.bfloat16}
+def test_sharded_and_half_precision_transformers_load(pipe, text, tmp_path):
+    skip = shutil.ignore_patterns("adapters", "transformer", "prompts")
+    shutil.copytree("toy", tmp_path / "toy", ignore=skip)
+    stock = SD3Transformer2DModel.from_pretrained("toy/transformer").half()
+    stock.save_pretrained(tmp_path / "toy/transformer", max_shard_size="2MB")
+    assert len(list((tmp_path / "toy/transformer").glob("*.safetensors"))) > 1
+    half = load(model=str(tmp_path / "toy")).transformer
+    assert model.backbone_dtype(half) == torch.float32
+    assert_close(predict(half, text), predict(pipe.transformer, text), atol=2e-2, rtol=1e-2)
 
 
-def test_checkpointing_changes_no_gradient():
+def test_the_fused_transformer_makes_the_pictures_of_the_adapter(monkeypatch, tmp_path, capsys):
+    """The same noise in stock diffusers: with load_lora_weights, and with the fused transformer."""
+    command = ["merge", "--adapters", "toy/adapters/ocr", "--fuse", "toy"]
+    call(monkeypatch, *command, "--out", tmp_path / "fused")
+    assert "from_pretrained" in capsys.readouterr().out
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    stock.load_lora_weights("toy/adapters/ocr")
+    transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "fused")
+    fused = StableDiffusion3Pipeline.from_pretrained("toy", transformer=transformer)
+    how = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8}
+    how |= {"height": 32, "width": 32, "latents": torch.randn(2, 8, 8, 8), "output_type": "pt"}
+    pictures = [pipe(PROMPTS, **how).images for pipe in (stock, fused)]
+    assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
+    index = tmp_path / "fused/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text("{}")  # of an older model in several files
+    call(monkeypatch, *command, "--out", tmp_path / "fused", "--overwrite")
+    assert not index.exists()
+
+
+def test_bf16_backbone_with_a_float32_student(pipe, text):
+    """Its labels are near those of fp32. Student and gradients are fp32, teachers bf16."""
+    other = load(dtype="bf16")
+    transformers, texts = (pipe.transformer, other.transformer), (text, embed(other))
+    for transformer in transformers:
+        lora.load_adapter(transformer, "teacher", "toy/adapters/ocr", "--teacher")
+        lora.add_student(transformer, argparse.Namespace(**STUDENT))
+    assert model.backbone_dtype(other.transformer) == torch.bfloat16
+    for name, guidance in ((None, 4.5), ("teacher", 1.0), ("student", 4.5)):
+        velocities = []
+        for transformer, table in zip(transformers, texts):
+            with lora.use(transformer, name):
+                velocities.append(predict(transformer, table, guidance))
+        exact, rounded = velocities
+        assert rounded.dtype == torch.float32
+        assert (exact - rounded).norm() < 0.03 * exact.norm()
+    rounded.square().mean().backward()
+    student = lora.adapter_parameters(other.transformer, "student").values()
+    assert {p.dtype for p in student} == {torch.float32}
+    assert {p.grad.dtype for p in student if p.grad is not None} == {torch.float32}
+    teacher = lora.adapter_parameters(other.transformer, "teacher").values()
+    assert {p.dtype for p in teacher} == {torch.bfloat16}
+
+
+def test_checkpointing_changes_no_gradient(text):
     gradients = []
     for checkpointing in (False, True):
-        pipe = model.load_pipeline("toy", CPU, checkpointing=checkpointing)
-        text = model.embed_prompts(pipe, PROMPTS)
-
-        class Args:
-            seed, rank, alpha, init = 0, 4, 8, "base"
-
-        student, _ = adapters.add_student(pipe.transformer, Args, adapters.read_adapter("toy/adapters/ocr", "--init"))
-        x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-        with adapters.adapter(pipe.transformer, "student"):
-            model.velocity(pipe.transformer, x, 0.3, text, torch.tensor([1, 2]), 1.0).square().mean().backward()
-        gradients.append({k: p.grad for k, p in student.items() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
-    torch.testing.assert_close(gradients[1], gradients[0])
+        transformer = load(checkpointing=checkpointing).transformer
+        student, _ = lora.add_student(transformer, argparse.Namespace(**STUDENT))
+        predict(transformer, text).square().mean().backward()
+        gradients.append({key: p.grad for key, p in student.items() if p.grad is not None})
+    assert len(gradients[0]) > 10
+    assert_close(gradients[1], gradients[0])
 
 
-def test_embeddings_are_the_stock_pipelines_and_the_encoders_are_gone(tmp_path):
-    pipe = model.load_pipeline("toy", CPU)
-    text = model.embed_prompts(pipe, PROMPTS)
+def test_backbone_predicts_in_batches_with_the_guidance_of_each_lora(pipe, text):
+    lora.load_adapter(pipe.transformer, "teacher", "toy/adapters/ocr", "--teacher")
+    backbone = model.Backbone(pipe.transformer, text, {None: 1.0, "teacher": 2.5}, batch=2)
+    x, t = torch.randn(5, 8, 8, 8), torch.tensor([0.9, 0.1, 0.5, 0.5, 0.7])
+    prompt = torch.tensor([1, 2, 2, 0, 1])
+    for name, guidance in ((None, 1.0), ("teacher", 2.5)):
+        found = backbone.predict(name, x, t.view(5, 1, 1, 1), prompt)
+        assert_close(backbone.predict(name, x, 0.5, prompt)[2:4], found[2:4])
+        with torch.no_grad(), lora.use(pipe.transformer, name):
+            empty = model.velocity(pipe.transformer, x, t, text, 0 * prompt, 1.0)
+            full = model.velocity(pipe.transformer, x, t, text, prompt, 1.0)
+        assert_close(found, empty + guidance * (full - empty))
+
+
+def test_embeddings_are_the_stock_pipelines(pipe, text, tmp_path):
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
-    for prompt in ["", *PROMPTS]:
-        embeds, _, pooled, _ = stock.encode_prompt(prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=8)
-        torch.testing.assert_close(text["embeds"][text["rows"][prompt]], embeds[0])
-        torch.testing.assert_close(text["pooled"][text["rows"][prompt]], pooled[0])
-    assert pipe.text_encoder is None and pipe.text_encoder_3 is None
-    without = model.embed_prompts(pipe, PROMPTS, no_t5=True, length=8)["embeds"]
-    stock.save_pretrained(tmp_path / "toy")
-    for name in ("text_encoder_3", "tokenizer_3"):  # a model without T5
-        shutil.rmtree(tmp_path / "toy" / name)
-    index = json.loads((tmp_path / "toy/model_index.json").read_text())
-    index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
-    (tmp_path / "toy/model_index.json").write_text(json.dumps(index))
-    other = model.load_pipeline(str(tmp_path / "toy"), CPU)
-    torch.testing.assert_close(model.embed_prompts(other, PROMPTS, no_t5=True, length=8)["embeds"], without)
-    torch.testing.assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
+    how = {"do_classifier_free_guidance": False, "max_sequence_length": 8}
+    for prompt in ("", *PROMPTS):
+        embeds, _, pooled, _ = stock.encode_prompt(prompt, None, None, **how)
+        row = text["rows"][prompt]
+        assert_close((text["embeds"][row], text["pooled"][row]), (embeds[0], pooled[0]))
+    assert pipe.text_encoder is None and pipe.text_encoder_3 is None  # dropped
+    without = embed(pipe, no_t5=True)["embeds"]
+    assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
     assert not without[:, 9:].any() and text["embeds"][:, 9:].any()  # T5's
+    stock.text_encoder_3 = stock.tokenizer_3 = None
+    stock.save_pretrained(tmp_path / "toy")  # a model that has no T5
+    assert_close(embed(load(model=str(tmp_path / "toy")), no_t5=True)["embeds"], without)
 
 
-def test_cached_embeddings_are_the_same_and_need_no_encoder(monkeypatch, tmp_path):
-    pipe = model.load_pipeline("toy", CPU)
-    plain = model.embed_prompts(pipe, PROMPTS)
-    model.embed_prompts(pipe, PROMPTS[:1], cache=tmp_path)
-    first = model.embed_prompts(pipe, PROMPTS, cache=tmp_path)  # one from the cache, one new
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 3 and not list(tmp_path.rglob("*.safetensors.*"))
+def test_cached_embeddings_are_the_same_and_need_no_encoder(pipe, text, monkeypatch, tmp_path):
+    cache = {"cache_embeddings": str(tmp_path)}
+    embed(pipe, PROMPTS[:1], **cache)
+    first = embed(pipe, **cache)  # one from the cache, one new
+    assert len(list(tmp_path.rglob("*.safetensors*"))) == 3
 
     def refuse(*_, **__):
         raise AssertionError("an encoder was used")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", refuse)
-    second = model.embed_prompts(pipe, PROMPTS, cache=tmp_path)
-    for text in (first, second):
-        assert text["rows"] == plain["rows"]
-        torch.testing.assert_close(text["embeds"], plain["embeds"])
-        torch.testing.assert_close(text["pooled"], plain["pooled"])
-    with pytest.raises(AssertionError, match="encoder"):  # another length is another embedding
-        model.embed_prompts(pipe, PROMPTS, length=4, cache=tmp_path)
+    for table in (first, embed(pipe, **cache)):
+        assert_close(table, text)
+    with pytest.raises(AssertionError, match="encoder"):  # another length: another embedding
+        embed(pipe, text_length=4, **cache)
 
 
-def test_sharded_and_half_precision_transformers_load(tmp_path):
-    shutil.copytree("toy", tmp_path / "toy", ignore=shutil.ignore_patterns("adapters", "transformer", "prompts"))
-    stock = SD3Transformer2DModel.from_pretrained("toy/transformer")
-    stock.half().save_pretrained(tmp_path / "toy/transformer", max_shard_size="2MB")
-    assert len(list((tmp_path / "toy/transformer").glob("*.safetensors"))) > 1
-    pipe, other = model.load_pipeline(str(tmp_path / "toy"), CPU), model.load_pipeline("toy", CPU)
-    assert model.backbone_dtype(pipe.transformer) == torch.float32
-    text = model.embed_prompts(other, PROMPTS)
-    torch.testing.assert_close(predict(pipe, text), predict(other, text), atol=2e-2, rtol=1e-2)
+def test_the_schedule_of_prompts():
+    """Slot by slot, as its position says; shares exact; a task's prompts in whole passes."""
+    sizes, cycle, seed, train = {"ocr": 5, "deqa": 3}, ["ocr", "ocr", "deqa"], 7, {}
+    for task, size in sizes.items():
+        train[task] = [f"{task} {n}" for n in range(size)], [{"n": n} for n in range(size)]
+    schedule = run.draw_schedule(train, {"ocr": 2.0, "deqa": 1.0}, 4, 15, seed)
+    assert [len(slots) for slots in schedule] == [4] * 15
+    draws = {"ocr": [], "deqa": []}
+    for slot, (task, prompt, metadata) in enumerate(sum(schedule, [])):
+        assert task == cycle[slot % 3]
+        number, place = divmod(len(draws[task]), sizes[task])
+        key = run.generator(seed, task, "pass", number)
+        n = torch.randperm(sizes[task], generator=key)[place].item()
+        assert (prompt, metadata) == (f"{task} {n}", {"n": n})
+        draws[task].append(n)
+    for task, size in sizes.items():
+        passes = [draws[task][i : i + size] for i in range(0, len(draws[task]) - size + 1, size)]
+        assert all(sorted(drawn) == list(range(size)) for drawn in passes)
+        assert passes[0] != passes[1]
+    used = run.prompts_used(schedule, [2, 3, 4], 2, {"ocr": (["test"], [{}])})
+    assert set(used) == {slots[place][1] for slots in schedule for place in (1, 2)} | {"test"}
 
 
-def test_the_fused_transformer_paints_what_the_adapter_paints(monkeypatch, tmp_path, capsys):
-    """Same noise, same picture, in stock diffusers: once with load_lora_weights, once with the fused transformer."""
-    words = ["merge.py", "--adapters", "toy/adapters/ocr", "--fuse", "toy", "--out", str(tmp_path / "fused")]
-    monkeypatch.setattr(sys, "argv", words)
-    merge.main(merge.parse_args())
-    assert "from_pretrained" in capsys.readouterr().out
-    pictures = []
-    for fused in (False, True):
-        part = {"transformer": SD3Transformer2DModel.from_pretrained(tmp_path / "fused")} if fused else {}
-        pipe = StableDiffusion3Pipeline.from_pretrained("toy", **part)
-        pipe.set_progress_bar_config(disable=True)
-        if not fused:
-            pipe.load_lora_weights("toy/adapters/ocr")
-        noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-        flags = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, "height": 32, "width": 32}
-        pictures.append(pipe(PROMPTS, latents=noise, output_type="pt", **flags).images)
-    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
-    index = tmp_path / "fused/diffusion_pytorch_model.safetensors.index.json"  # of a model in several files, there before
-    index.write_text("{}")
-    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
-    merge.main(merge.parse_args())
-    assert not index.exists()
+def test_trained_steps_are_drawn_anew_each_iteration():
+    args = argparse.Namespace(seed=0, steps=6, window=2, window_end=5)
+    args.eligible_steps, args.trained_steps = [0, 2, 3, 4], 3
+    windows = {tuple(run.draw_window(args, n).tolist()) for n in range(50)}
+    assert windows == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    drawn = {tuple(run.draw_steps(args, n).tolist()) for n in range(50)}
+    assert drawn == {(0, 2, 3), (0, 2, 4), (0, 3, 4), (2, 3, 4)}
+    args.window = 0
+    assert run.draw_window(args, 0).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_adapter_that_does_not_fit_is_not_fused(monkeypatch, tmp_path, capsys):
-    shutil.copytree("toy/adapters/ocr", tmp_path / "bad")
-    tensors = load_file(tmp_path / "bad/adapter_model.safetensors")
-    save_file(
-        {k: torch.cat([t, t]) if "lora_B" in k else t for k, t in tensors.items()}, tmp_path / "bad/adapter_model.safetensors"
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["merge.py", "--adapters", str(tmp_path / "bad"), "--fuse", "toy", "--out", str(tmp_path / "out")]
-    )
-    with pytest.raises(SystemExit) as stopped:
-        merge.main(merge.parse_args())
-    assert stopped.value.code == 2 and "another size" in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_task_cosines_against_plain_loops():
+    gradients, tasks = torch.randn(4, 15), ["a", "b", "c", "d"]
+    gradients[2] = 0  # a task without samples
+    expected = {}
+    for j in (0, 1, 3):
+        expected[f"grad_norm/{tasks[j]}"] = sum(x * x for x in gradients[j].tolist()) ** 0.5
+    for j, k in ((0, 1), (0, 3), (1, 3)):
+        dot = sum(x * y for x, y in zip(gradients[j].tolist(), gradients[k].tolist()))
+        lengths = expected[f"grad_norm/{tasks[j]}"] * expected[f"grad_norm/{tasks[k]}"]
+        expected[f"cosine/{tasks[j]}-{tasks[k]}"] = dot / lengths
+    assert_close(run.task_cosines(gradients, tasks), expected)
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in Path("recipes").glob("*.args")))
+@pytest.mark.parametrize("every, decay", ((1, 0.9), (3, 0.5), (2, 0.0)))
+def test_the_average_against_a_plain_loop(every, decay):
+    student, average, expected = {"x": torch.zeros(2)}, {"x": torch.tensor([1.0, 2.0])}, [1.0, 2.0]
+    args = argparse.Namespace(ema_every=every, ema_decay=decay)
+    for updates in range(1, 100):
+        student["x"][:] = torch.tensor([0.1 * updates, -(updates**0.5)])
+        run.update_average(average, student, updates, args)
+        if updates % every == 0:
+            d = min((1 + updates // every) / (10 + updates // every), decay)
+            values = student["x"].tolist()
+            expected = [d * old + (1 - d) * new for old, new in zip(expected, values)]
+        assert_close(average["x"].tolist(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in ROOT.glob("recipes/*.args")))
 def test_recipes_parse(monkeypatch, tmp_path, recipe):
-    """Every flag in them exists, and every value fits; the files that they name are stood in for."""
-    text = Path("recipes", recipe).read_text()
-    command = next(line for line in text.splitlines() if f"@recipes/{recipe}" in line).lstrip("# ").split()
+    """Every flag in them exists and every value fits. The files that they name need not exist."""
+    lines = Path("recipes", recipe).read_text().splitlines()
+    command = next(line for line in lines if f"@recipes/{recipe}" in line).split()
     script = next(word for word in command if word.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py"))
-    for place in (cli, module):
+    everywhere = [m for name, m in sys.modules.items() if name.startswith("support.")]
+    for place in (module, *everywhere):
         monkeypatch.setattr(place, "check_adapter", lambda *_: None, raising=False)
         monkeypatch.setattr(place, "prompt_files", lambda given, *_: given, raising=False)
-    monkeypatch.setattr(sys, "argv", [script, f"@recipes/{recipe}", "--out", str(tmp_path / "out")])
-    args = module.parse_args()
-    assert vars(args)
+    monkeypatch.setattr(sys, "argv", [script, f"@recipes/{recipe}", "--out", str(tmp_path)])
+    assert vars(module.parse_args())
