@@ -1,17 +1,21 @@
-"""Scores that no teacher was trained on, and prompts of forms that no training prompt had.
+"""Scores that no teacher was trained on, and prompts of forms that no training prompt has.
 
     python evaluate.py --models base --rewards experiments.heldout --tasks geneval --out runs/heldout
     python experiments/heldout.py          # results/clean.json: the same scores of clean drawings
 
-`REWARDS` is the miniature's own plus, on the test images of every task, three measures of the pixels:
+REWARDS holds the miniature's own scorers and, for the test images of every task, three measures of
+the pixels:
 
-    TASK_edges     how hard edges are: 1 for a step from one pixel to the next, 0.67 for a ramp over two   (clean: about 1)
-    TASK_noise     mean difference of neighbouring background pixels, in 8-bit levels; lower is better         (clean: 0)
-    TASK_distance  mean squared z-score of 12 colour and gradient statistics, against those of clean drawings of the same
-                   task's prompts; lower is better                                                             (clean: 1)
+    TASK_edges     how hard edges are: 1 for a step from one pixel to the next, 0.67 for a ramp over
+                   two pixels (clean drawings: about 1)
+    TASK_noise     mean difference of neighbouring background pixels, in 8-bit levels; lower is
+                   better (clean drawings: 0)
+    TASK_distance  mean squared z-score of 12 colour and gradient statistics, against those of clean
+                   drawings of the same task's prompts; lower is better (clean drawings: 1)
 
-`variety` is the mean distance between samples of one prompt (RMS over pixels and channels, 0 to 1): a model that paints the
-same picture every time gets 0. The other tasks are prompts out of distribution, scored as geneval and ocr score.
+`variety` is the mean distance between samples of one prompt (RMS over pixels and channels, 0 to 1).
+A model that always makes the same picture gets 0. The other tasks are prompts out of distribution,
+scored as geneval and ocr score.
 """
 
 import functools
@@ -21,49 +25,73 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-import toy
 from support.files import read_prompts, save_json
+from toy.scorers import REWARDS as TOY_REWARDS
+from toy.scorers import geneval, look, ocr
+from toy.world import COLOURS, GLYPHS, RELATIONS, SHAPES, TASKS, render
+
+# ---- Measures of the pixels
 
 
 def edges(images):
-    """(B, 3, H, W) -> (B,). Twice the energy of differences one pixel apart over that of differences two apart: a hard step
-    shows once at distance one and twice at distance two, whatever its height; a soft one has most of its rise at two."""
-    one = sum((images - images.roll(1, d))[..., 2:, 2:].square().flatten(1).sum(1) for d in (2, 3))
-    two = sum((images - images.roll(2, d))[..., 2:, 2:].square().flatten(1).sum(1) for d in (2, 3))
-    return 2 * one / two.clamp(min=1e-6)
+    """(B, 3, H, W) -> (B,): twice the energy of differences one pixel apart over that of
+    differences two apart.
+
+    A hard step counts once at distance one and twice at distance two, whatever its height. A soft
+    step has most of its rise at distance two."""
+    energy = {}
+    for distance in (1, 2):
+        energy[distance] = 0
+        for axis in (2, 3):
+            difference = (images - images.roll(distance, axis))[..., 2:, 2:]
+            energy[distance] = energy[distance] + difference.square().flatten(1).sum(1)
+    return 2 * energy[1] / energy[2].clamp(min=1e-6)
 
 
 def noise(images):
-    """(B, 3, H, W) -> (B,): mean |difference| of neighbouring pixels that both show the background, 0 to 255."""
-    ground = toy.look(images)[1] == 0  # (B, H, W)
+    """(B, 3, H, W) -> (B,): mean |difference| of neighbouring background pixels, 0 to 255."""
+    background = look(images)[1] == 0  # (B, H, W)
     total = count = 0
-    for d in (1, 2):
-        both = (ground & ground.roll(1, d)).narrow(d, 1, ground.shape[d] - 1)  # (B, H - 1, W) or (B, H, W - 1)
-        step = (images - images.roll(1, d + 1)).narrow(d + 1, 1, images.shape[d + 1] - 1).abs().mean(1)
-        total, count = total + (step * both).flatten(1).sum(1), count + both.flatten(1).sum(1)
+    for axis in (1, 2):
+        size = background.shape[axis] - 1
+        both = (background & background.roll(1, axis)).narrow(axis, 1, size)
+        difference = (images - images.roll(1, axis + 1)).narrow(axis + 1, 1, size).abs().mean(1)
+        total = total + (difference * both).flatten(1).sum(1)
+        count = count + both.flatten(1).sum(1)
     return 255 * total / count.clamp(min=1)
 
 
 def statistics(images):
-    """(B, 12): mean and spread of every colour channel, the background's colour, its share, and how strong gradients are."""
-    background, label, _ = toy.look(images)
+    """(B, 12): mean and spread of every colour channel, the background's colour and share, and how
+    strong the gradients are along both axes."""
+    background, label, _ = look(images)
     flat = images.flatten(2)
-    steps = [(images - images.roll(1, d)).abs().flatten(1).mean(1, keepdim=True) for d in (2, 3)]
-    return torch.cat([flat.mean(2), flat.std(2), background, (label == 0).flatten(1).float().mean(1, keepdim=True), *steps], 1)
+    share = (label == 0).flatten(1).float().mean(1, keepdim=True)
+    parts = [flat.mean(2), flat.std(2), background, share]
+    for axis in (2, 3):
+        parts.append((images - images.roll(1, axis)).abs().flatten(1).mean(1, keepdim=True))
+    return torch.cat(parts, 1)
 
 
 def draw(prompts, seed=0):
     """Clean drawings of prompts: (N, 3, 32, 32)."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([toy.render(p, rng) for p in prompts])).permute(0, 3, 1, 2)
+    drawings = np.stack([render(prompt, rng) for prompt in prompts])
+    return torch.from_numpy(drawings).permute(0, 3, 1, 2)
+
+
+def prompts_of(task):
+    prompts, _ = read_prompts(ROOT / "toy" / "prompts" / f"{task}_test.txt")
+    return prompts
 
 
 @functools.cache
 def clean_statistics(task):
     """Mean and standard deviation (12,) over 2048 clean drawings of the task's test prompts."""
-    prompts, _ = read_prompts(f"toy/prompts/{task}_test.txt")
+    prompts = prompts_of(task)
     values = statistics(draw(prompts * (2048 // len(prompts)), seed=1))
     return values.mean(0), values.std(0)
 
@@ -77,48 +105,69 @@ def variety(images, prompts, metadata=None):
     """(B,): each image's mean RMS distance from the others of its prompt in the batch."""
     flat = images.flatten(1)
     apart = torch.cdist(flat, flat) / flat.shape[1] ** 0.5  # (B, B)
-    names = list(dict.fromkeys(prompts))
-    index = torch.tensor([names.index(p) for p in prompts])
+    distinct = list(dict.fromkeys(prompts))
+    index = torch.tensor([distinct.index(prompt) for prompt in prompts])
     same = (index[:, None] == index).float() - torch.eye(len(index))
     return (apart * same).sum(1) / same.sum(1).clamp(min=1)
 
 
-REWARDS = dict(toy.REWARDS)
-for task in toy.TASKS:
-    REWARDS[f"{task}_edges"] = lambda images, prompts, metadata=None: edges(images)
-    REWARDS[f"{task}_noise"] = lambda images, prompts, metadata=None: noise(images)
-    REWARDS[f"{task}_distance"] = lambda images, prompts, metadata=None, task=task: distance(images, task)
-REWARDS |= {"variety": variety, "counts": toy.geneval, "places": toy.geneval, "three": toy.geneval, "letters": toy.ocr}
+def scorer_of(measure, **given):
+    """A measure of images alone as a scorer of (images, prompts, metadata)."""
+    return lambda images, prompts, metadata=None: measure(images, **given)
+
+
+REWARDS = dict(TOY_REWARDS)
+for task in TASKS:
+    REWARDS[f"{task}_edges"] = scorer_of(edges)
+    REWARDS[f"{task}_noise"] = scorer_of(noise)
+    REWARDS[f"{task}_distance"] = scorer_of(distance, task=task)
+REWARDS |= {"variety": variety}
+REWARDS |= {"counts": geneval, "places": geneval, "three": geneval, "letters": ocr}
+
+
+# ---- Prompts
 
 
 def variety_prompts():
     """The first four test prompts of every task, eight times each."""
-    return [p for task in toy.TASKS for p in read_prompts(f"toy/prompts/{task}_test.txt")[0][:4] for _ in range(8)]
+    return [prompt for task in TASKS for prompt in prompts_of(task)[:4] for _ in range(8)]
+
+
+def two_things(rng, things):
+    """Two coloured shapes that differ in shape."""
+    while True:
+        a, b = rng.permutation(things)[:2]
+        if a.split()[1] != b.split()[1]:
+            return a, b
+
+
+def plural(count, thing):
+    return f"{count} {thing}" if count == "one" else f"{count} {thing}s"
 
 
 def write_prompts(folder):
-    """Prompt files for evaluate.py: {task: path}. Test prompts eight times over for variety; four forms that neither the
-    teachers nor the base ever saw: one of the first against three of the second, places of several objects, three kinds of
-    object, text under a noun that was never text's. Seven words at most: the miniature reads no more."""
-    rng, things = np.random.default_rng(0), [f"{c} {s}" for c in toy.COLOURS for s in toy.SHAPES]
+    """Write prompt files for evaluate.py: {task: path}.
 
-    def two():
-        a, b = rng.permutation(things)[:2]
-        return (a, b) if a.split()[1] != b.split()[1] else two()
-
+    variety: test prompts, eight times each. The others are forms that neither the teachers nor the
+    base ever saw: one of the first against three of the second, places of several objects, three
+    kinds of object, text under a noun that never had text. Seven words at most: the miniature reads
+    no more."""
+    rng = np.random.default_rng(0)
+    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    counts = (("two", "one"), ("one", "two"), ("two", "two"))
+    nouns = ("photo", "picture", "image", "drawing")
     forms = {"variety": variety_prompts(), "counts": [], "places": [], "three": [], "letters": []}
     for n in range(64):
-        (a, b), (first, second) = two(), (("two", "one"), ("one", "two"), ("two", "two"))[n % 3]
-        plural = lambda count, thing: f"{count} {thing}{'s' if count != 'one' else ''}"
-        relation = toy.RELATIONS[n % 4]
+        a, b = two_things(rng, things)
+        first, second = counts[n % 3]
         forms["counts"].append(f"one {a} and three {b}s")
-        forms["places"].append(f"{plural(first, a)} {relation} {plural(second, b)}")
-        x, y, z = rng.permutation(toy.SHAPES)
-        c, d = rng.permutation(list(toy.COLOURS))[:2]
+        forms["places"].append(f"{plural(first, a)} {RELATIONS[n % 4]} {plural(second, b)}")
+        x, y, z = rng.permutation(SHAPES)
+        c, d = rng.permutation(list(COLOURS))[:2]
         forms["three"].append(f"{c} {x} and {d} {y} and {z}")
-        letters = rng.permutation(list(toy.GLYPHS))[:2]
-        noun = ("photo", "picture", "image", "drawing")[n % 4]
-        forms["letters"].append(f"{noun} reads {letters[0]} {letters[1]} in {rng.choice(list(toy.COLOURS))}")
+        letters = rng.permutation(list(GLYPHS))[:2]
+        colour = rng.choice(list(COLOURS))
+        forms["letters"].append(f"{nouns[n % 4]} reads {letters[0]} {letters[1]} in {colour}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for task, prompts in forms.items():
         (Path(folder) / f"{task}.txt").write_text("\n".join(prompts) + "\n")
@@ -126,16 +175,18 @@ def write_prompts(folder):
 
 
 def clean_scores():
-    """What clean drawings of the test prompts get: {"edges", "noise", "distance", "variety"}, means over the four tasks."""
-    out = {"edges": 0.0, "noise": 0.0, "distance": 0.0}
-    for task in toy.TASKS:
-        prompts, _ = read_prompts(f"toy/prompts/{task}_test.txt")
+    """The scores of clean drawings of the test prompts: {"edges", "noise", "distance", "variety"},
+    means over the four tasks."""
+    scores = {"edges": 0.0, "noise": 0.0, "distance": 0.0}
+    for task in TASKS:
+        prompts = prompts_of(task)
         images = draw(prompts)
-        for name in out:
-            out[name] += REWARDS[f"{task}_{name}"](images, prompts).mean().item() / len(toy.TASKS)
+        for name in scores:
+            own = REWARDS[f"{task}_{name}"](images, prompts)
+            scores[name] += own.mean().item() / len(TASKS)
     prompts = variety_prompts()
-    return out | {"variety": variety(draw(prompts), prompts).mean().item()}
+    return scores | {"variety": variety(draw(prompts), prompts).mean().item()}
 
 
 if __name__ == "__main__":
-    save_json("experiments/results/clean.json", clean_scores())
+    save_json(ROOT / "experiments" / "results" / "clean.json", clean_scores())
