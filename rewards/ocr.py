@@ -17,7 +17,7 @@ tools/infer/predict_{system,det,rec}.py), without OpenCV.
 Weights (Apache-2.0), 20 MB together:
     hf download PaddlePaddle/PP-OCRv5_mobile_det_safetensors
     hf download PaddlePaddle/PP-OCRv5_mobile_rec_safetensors
-PP-OCRv5_server_{det,rec}_safetensors fit too: larger, slower, better. Not checked here against the
+PP-OCRv5_server_{det,rec}_safetensors have the same inputs and outputs. Not checked here against the
 real weights.
 """
 

@@ -1,7 +1,7 @@
 """Images per second of each scorer of rewards/, one at a time and in batches, with random weights.
 
-    python tests/benchmark_rewards.py                      # what a CPU can run: minutes
-    python tests/benchmark_rewards.py --device cuda        # with DeQA, and batches up to 64
+    python experiments/benchmark_rewards.py                # what a CPU can run: minutes
+    python experiments/benchmark_rewards.py --device cuda  # with DeQA, and batches up to 64
 
 The weights have the published shapes. A time contains all that a score takes: preparing the
 pictures, the networks, what comes after them. Random networks find nothing, so this is arranged:
@@ -19,7 +19,8 @@ import torch
 import transformers as hf
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_rewards import FULL, letter_tokenizer, published_shapes
 
 from rewards import aesthetic, clipscore, deqa, geneval, geneval_convert, ocr, pickscore
@@ -134,7 +135,7 @@ def seconds(scorer, images, budget=0.0):
 
 
 def outside_networks(scorer, images):
-    """Seconds of a call outside its networks: pictures, boxes, letters. A GPU would wait for them."""
+    """Seconds of a call outside its networks: pictures, boxes, letters. A GPU waits for them."""
     depth, inside, began = 0, 0.0, 0.0
 
     def enter(module, inputs):
