@@ -22,6 +22,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import SubFigure
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 # Needed only as long as sde.py and losses.py lie in the folder above this one.
@@ -39,20 +42,20 @@ WIDTH = 0.15  # a task's data: equal Gaussians of this standard deviation around
 ORANGE, BLUE, GREY, PINK = "#D55E00", "#0072B2", "#666666", "#CC79A7"  # safe for colour-blind eyes
 
 
-def data(task, number):
+def data(task: int, number: int) -> Tensor:
     """Points of a task: (number, 2)."""
     centres = SPOTS[task][torch.randint(len(SPOTS[task]), (number,))]
     return centres + WIDTH * torch.randn(number, 2)
 
 
-def velocity(net, x, t, task):
+def velocity(net: Module, x: Tensor, t: Tensor | float, task: Tensor) -> Tensor:
     """The model: v like x (..., 2). t is a float or (..., 1); task is broadcast to (...)."""
     t = torch.as_tensor(t, dtype=torch.float32).expand(*x.shape[:-1], 1)
     task = torch.nn.functional.one_hot(task, 2).expand(*x.shape[:-1], 2)
     return net(torch.cat([x, t, t.square(), task], dim=-1))
 
 
-def flow_matching(net, points, tasks, steps, name):
+def flow_matching(net: Module, points: Tensor, tasks: Tensor, steps: int, name: str) -> Module:
     """Train base and teachers: regress noise - data at random times. points (M, 2), tasks (M,)."""
     optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -68,7 +71,14 @@ def flow_matching(net, points, tasks, steps, name):
     return net.requires_grad_(False)
 
 
-def distil(base, teachers, objective, grid, iterations, samples):
+def distil(
+    base: Module,
+    teachers: list[Module],
+    objective: str,
+    grid: list[float],
+    iterations: int,
+    samples: int,
+) -> tuple[Module, list[float]]:
     """Flow-OPD. Returns the student, and the mean KL to its teachers in every iteration."""
     student = copy.deepcopy(base).requires_grad_(True)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
@@ -121,7 +131,7 @@ def distil(base, teachers, objective, grid, iterations, samples):
 
 
 @torch.no_grad()
-def sample(net, task):
+def sample(net: Module, task: int) -> tuple[Tensor, float]:
     """Sample 500 points of a task without noise: all states (21, 500, 2), and the filled share.
 
     That is the share of points within three standard deviations of a spot. No spot counts for more
@@ -133,7 +143,14 @@ def sample(net, task):
     return path, near.float().mean(1).clamp(max=1 / len(near)).sum().item()
 
 
-def draw_top(figure, base, teachers, students, colours, grid):
+def draw_top(
+    figure: SubFigure,
+    base: Module,
+    teachers: list[Module],
+    students: dict[str, tuple],
+    colours: dict[str, str],
+    grid: list[float],
+) -> None:
     """What one iteration sees, and the KL of all iterations."""
     title = "One iteration: the student samples (grey, from the squares on); "
     figure.suptitle(title + "the teacher labels every state it visits", fontsize=13)
@@ -159,7 +176,13 @@ def draw_top(figure, base, teachers, students, colours, grid):
     right.legend()
 
 
-def draw_bottom(figure, base, teachers, students, colours):
+def draw_bottom(
+    figure: SubFigure,
+    base: Module,
+    teachers: list[Module],
+    students: dict[str, tuple],
+    colours: dict[str, str],
+) -> None:
     """What every model samples for both tasks."""
     title = "Samples without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points. "
     figure.suptitle(title + "Dotted: the spots of the task", fontsize=13)
@@ -182,13 +205,15 @@ def draw_bottom(figure, base, teachers, students, colours):
         row[0].set_ylabel(f"task {task}: {TASKS[task]}", fontsize=12)
 
 
-def arrows(axis, net, x, t, task, colour, **style):
+def arrows(
+    axis: plt.Axes, net: Module, x: Tensor, t: Tensor | float, task: int, colour: str, **style
+) -> None:
     """Draw -v at x: sampling goes from t = 1 to 0."""
     v = velocity(net, x, t, torch.tensor(task))
     axis.quiver(*x.reshape(-1, 2).T, *-v.reshape(-1, 2).T, color=colour, zorder=2, **style)
 
 
-def frame(axis, task, title):
+def frame(axis: plt.Axes, task: int, title: str) -> None:
     """Title, limits and the task's spots."""
     for spot in SPOTS[task].tolist():
         circle = plt.Circle(spot, 3 * WIDTH, fill=False, color="black", lw=0.9, ls=":", zorder=4)
@@ -234,7 +259,7 @@ def main(args):
     print(f"picture: {args.out}/flow2d.png")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     flag = parser.add_argument

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
 from tqdm import tqdm
 
 # Needed only as long as sde.py and losses.py lie in the folder above this one.
@@ -51,21 +52,28 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 LAYERS += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-def pack(x):
+def pack(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H W / 4, 4 C), like FluxPipeline._pack_latents."""
     B, C, H, W = x.shape
     x = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(B, H * W // 4, 4 * C)
 
 
-def unpack(x, H, W):
+def unpack(x: Tensor, H: int, W: int) -> Tensor:
     """The reverse, for the VAE: (B, H W / 4, 4 C) -> (B, C, H, W)."""
     B, C = len(x), x.shape[2] // 4
     x = x.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(B, C, H, W)
 
 
-def velocity(transformer, x, t, embeds, pooled, guidance=3.5):
+def velocity(
+    transformer: FluxTransformer2DModel,
+    x: Tensor,
+    t: Tensor | float,
+    embeds: Tensor,
+    pooled: Tensor,
+    guidance: float = 3.5,
+) -> Tensor:
     """v like x (B, H W / 4, 4 C); t in [0, 1], a float or B of them."""
     img_ids = torch.zeros(H // 2, W // 2, 3)
     img_ids[..., 1], img_ids[..., 2] = torch.arange(H // 2)[:, None], torch.arange(W // 2)
@@ -84,7 +92,7 @@ def velocity(transformer, x, t, embeds, pooled, guidance=3.5):
     )[0]
 
 
-def add_adapters(transformer):
+def add_adapters(transformer: FluxTransformer2DModel) -> list[torch.nn.Parameter]:
     """The student starts as the base (B = 0). The teachers' B is random: something to learn."""
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # we want several
     for name, rank in {"left": 4, "right": 4, "student": 16}.items():  # any ranks
@@ -160,7 +168,7 @@ def main(args):
     print(f"the student's LoRA: {args.out}/pytorch_lora_weights.safetensors")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     flag = parser.add_argument

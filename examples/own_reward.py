@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 # Needed only as long as sde.py and losses.py lie in the folder above this one.
@@ -38,14 +39,14 @@ LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 LAYERS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
 
 
-def reward(images, prompts):
+def reward(images: Tensor, prompts: list[str]) -> Tensor:
     """Redness: how much more red than green and blue an image is on average. (B,)"""
     red, green, blue = images.mean(dim=(2, 3)).unbind(1)
     return red - (green + blue) / 2
 
 
 @torch.no_grad()
-def decode(vae, latents):
+def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
@@ -126,7 +127,7 @@ def main(args):
     print(f"LoRA for pipe.load_lora_weights: {args.out}")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     flag = parser.add_argument

@@ -46,7 +46,7 @@ def test_examples_import_the_two_maths_modules_alone():
 
 
 def test_flow2d_runs(example, tmp_path):
-    out = example("flow2d", "--objectives", "ppo", "ode", *TINY, "--out", tmp_path)
+    out = example("flow2d", "--objectives", "ppo", *TINY, "--out", tmp_path)
     assert all(kl > 0 for kl in arrow(out, "KL to the teachers"))
     assert Image.open(tmp_path / "flow2d.png").width > 1000
 

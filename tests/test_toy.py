@@ -217,7 +217,7 @@ def rescore(name, out, monkeypatch, *flags):
 
 
 def test_the_base_scores_as_recorded_on_some_prompts(tmp_path, monkeypatch):
-    for metric, new, recorded in rescore("base", tmp_path, monkeypatch, "--num_prompts", 48):
+    for metric, new, recorded in rescore("base", tmp_path, monkeypatch, "--num_prompts", 32):
         error = (new["se"] ** 2 + recorded["se"] ** 2) ** 0.5
         assert abs(new["mean"] - recorded["mean"]) < 4 * error, metric
 
