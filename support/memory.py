@@ -1,9 +1,8 @@
-"""Memory: what a run of train_opd.py will need, counted without loading a weight (--dry_run), and
+"""Memory: what a run of train_opd.py will need, counted without loading the model (--dry_run), and
 one line where memory runs out.
 
-The model is built from its configuration files alone, with all its LoRAs. Then a forward and a
-backward pass run on fake tensors, which have shapes but no contents, and the bytes of those alive
-are added up.
+The model is built from its configuration files alone. Then a forward and a backward pass run on
+fake tensors, which have shapes but no contents, and the bytes of those alive are added up.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from support.files import check_model, fetch, hub_id
-from support.lora import adapter_parameters, add_adapter, read_adapter, use
+from support.files import check_model, fetch
+from support.lora import add_student, load_adapter, load_anchor, use
 from support.model import backbone_dtype, precision, velocity
 from support.run import print_batch, share, start_processes, stop_processes
 
@@ -87,37 +86,21 @@ def guidance_of(args: argparse.Namespace, phase: str) -> float:
     return max(args.guidance, *args.teacher_guidance.values(), 1, key=lambda scale: scale != 1)
 
 
-def shape_of(path: str, flag: str, args: argparse.Namespace, alpha: float | None = None) -> dict:
-    """A LoRA as add_adapter takes it. Of one on the hub only the configuration is fetched."""
-    if path == "base":
-        return {"rank": args.rank, "alpha": args.alpha}
-    if not hub_id(path):
-        return {"layers": read_adapter(path, flag, alpha), "where": f"{flag} {path}"}
-    file = Path(fetch(path, flag, ("adapter_config.json",))) / "adapter_config.json"
-    rank = json.loads(file.read_text())["r"] if file.is_file() else args.rank
-    return {"rank": rank, "alpha": 1}
-
-
 def build(args: argparse.Namespace, folder: str, dtype: torch.dtype) -> tuple:
     """(the transformer with all its LoRAs, without contents; {what it holds: bytes})."""
     config = SD3Transformer2DModel.load_config(f"{folder}/transformer")
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
-    torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()
+    to_dtype = torch.nn.Module.to  # diffusers' own warns
+    to_dtype(transformer, dtype).requires_grad_(False).eval()
     bare = size_of(transformer)
     for task, path in args.teacher.items():
-        shape = shape_of(path, f"--teacher {task}", args, args.teacher_alpha.get(task))
-        add_adapter(transformer, f"teacher_{task}", **shape)
-    same = [path for task, path in args.teacher.items() if task not in args.teacher_guidance]
-    if args.mar_weight and args.anchor not in ("base", *same):
-        add_adapter(transformer, "anchor", **shape_of(args.anchor, "--anchor", args))
-    torch.nn.Module.to(transformer, dtype)  # as peft does with a LoRA that has contents
+        alpha = args.teacher_alpha.get(task)
+        load_adapter(transformer, f"teacher_{task}", path, f"--teacher {task}", alpha)
+    load_anchor(transformer, args)
+    to_dtype(transformer, dtype)  # as peft does with a LoRA that has contents
     frozen = size_of(transformer) - bare
-    for name in ("average", "student"):
-        add_adapter(transformer, name, **shape_of(args.init, "--init", args))
-        for parameter in adapter_parameters(transformer, name).values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(name == "student")
+    add_student(transformer, args)
     trained = size_of(transformer) - bare - frozen
     return transformer, {
         f"transformer, {str(dtype).removeprefix('torch.')}": bare,
@@ -151,16 +134,16 @@ def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[s
     side = transformer.config.sample_size
     if args.size:
         side = args.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    clip, t5 = (
-        read(f"{part}/tokenizer_config.json")["model_max_length"]
-        for part in ("tokenizer", "tokenizer_3")
-    )
-    tokens = clip + (args.text_length if args.no_t5 else min(args.text_length, t5))
+    clip_length = read("tokenizer/tokenizer_config.json")["model_max_length"]
+    t5_length = args.text_length
+    if not args.no_t5:
+        t5_length = min(t5_length, read("tokenizer_3/tokenizer_config.json")["model_max_length"])
+    tokens = clip_length + t5_length
     latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
-    # The rollout's states and means; x, x_next, mean_old, mean_teacher, v_teacher, v_anchor of rows.
-    held["states, means and labels, float32"] = (2 * steps + 1 + 6 * S) * b * latent
+    # Noise, states and means of a rollout; of its rows x, x_next, two means and two labels.
+    held["states, means and labels, float32"] = (2 * steps + 2 + 6 * S) * b * latent
     extra = {"text encoders": 0}
     with torch.device("meta"):
         for part in ("text_encoder", "text_encoder_2", "text_encoder_3")[: 2 if args.no_t5 else 3]:
@@ -172,17 +155,15 @@ def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[s
         transformer.to_empty(device=device)
         if args.checkpointing:
             transformer.enable_gradient_checkpointing()
-        measure = lambda n, scale, backward: peak_of(
-            transformer, n, side, tokens, scale, device, backward
-        )
         for phase, rows in largest_batch(args, world).items():
-            extra[phase] = measure(rows, guidance_of(args, phase), phase == "update")
+            scale, backward = guidance_of(args, phase), phase == "update"
+            extra[phase] = peak_of(transformer, rows, side, tokens, scale, device, backward)
         extra["rollout"] += (2 * steps + 2) * b * latent  # lists, before they are stacked
         if args.sample_every or args.eval_prompts:
             held["VAE, float32, from the first pictures on"] = size_of(vae)
             vae.to_empty(device=device)
             n = min(args.label_batch, args.eval_prompts or 2 * len(args.teacher))
-            sampling = measure(n, args.student_guidance, False)
+            sampling = peak_of(transformer, n, side, tokens, args.student_guidance, device)
             sampling += (4 * args.eval_steps + 3) * n * latent
             with torch.no_grad(), Alive(device) as alive:
                 vae.decode(torch.zeros(n, vae.config.latent_channels, side, side, device=device))
@@ -221,7 +202,7 @@ def dry_run(args: argparse.Namespace) -> None:
 # needs less there (the first flag that the script has).
 PHASES = {
     "load_pipeline": ("the model", ["--dtype bf16"]),
-    "embed_prompts": ("text embeddings", ["--no_t5, or --cache_embeddings DIR from another machine"]),
+    "embed_prompts": ("text embeddings", ["--no_t5, or --cache_embeddings of another machine"]),
     "score_files": ("evaluation", ["a smaller --batch", "a smaller --label_batch"]),
     "sample_images": ("pictures", ["a smaller --batch", "a smaller --label_batch"]),
     "decode": ("pictures", ["a smaller --batch", "a smaller --label_batch"]),
