@@ -474,7 +474,7 @@ def tokenizer_model(change=None):
             pieces[i] = piece
     if change:
         pieces[change] = "other"
-    # Of a piece: 1 text, 2 score (four bytes), 3 kind (varint). Then field 2, the trainer's settings
+    # Of a piece: 1 text, 2 score (four bytes), 3 kind (varint). Then 2, the trainer's settings
     more = b"\x15\0\0\x80\xbf" + b"\x18\x01"
     body = b"".join(protobuf(1, protobuf(1, piece.encode()) + more) for piece in pieces)
     return body + protobuf(2, b"\x08\xac\x02" + b"\x11" + bytes(8))

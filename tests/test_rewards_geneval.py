@@ -190,7 +190,6 @@ def test_bad_metadata(metadata, message):
         ((480, 640), (800, 1067), (800, 1088)),  # 640 * 5/3 = 1066.67
         ((591, 590), (801, 800), (832, 800)),  # 591 * 800/590 = 801.36
         ((400, 2000), (267, 1333), (288, 1344)),  # the long edge decides: 400 * .6665 = 266.6
-        ((1024, 1024), (800, 800), (800, 800)),
         ((1, 1), (800, 800), (800, 800)),
     ],
 )
@@ -265,11 +264,12 @@ def test_postprocess_box_score_and_mask():
     assert detections(class_logits({}), mask_logits(WHOLE)) == {}
 
 
-@pytest.mark.parametrize("threshold, kept", [(0.3, [0.95, 0.91, 0.89, 0.31]), (0.9, [0.95, 0.91])])
-def test_postprocess_thresholds(threshold, kept):
+def test_postprocess_thresholds():
     rows = [{CAT_ID: p} for p in (0.29, 0.91, 0.31, 0.95, 0.89)]
-    found = detections(class_logits(*rows), mask_logits(*[(0, 0, 4, 4)] * 5), threshold)
-    assert [round(o["score"], 4) for o in found["cat"]] == kept
+    given = class_logits(*rows), mask_logits(*[(0, 0, 4, 4)] * 5)
+    for threshold, expected in {0.3: [0.95, 0.91, 0.89, 0.31], 0.9: [0.95, 0.91]}.items():
+        found = detections(*given, threshold)
+        assert [round(o["score"], 4) for o in found["cat"]] == expected
     half = torch.zeros(1, 2), mask_logits(WHOLE)  # a score of .5 exactly: the threshold is strict
     sure = torch.tensor([[100.0, -100.0]]), mask_logits(WHOLE, inside=1e-30)  # 1 * sigmoid(0)
     for given in (half, sure):
@@ -439,20 +439,6 @@ def test_convert_full_size_is_bijective():
 def save_tiny(folder, digest=geneval_detector.SHA256 + "0" * 56):
     converted = geneval_convert.convert(random_checkpoint(), tiny_config())
     geneval_convert.save_detector(converted, tiny_config(), folder, digest)
-    return converted
-
-
-def test_convert_round_trip(tmp_path):
-    """mmdet dict -> file -> stock from_pretrained -> every converted tensor, none missing."""
-    converted = save_tiny(tmp_path)
-    model, head = geneval_detector.load_detector(tmp_path, "cpu")
-    loaded = {"model." + key: t for key, t in model.state_dict().items()}
-    loaded |= {"class_predictor." + key: t for key, t in head.state_dict().items()}
-    assert loaded.keys() == converted.keys()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in converted.items())
-    block = model.pixel_level_module.encoder.swin.encoder.layers[2].blocks[1]
-    index = block.attention.relative_position_bias.relative_position_index  # it makes this itself
-    assert torch.equal(index.view(9, 9), window_index(3))
 
 
 def mmdet_forward(s, x, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3):
@@ -921,8 +907,7 @@ def test_prompt_file(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_real_weights():
-    """Uniform squares have the colours of their names; on the reward server's sample image, where
-    it is there, both objects are found."""
+    """Uniform squares have the colours of their names, and nothing is found in them."""
     scorer = GenEval(weights=ROOT / geneval_detector.WEIGHTS, mode="official")
     try:
         scorer.load()
@@ -938,7 +923,3 @@ def test_real_weights():
     assert [objects["car"][0]["colour"] for objects in found] == list(rgb)
     grey = Image.new("RGB", (512, 512), "#808080")
     assert scorer.judge([grey], [CAT])[0]["correct"] is False
-    sample = ROOT / "weights" / "a photo of a brown giraffe and a white stop sign.png"
-    if sample.is_file():
-        (objects,) = scorer.detect([np.asarray(Image.open(sample).convert("RGB"))], [0.3])
-        assert {"giraffe", "stop sign"} <= set(objects)
