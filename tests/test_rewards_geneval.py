@@ -682,7 +682,9 @@ def metadata_for(scorer, images):
 @pytest.mark.parametrize("mode, key", [("official", "correct"), ("reward_server", "soft")])
 def test_scores_depend_on_the_image_and_its_metadata_alone(weights, mode, key):
     """Not on batch size, order, the images beside it, its form, or whether the model is new."""
-    images, scorer = noise(6), GenEval(**weights, mode=mode, batch=6)
+    sizes = [(64, 64), (37, 91), (64, 64), (5, 200), (1, 1), (37, 91)]
+    images = [as_pictures(noise(1, *size, seed=i))[0] for i, size in enumerate(sizes)]
+    scorer = GenEval(**weights, mode=mode, batch=6)
     assert (scorer.name, scorer.higher_is_better, scorer.range) == ("geneval", True, (0.0, 1.0))
     metadata = metadata_for(scorer, images)
     together = scorer(images, ["p"] * 6, metadata)
@@ -692,24 +694,15 @@ def test_scores_depend_on_the_image_and_its_metadata_alone(weights, mode, key):
     assert {result["tag"] for result in results} == {"colors"}
     assert all(type(r["correct"]) is type(r["strict"]) is bool for r in results)
     scorer.batch, order = 1, [3, 0, 5, 1, 4, 2]
-    shuffled = [as_pictures(images)[i] for i in order]
+    shuffled = [images[i] for i in order]
     assert_close(scorer(shuffled, ["p"] * 6, [metadata[i] for i in order]), together[order])
     scorer.model = None
     assert not any(isinstance(v, torch.nn.Module) for v in vars(scorer).values())
-    assert torch.equal(scorer(images[:1], ["p"], metadata[:1]), together[:1])
-
-
-def test_odd_and_mixed_sizes(weights):
-    sizes = [(64, 64), (37, 91), (64, 64), (5, 200), (1, 1), (37, 91)]
-    arrays = [arrays_of(noise(1, *size, seed=i))[0] for i, size in enumerate(sizes)]
-    scorer = GenEval(**weights, mode="official")
-    boxes = lambda objects: {name: [o["box"] for o in found] for name, found in objects.items()}
-    for array, size, objects in zip(arrays, sizes, scorer.detect(arrays, [0.3] * 6)):
-        (alone,) = scorer.detect([array], [0.3])
-        assert boxes(alone) == boxes(objects)
-        assert all(o["mask"].shape == size for found in alone.values() for o in found)
-    pictures = [Image.fromarray(array) for array in arrays]
-    assert scorer(pictures, ["p"] * 6, [CAR] * 6).shape == (6,)
+    tensor = as_pixels(images[0])[None]
+    assert torch.equal(scorer(tensor, ["p"], metadata[:1]), together[:1])
+    arrays = [np.array(image) for image in images]
+    for objects, size in zip(scorer.detect(arrays, [0.3] * 6), sizes):
+        assert all(o["mask"].shape == size for found in objects.values() for o in found)
 
 
 def test_counting_has_its_own_threshold(monkeypatch):
