@@ -798,10 +798,15 @@ def test_lengths_must_agree():
     assert scorer(torch.empty(0, 3, 64, 64), [], []).shape == scorer([], [], []).shape == (0,)
 
 
-def test_networks_that_give_nan_give_no_score(weights):
-    scorer = GenEval(**weights)
+def test_networks_run_in_float32_and_nan_gives_no_score(weights):
+    scorer, seen = GenEval(**weights), []
     metadata = metadata_for(scorer, noise(4))
     _, head, clip = scorer.model
+    for layer in (head, clip.visual_projection):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scorer(noise(4), ["p"] * 4, metadata)
+    assert seen == [torch.float32] * 2
     for layer, message in ((clip.visual_projection, "CLIP's output"), (head, "detector's output")):
         torch.nn.init.constant_(layer.weight, math.nan)
         with pytest.raises(ValueError, match=f"{message} is not finite"):
