@@ -2,68 +2,113 @@
 
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
-from experiments.records import COLUMNS, OBJECTIVES, PAIRS, RATES, TASKS, at_stage, pair, scores, stage_curve, value
+import matplotlib
 
-# Okabe and Ito's palette, told apart by colour-blind eyes; and a marker each.
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+
+from experiments.records import (
+    COLUMNS,
+    OBJECTIVES,
+    PAIRS,
+    RATES,
+    TASKS,
+    at_stage,
+    pair,
+    scores,
+    stage_curve,
+    staged,
+    value,
+)
+
+# Okabe and Ito's palette, which colour-blind readers tell apart; and a marker each.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
-STYLES = ("-", "-", "-", "--", "-", "-.", ":")  # where two lines lie on each other, the lower one shows through
+STYLES = ("-", "-", "-", "--", "-", "-.", ":")  # where two lines coincide, both can be seen
 
 
-def figure(path, panels, width=4.2):
-    """panels: [(title, x label, y label, log axes, [(label, x, y, half width of the band or None)], {note: height})].
-    Where x are words, points with error bars side by side instead of lines with bands."""
-    import matplotlib
+class Panel(NamedTuple):
+    title: str
+    xlabel: str
+    ylabel: str
+    log: str  # the logarithmic axes: "", "x", "y"
+    lines: list[tuple]  # (label, x, y, half width of the band or None)
+    levels: dict[str, float] = {}  # {note: height} of horizontal lines
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
 
-    same = len({panel[2] for panel in panels}) == 1  # one quantity, one scale
+def figure(path, panels, width):
+    """Draw panels side by side. Where x are words, points with error bars in place of lines with
+    bands."""
+    same = len({panel.ylabel for panel in panels}) == 1  # one quantity, one scale
     size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
     picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
-    names = list(dict.fromkeys(line[0] for panel in panels for line in panel[4]))  # one colour in all panels
-    told = set()
-    for axis, (title, xlabel, ylabel, log, lines, level) in zip(axes[0], panels):
-        for n, (label, x, y, band) in enumerate(lines):
-            at = names.index(label)
-            look = {"color": PALETTE[at], "linewidth": 1.4, "label": label}
-            look |= {"marker": MARKERS[at], "markersize": 4} if len(x) < 15 else {}
-            if isinstance(x[0], str):
-                beside = [place + 0.15 * (n - (len(lines) - 1) / 2) for place in range(len(x))]
-                axis.errorbar(beside, y, band, linestyle="", capsize=2, **look)
-                axis.set_xticks(range(len(x)), x)
-                continue
-            axis.plot(x, y, linestyle=STYLES[at], **look)
-            if band:
-                low, high = [v - b for v, b in zip(y, band)], [v + b for v, b in zip(y, band)]
-                axis.fill_between(x, low, high, color=PALETTE[at], alpha=0.2, linewidth=0)
-        for note, height in level.items():
+    names = list(dict.fromkeys(line[0] for panel in panels for line in panel.lines))
+    in_legend = set()
+    for axis, panel in zip(axes[0], panels):
+        for n, line in enumerate(panel.lines):
+            colour = names.index(line[0])  # the same in all panels
+            draw_line(axis, line, colour, 0.15 * (n - (len(panel.lines) - 1) / 2))
+        for note, height in panel.levels.items():
             axis.axhline(height, color="gray", linewidth=0.9, linestyle="--")
-            axis.annotate(note, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        if "x" in log:
-            ticks = sorted({v for line in lines for v in line[1]})
-            axis.set_xscale("log")
-            axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
-            axis.minorticks_off()
-        if "y" in log:  # 0.2 and not 2 x 10^-1
-            axis.set_yscale("log")
-            values = [v for line in lines for v in line[2]]
-            few = max(values) < 1000 * min(values)  # decades
-            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-            axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
-            axis.yaxis.set_minor_formatter(lambda v, _, few=few: f"{v:g}" if few else "")
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axis.annotate(note, (0.99, height), fontsize=7, **place)
+        if panel.log == "x":
+            log_x(axis, panel)
+        if panel.log == "y":
+            log_y(axis, panel)
+        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.title.set_fontsize(10)
         axis.margins(y=0.08)
         axis.grid(alpha=0.3)
-        if not {line[0] for line in lines} <= told:
+        labels = {line[0] for line in panel.lines}
+        if not labels <= in_legend:
             axis.legend(fontsize=7)
-        told |= {line[0] for line in lines}
+        in_legend |= labels
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=100)
     plt.close(picture)
+
+
+def draw_line(axis, line, colour, shift):
+    """shift: to the side, for points over words."""
+    label, x, y, band = line
+    style = {"color": PALETTE[colour], "linewidth": 1.4, "label": label}
+    if len(x) < 15:
+        style |= {"marker": MARKERS[colour], "markersize": 4}
+    if isinstance(x[0], str):
+        places = range(len(x))
+        moved = [place + shift for place in places]
+        axis.errorbar(moved, y, band, linestyle="", capsize=2, **style)
+        axis.set_xticks(places, x)
+        return
+    axis.plot(x, y, linestyle=STYLES[colour], **style)
+    if band:
+        low = [value - half for value, half in zip(y, band)]
+        high = [value + half for value, half in zip(y, band)]
+        axis.fill_between(x, low, high, color=PALETTE[colour], alpha=0.2, linewidth=0)
+
+
+def log_x(axis, panel):
+    ticks = sorted({x for line in panel.lines for x in line[1]})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.minorticks_off()
+
+
+def log_y(axis, panel):
+    """0.2 and not 2 x 10^-1."""
+    axis.set_yscale("log")
+    values = [y for line in panel.lines for y in line[2]]
+    few_decades = max(values) < 1000 * min(values)
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if few_decades else "")
+
+
+# ---- Lines from records
 
 
 def smooth(values, width=5):
@@ -71,113 +116,206 @@ def smooth(values, width=5):
 
 
 def over_seeds(records, metric):
-    """(iterations, mean over seeds, half width of one standard deviation over seeds or None) of a metric of the curves."""
+    """A metric of the curves: (iterations, mean over seeds, one standard deviation or None)."""
     by_iteration = {}
     for record in records:
         lines = [line for line in record["curve"] if metric in line]
         for line, y in zip(lines, smooth([line[metric] for line in lines])):
             by_iteration.setdefault(line["iteration"], []).append(y)
-    full = {x: ys for x, ys in by_iteration.items() if len(ys) == max(map(len, by_iteration.values()))}
-    band = [statistics.stdev(ys) for ys in full.values()] if records and len(records) > 1 else None
-    return list(full), [statistics.mean(ys) for ys in full.values()], band
+    most = max(map(len, by_iteration.values()), default=0)
+    full = {x: values for x, values in by_iteration.items() if len(values) == most}
+    band = None
+    if len(records) > 1:
+        band = [statistics.stdev(values) for values in full.values()]
+    return list(full), [statistics.mean(values) for values in full.values()], band
 
 
 def mean_kl(records):
-    """The records with one KL a line, the mean over its tasks."""
-    merge = lambda line: line | {"kl": statistics.mean(v for k, v in line.items() if k.startswith("kl/"))}
-    return [record | {"curve": [merge(line) for line in record["curve"]]} for record in records]
+    """The records with one KL per line, the mean over its tasks."""
+    averaged = []
+    for record in records:
+        curve = []
+        for line in record["curve"]:
+            kls = [number for name, number in line.items() if name.startswith("kl/")]
+            curve.append(line | {"kl": statistics.mean(kls)})
+        averaged.append(record | {"curve": curve})
+    return averaged
 
 
-def average_line(runs, name, label, x="minutes"):
-    """[the Average of a run's stages, mean over the seeds that were scored at several] or [], as lines of a figure."""
-    start = scores(runs["merged"][0])["average"]
-    staged = [r for r in runs.get(name, ()) if len(r["stages"]) > 1]
-    if not staged:
+def average_line(runs, name, label, over="minutes"):
+    """[the Average of a run's stages as a line, the mean over seeds with several stages] or []."""
+    records = staged(runs, name)
+    if not records:
         return []
-    x_minutes, y, se = (
-        [statistics.mean(column) for column in zip(*part)] for part in zip(*(stage_curve(r, start) for r in staged))
-    )
-    return [(label, x_minutes if x == "minutes" else [0, *staged[0]["stages"]], y, se)]
+    start = scores(runs["merged"][0])["average"]
+    curves = zip(*(stage_curve(record, start) for record in records))
+    means = []
+    for curves_of_seeds in curves:  # minutes, Average, its error
+        means.append([statistics.mean(column) for column in zip(*curves_of_seeds)])
+    x, y, error = means
+    if over == "iterations":
+        x = [0, *records[0]["stages"]]
+    return [(label, x, y, error)]
 
 
-def to_teacher(runs, found):
-    """{task: (score, error)} -> both over the score of the task's own teacher: (scores, errors), in the order of TASKS."""
-    goals = [value(runs, t, t)[0] for t in TASKS]
-    return [found[t][0] / goal for t, goal in zip(TASKS, goals)], [found[t][1] / goal for t, goal in zip(TASKS, goals)]
+def to_teacher(runs, numbers):
+    """{task: (score, error)} -> (scores, errors), both over the score of the task's own teacher,
+    in the order of TASKS."""
+    goals = {task: value(runs, task, task)[0] for task in TASKS}
+    ratios = [numbers[task][0] / goals[task] for task in TASKS]
+    return ratios, [numbers[task][1] / goals[task] for task in TASKS]
 
 
-def draw_all(runs, found, folder):
-    """Every figure that there is data for, as folder/NAME.png."""
+# ---- The figures: each returns its panels; one without lines is not drawn
 
-    def draw(name, *panels, width=4.6):
-        panels = [p for p in panels if p[4]]
-        if panels:
-            figure(folder / f"{name}.png", panels, width)
 
-    complete = {"oracle", "merged", "base"} <= set(runs)  # what the scores of others are compared with
-    main = runs.get("opd_merge", [])
+def average_panels(runs, found):
+    names = {
+        "opd_small": "Flow-OPD, 32 images an iteration",
+        "opd_merge": "Flow-OPD, 128 images an iteration",
+        "ode_lr3e-3": "Flow-OPD, 32 images, ode at 3e-3",
+        "published_schedule": "published schedule, 32 images an iteration",
+        "merge_mix": "merge + GRPO-Mix, 192 images an iteration",
+    }
+    lines = []
+    for name, label in names.items():
+        lines += average_line(runs, name, label)
+    top = value(runs, "oracle", "average")[0]
+    levels = {"oracle": top, "97 % of the oracle": 0.97 * top}
+    xlabel = "CPU minutes of training, one thread"
+    return [Panel("", xlabel, "Average (0 to 1)", "", lines, levels)]
 
-    if complete:
-        names = {"opd_small": "Flow-OPD, 32 images an iteration", "opd_merge": "Flow-OPD, 128 images an iteration",
-                 "ode_lr3e-3": "Flow-OPD, 32 images, ode at 3e-3",
-                 "published_schedule": "published schedule, 32 images an iteration",
-                 "merge_mix": "merge + GRPO-Mix, 192 images an iteration"}  # fmt: skip
-        lines = [line for name, label in names.items() for line in average_line(runs, name, label)]
-        top = value(runs, "oracle", "average")[0]
-        levels = {"oracle": top, "97 % of the oracle": 0.97 * top}
-        draw("average", ("", "CPU minutes of training, one thread", "Average (0 to 1)", "", lines, levels), width=6)
 
-    six = [n for n in OBJECTIVES if n != "ode"]  # whose KL is another quantity, on other states
-    lines = [(OBJECTIVES[n], *over_seeds(mean_kl(runs[f"{n}_lr1e-3"]), "kl")) for n in six if f"{n}_lr1e-3" in runs]
-    points = []
-    for n in OBJECTIVES:
-        got = [(float(lr), *value(runs, f"{n}_lr{lr}", "average")) for lr in RATES if f"{n}_lr{lr}" in runs]
-        points += [(OBJECTIVES[n], *zip(*got))] if got and n != "ppo-public-code" else []  # B lies on D
-    best = {"opd_small": OBJECTIVES["ppo"], "kl_lr1e-3": OBJECTIVES["kl"], "ode_lr3e-3": OBJECTIVES["ode"]}
-    curves = [line for n, label in best.items() for line in average_line(runs, n, label, "iterations")] if complete else []
-    draw("objectives",
-         ("learning rate 1e-3", "iteration (32 images each)", "KL to own teacher, nats / dimension", "y", lines, {}),
-         ("after 80 iterations", "learning rate", "Average (0 to 1)", "x", points, {}),
-         ("while they train", "iteration (32 images each)", "Average (0 to 1)", "", curves, {}))  # fmt: skip
+def objectives_panels(runs, found):
+    images, kls, rates, curves = "iteration (32 images each)", [], [], []
+    for name in OBJECTIVES:
+        at_default = f"{name}_lr1e-3"
+        if name != "ode" and at_default in runs:  # ode's KL is another quantity, on other states
+            kls.append((name, *over_seeds(mean_kl(runs[at_default]), "kl")))
+        points = []
+        for lr in RATES:
+            if f"{name}_lr{lr}" in runs:
+                points.append((float(lr), *value(runs, f"{name}_lr{lr}", "average")))
+        if points and name != "ppo-public-code":  # its line coincides with kl's
+            rates.append((name, *zip(*points)))
+    if complete(runs):
+        for run, name in {"opd_small": "ppo", "kl_lr1e-3": "kl", "ode_lr3e-3": "ode"}.items():
+            curves += average_line(runs, run, name, "iterations")
+    average = "Average (0 to 1)"
+    return [
+        Panel("learning rate 1e-3", images, "KL to own teacher, nats / dimension", "y", kls),
+        Panel("after 80 iterations", "learning rate", average, "x", rates),
+        Panel("while they train", images, average, "", curves),
+    ]
 
+
+def gradients_panels(runs, found):
+    by_batch, by_step = [], []
+    for name in OBJECTIVES:
+        if name == "ode":
+            continue
+        *steps, total = found["objectives"][name]
+        batches = [int(batch) for batch in total["cosine"]]
+        by_batch.append((name, batches, list(total["cosine"].values()), None))
+        times = [entry["t"] for entry in steps]
+        by_step.append((name, times, [entry["variance"] for entry in steps], None))
+    batch, to_exact = "images in the batch", "cosine to the exact gradient"
+    step, variance = "time t of the step, 1 = noise", "variance / exact gradient squared"
+    return [
+        Panel("all five steps", batch, to_exact, "x", by_batch),
+        Panel("one image", step, variance, "y", by_step),
+    ]
+
+
+def interference_panels(runs, found):
+    main, logged, mixed = runs.get("opd_merge", []), [], []
+    if main:
+        logged = [(pair(name), *over_seeds(main, f"cosine/{name}")) for name in PAIRS]
     if found:
-        at = found["objectives"]
-        by_batch = [(OBJECTIVES[n], *zip(*((int(b), c) for b, c in at[n][-1]["cosine"].items())), None) for n in six]
-        by_step = [(OBJECTIVES[n], *zip(*((e["t"], e["variance"]) for e in at[n][:-1])), None) for n in six]
-        draw("gradients", ("all five steps", "images in the batch", "cosine to the exact gradient", "x", by_batch, {}),
-             ("one image", "time t of the step, 1 = noise", "variance / exact gradient squared", "y", by_step, {}))  # fmt: skip
+        by_iteration = {}
+        for stage, measured in found["tasks"].items():
+            if stage.startswith("grpo"):
+                by_iteration[at_stage(stage)[1]] = measured["cosine"]
+        for name in PAIRS:
+            cosines = [measured[name] for measured in by_iteration.values()]
+            mixed.append((pair(name), list(by_iteration), cosines, None))
+    ylabel = "cosine of two tasks' gradients"
+    return [
+        Panel("Flow-OPD from merge, three seeds", "iteration", ylabel, "", logged),
+        Panel("merge + GRPO-Mix, one seed", "iteration", ylabel, "", mixed),
+    ]
 
-    logged, mixed = [(pair(p), *over_seeds(main, f"cosine/{p}")) for p in PAIRS if main], []
-    if found:
-        kinds = {at_stage(k)[1]: m["cosine"] for k, m in found["tasks"].items() if k.startswith("grpo")}
-        mixed = [(pair(p), list(kinds), [cosine[p] for cosine in kinds.values()], None) for p in PAIRS]
-    draw("interference", ("Flow-OPD from merge, three seeds", "iteration", "cosine of two tasks' gradients", "", logged, {}),
-         ("merge + GRPO-Mix, one seed", "iteration", "cosine of two tasks' gradients", "", mixed, {}))  # fmt: skip
 
-    lines, relative = [(COLUMNS[t][0], *over_seeds(main, f"kl/{t}")) for t in TASKS if main], []
-    staged = [r for r in main if len(r["stages"]) > 1]
-    if staged and complete:
-        at = [scores(runs["merged"][0]), *(scores(staged[0], stage) for stage in staged[0]["stages"])]
-        y, se = zip(*(to_teacher(runs, {t: (one[t]["mean"], one[t]["se"]) for t in TASKS}) for one in at))  # (stages, tasks)
-        relative = [(COLUMNS[t][0], [0, *staged[0]["stages"]], *part) for t, *part in zip(TASKS, zip(*y), zip(*se))]
-    draw("tasks", ("three seeds", "iteration", "KL to own teacher, nats / dimension", "y", lines, {}),
-         ("seed 2", "iteration", "score / score of the task's own teacher", "", relative, {}))  # fmt: skip
+def tasks_panels(runs, found):
+    main, kls, relative = runs.get("opd_merge", []), [], []
+    if main:
+        kls = [(COLUMNS[task][0], *over_seeds(main, f"kl/{task}")) for task in TASKS]
+    records = staged(runs, "opd_merge")
+    if records and complete(runs):
+        stages = [0, *records[0]["stages"]]
+        rows = [scores(runs["merged"][0])]
+        rows += [scores(records[0], stage) for stage in stages[1:]]
+        ratios, errors = [], []  # a list over tasks per stage
+        for row in rows:
+            numbers = {task: (row[task]["mean"], row[task]["se"]) for task in TASKS}
+            of_stage = to_teacher(runs, numbers)
+            ratios.append(of_stage[0])
+            errors.append(of_stage[1])
+        for task, y, error in zip(TASKS, zip(*ratios), zip(*errors)):
+            relative.append((COLUMNS[task][0], stages, y, error))
+    ratio = "score / score of the task's own teacher"
+    return [
+        Panel("three seeds", "iteration", "KL to own teacher, nats / dimension", "y", kls),
+        Panel("seed 2", "iteration", ratio, "", relative),
+    ]
 
+
+def routing_panels(runs, found):
     rows = {
         "merged": "merged start",
         "opd_small": "own teacher for every prompt",
         "routing_all": "all teachers for every prompt",
     }
-    if complete and set(rows) <= set(runs):
-        heads = [COLUMNS[t][0] for t in TASKS]
-        lines = [(label, heads, *to_teacher(runs, {t: value(runs, n, t) for t in TASKS})) for n, label in rows.items()]
-        draw("routing", ("", "task", "score / score of its own teacher", "", lines, {}), width=6)
+    heads, lines = [COLUMNS[task][0] for task in TASKS], []
+    if set(rows) <= set(runs):
+        for name, label in rows.items():
+            numbers = {task: value(runs, name, task) for task in TASKS}
+            lines.append((label, heads, *to_teacher(runs, numbers)))
+    return [Panel("", "task", "score / score of its own teacher", "", lines)]
 
-    for record in runs.get("teacher_pickscore", ()) if complete else ():
-        lines = []
+
+def hacking_panels(runs, found):
+    lines = []
+    for record in runs.get("teacher_pickscore", ()):
+        rows = [scores(runs["base"][0])]
+        rows += [scores(record, stage) for stage in record["stages"]]
         for metric in ("pickscore", "deqa", "edges", "noise", "distance", "variety"):
-            at = [scores(runs["base"][0])[metric], *(scores(record, stage)[metric] for stage in record["stages"])]
-            label = "PickScore, the reward" if metric == "pickscore" else COLUMNS[metric][0]
-            relative = [[one[k] / at[0]["mean"] for one in at] for k in ("mean", "se")]
-            lines.append((label, [0, *record["stages"]], *relative))
-        draw("hacking", ("", "GRPO iteration (192 images each)", "score / score of the base", "y", lines, {}), width=6)
+            label = COLUMNS[metric][0]
+            if metric == "pickscore":
+                label = "PickScore, the reward"
+            base = rows[0][metric]["mean"]
+            y = [row[metric]["mean"] / base for row in rows]
+            error = [row[metric]["se"] / base for row in rows]
+            lines.append((label, [0, *record["stages"]], y, error))
+    images = "GRPO iteration (192 images each)"
+    return [Panel("", images, "score / score of the base", "y", lines)]
+
+
+def complete(runs):
+    """Is there what the scores of others are compared with?"""
+    return {"oracle", "merged", "base"} <= set(runs)
+
+
+def draw_all(runs, found, folder):
+    """Every figure that there is data for, as folder/NAME.png."""
+    figures = {"objectives": objectives_panels}
+    if found:
+        figures["gradients"] = gradients_panels
+    figures |= {"interference": interference_panels, "tasks": tasks_panels}
+    if complete(runs):
+        figures |= {"average": average_panels, "routing": routing_panels, "hacking": hacking_panels}
+    for name, panels_of in figures.items():
+        panels = [panel for panel in panels_of(runs, found) if panel.lines]
+        if panels:
+            width = 6 if name in ("average", "routing", "hacking") else 4.6  # inches of a panel
+            figure(folder / f"{name}.png", panels, width)

@@ -66,8 +66,8 @@ class World:
         )
         self.grid = model.time_grid(self.pipe, T)
         mixed = {"reward": None, "mix": dict.fromkeys(TASKS, 1), "tasks": list(TASKS)}
-        mixed |= {"mix_quality": 0.2, "on_reward_error": "stop"}
-        self.reward_of = make_reward(argparse.Namespace(**vars(args) | mixed), device)
+        mixed |= {"mix_quality": 0.2, "on_reward_error": "stop", "prompts": {}, "test_prompts": {}}
+        self.reward_of = make_reward(argparse.Namespace(**vars(args) | mixed), device, {}, {})
 
     def parameters(self, name):
         return list(lora.adapter_parameters(self.pipe.transformer, name).values())

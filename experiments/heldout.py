@@ -1,7 +1,7 @@
 """Scores that no teacher was trained on, and prompts of forms that no training prompt has.
 
-    python evaluate.py --models base --rewards experiments.heldout --tasks geneval --out runs/heldout
-    python experiments/heldout.py          # results/clean.json: the same scores of clean drawings
+    python evaluate.py --rewards experiments.heldout --tasks geneval --out runs/heldout
+    python experiments/heldout.py      # results/clean.json: the same scores of clean drawings
 
 REWARDS holds the miniature's own scorers and, for the test images of every task, three measures of
 the pixels:

@@ -1,6 +1,7 @@
-"""The records of experiments/results as rows: what a run is called, what it scored, what it cost.
+"""The records of experiments/results as rows: a run's name in the tables, its scores, its cost.
 
-`runs` is everywhere {run's name: [record of each seed]}, `found` what gradients.py measured, or None.
+Everywhere `runs` is {run's name: [record of each seed]}, and `found` is what gradients.py measured,
+or None.
 """
 
 import json
@@ -11,31 +12,37 @@ from support.flags import TASKS
 from support.tables import SCALES
 
 OUTSIDE = ("counts", "places", "three", "letters")
-COLUMNS = {  # metric: heading, digits
-    "geneval": ("GenEval", 3), "ocr": ("OCR", 3), "deqa": ("DeQA", 2), "pickscore": ("PickScore", 2), "average": ("Average", 4),
-    "edges": ("edges", 3), "noise": ("noise", 2), "distance": ("distance", 2), "variety": ("variety", 3),
-    "counts": ("one and three", 3), "places": ("places of several", 3), "three": ("three shapes", 3),
-    "letters": ("text elsewhere", 3), "outside": ("mean of the four", 3), "kl": ("KL at the end", 4),
-    "clipped": ("ratios clipped, %", 2), "seeds": ("seeds", 0), "images": ("images", 0), "passes": ("passes, 1000", 0),
+COLUMNS = {  # metric: (heading, digits)
+    "geneval": ("GenEval", 3),
+    "ocr": ("OCR", 3),
+    "deqa": ("DeQA", 2),
+    "pickscore": ("PickScore", 2),
+    "average": ("Average", 4),
+    "edges": ("edges", 3),
+    "noise": ("noise", 2),
+    "distance": ("distance", 2),
+    "variety": ("variety", 3),
+    "counts": ("one and three", 3),
+    "places": ("places of several", 3),
+    "three": ("three shapes", 3),
+    "letters": ("text elsewhere", 3),
+    "outside": ("mean of the four", 3),
+    "kl": ("KL at the end", 4),
+    "clipped": ("ratios clipped, %", 2),
+    "seeds": ("seeds", 0),
+    "images": ("images", 0),
+    "passes": ("passes, 1000", 0),
     "cpu_minutes": ("CPU minutes", 1),
-}  # fmt: skip
-OBJECTIVES = {
-    "ppo": "ppo",
-    "kl": "kl",
-    "ode": "ode",
-    "trajectory": "trajectory",
-    "ppo-public-code": "ppo-public-code",
-    "ppo-scalar": "ppo-scalar",
-    "ppo-published": "ppo-published",
 }
+OBJECTIVES = ("ppo", "kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published")
 SMALL = "32 images an iteration"
-LABELS = {
+LABELS = {  # run: its name in the tables
     "clean": "clean drawings",
     "geneval": "teacher: GenEval",
     "ocr": "teacher: OCR",
     "deqa": "teacher: DeQA",
     "pickscore": "teacher: PickScore",
-    "oracle": "oracle: each task asked of its own teacher",
+    "oracle": "oracle: each task by its own teacher",
     "grpo_mix": "GRPO-Mix 3:1:1, long, best of its checkpoints",
     "mix_short": "GRPO-Mix 3:1:1, as many images as the main job",
     "mix_uniform": "GRPO-Mix uniform, as many images as the main job",
@@ -75,97 +82,143 @@ LABELS = {
     "kl_updates8_lr3e-3": "kl, 8 updates, learning rate 3e-3",
     "mix_uniform_long": "GRPO-Mix uniform, long, best of its checkpoints",
 }
-LABELS |= {f"{n}_updates{u}": f"{OBJECTIVES[n]}, {u} update{'s' * (u > 1)}" for n in ("ppo", "kl") for u in (1, 2, 4, 8)}
 RATES = ("3e-4", "1e-3", "3e-3")
-LABELS |= {f"{n}_lr{lr}": f"{label}, learning rate {lr}" for n, label in OBJECTIVES.items() for lr in RATES}
-LABELS |= {f"other_{name}": LABELS[name] for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix")}
+for objective in OBJECTIVES:
+    for rate in RATES:
+        LABELS[f"{objective}_lr{rate}"] = f"{objective}, learning rate {rate}"
+for objective in ("ppo", "kl"):
+    LABELS[f"{objective}_updates1"] = f"{objective}, 1 update"
+    for updates in (2, 4, 8):
+        LABELS[f"{objective}_updates{updates}"] = f"{objective}, {updates} updates"
+for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix"):
+    LABELS[f"other_{name}"] = LABELS[name]
 LABELS["other_opd"] = LABELS["opd_merge"]
-# What the shipped adapters cost by their flags in toy.py: iterations, images an iteration, passes of an image.
-SHIPPED = {"grpo_mix": (460, 192, 15), "geneval": (260, 192, 15), "pickscore": (60, 192, 15), "ocr": (90, 128, 21),
-           "deqa": (110, 128, 21)}  # fmt: skip
+SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in one, passes per image
+    "grpo_mix": (460, 192, 15),
+    "geneval": (260, 192, 15),
+    "pickscore": (60, 192, 15),
+    "ocr": (90, 128, 21),
+    "deqa": (110, 128, 21),
+}
 MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test reward
 
 
 def load(results):
-    """{run's name: [record of each seed, in order]}. The oracle is put together from the teachers; ppo at the default learning
-    rate is opd_small under another name."""
+    """{run's name: [record of each seed, in order]}.
+
+    The oracle is put together from the teachers. ppo at the default learning rate is opd_small
+    under another name."""
     runs = {}
     for file in sorted(results.glob("*_seed*.json")):
         record = json.loads(file.read_text())
         runs.setdefault(record["name"], []).append(record)
     if "opd_small" in runs:
         runs["ppo_lr1e-3"] = runs["opd_small"]
-    for name in ("", "other_"):  # toy/'s teachers, and those trained once more
-        if all(name + task in runs for task in TASKS):
-            own = {task: scores(runs[name + task][0])[task] for task in TASKS}
-            mean = sum(own[t]["mean"] / SCALES[t] for t in TASKS) / 4
-            se = math.hypot(*(own[t]["se"] / SCALES[t] for t in TASKS)) / 4
-            runs[f"{name}oracle"] = [{"final": "all", "scores": {"all": own | {"average": {"mean": mean, "se": se}}}}]
+    for prefix in ("", "other_"):  # toy/'s teachers, and those trained once more
+        if all(prefix + task in runs for task in TASKS):
+            own = {task: scores(runs[prefix + task][0])[task] for task in TASKS}
+            means = [own[task]["mean"] / SCALES[task] for task in TASKS]
+            errors = [own[task]["se"] / SCALES[task] for task in TASKS]
+            own["average"] = {"mean": sum(means) / 4, "se": math.hypot(*errors) / 4}
+            runs[f"{prefix}oracle"] = [{"final": "all", "scores": {"all": own}}]
     if (results / "clean.json").exists():
         clean = json.loads((results / "clean.json").read_text())
-        runs["clean"] = [{"final": "all", "scores": {"all": {k: {"mean": v, "se": 0.0} for k, v in clean.items()}}}]
+        rows = {metric: {"mean": mean, "se": 0.0} for metric, mean in clean.items()}
+        runs["clean"] = [{"final": "all", "scores": {"all": rows}}]
     return runs
 
 
 def scores(record, stage=None):
-    """{metric: {"mean", "se"}} of a record's last stage or of another: what evaluate.py measured, the held-out scores averaged
-    over the four tasks' images, and what the training itself logged."""
-    out = dict(record["scores"][str(stage or record["final"])])
-    groups = {name: [f"{task}_{name}" for task in TASKS] for name in ("edges", "noise", "distance")} | {"outside": OUTSIDE}
+    """{metric: {"mean", "se"}} of a record's last stage or of another: what evaluate.py measured,
+    the held-out scores averaged over the images of the four tasks, and what the training logged."""
+    rows = dict(record["scores"][str(stage or record["final"])])
+    groups = {"outside": OUTSIDE}
+    for name in ("edges", "noise", "distance"):
+        groups[name] = [f"{task}_{name}" for task in TASKS]
     for name, parts in groups.items():
-        if all(part in out for part in parts):
-            mean = statistics.mean(out[part]["mean"] for part in parts)
-            out[name] = {"mean": mean, "se": math.hypot(*(out[part]["se"] for part in parts)) / len(parts)}
-    lines = record.get("curve", [])
-    late = lines[-(len(lines) // 4) :] if "ode" not in record.get("flags", ()) else []  # ode logs another distance
-    shown = {"kl": [v for line in late for k, v in line.items() if k.startswith("kl/")],
-             "clipped": [100 * line["clip_fraction"] for line in lines if "clip_fraction" in line]}  # fmt: skip
-    return out | {k: {"mean": statistics.mean(v), "se": 0.0} for k, v in shown.items() if v}
+        if all(part in rows for part in parts):
+            error = math.hypot(*(rows[part]["se"] for part in parts)) / len(parts)
+            mean = statistics.mean(rows[part]["mean"] for part in parts)
+            rows[name] = {"mean": mean, "se": error}
+    lines, logged = record.get("curve", []), {"kl": []}
+    logged["clipped"] = [100 * line["clip_fraction"] for line in lines if "clip_fraction" in line]
+    if "ode" not in record.get("flags", ()):  # ode logs another distance
+        for line in lines[-(len(lines) // 4) :]:
+            logged["kl"] += [value for name, value in line.items() if name.startswith("kl/")]
+    for name, values in logged.items():
+        if values:
+            rows[name] = {"mean": statistics.mean(values), "se": 0.0}
+    return rows
 
 
 def value(runs, name, metric):
-    """(mean, standard error) or None where there is no run. One seed: the error over test prompts. n seeds: that over seeds,
-    but not less than that over prompts / sqrt(n), for two or three seeds may lie close together by chance."""
+    """(mean, standard error), or None where there is no run.
+
+    One seed: the error over test prompts. n seeds: the error over seeds, but not less than that
+    over prompts / sqrt(n), because two or three seeds may lie close together by chance."""
     records = runs.get(name, [])
-    if metric in ("images", "passes", "cpu_minutes"):
-        if name in SHIPPED and metric != "cpu_minutes":
-            iterations, images, passes = SHIPPED[name]
-            return iterations * images * (passes / 1000 if metric == "passes" else 1), 0.0
-        costs = [r["compute"][metric] / (1000 if metric == "passes" else 1) for r in records if "compute" in r]
-        return (statistics.mean(costs), 0.0) if costs else None
-    if metric == "seeds":
-        return (sum("compute" in r for r in records), 0.0) if any("compute" in r for r in records) else None
-    found = [scores(r)[metric] for r in records if metric in scores(r)]
+    if metric in ("images", "passes", "cpu_minutes", "seeds"):
+        cost = cost_of(name, records, metric)
+        return None if cost is None else (cost, 0.0)
+    found = [scores(record)[metric] for record in records if metric in scores(record)]
     if not found:
         return None
-    means = [f["mean"] for f in found]
+    means, errors = [row["mean"] for row in found], [row["se"] for row in found]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
-    return statistics.mean(means), max(spread, statistics.mean(f["se"] for f in found)) / len(means) ** 0.5
+    return statistics.mean(means), max(spread, statistics.mean(errors)) / len(means) ** 0.5
+
+
+def cost_of(name, records, metric):
+    """Images, thousand passes or CPU minutes of a run, or how many seeds were trained; or None."""
+    costs = [record["compute"] for record in records if "compute" in record]
+    unit = 1000 if metric == "passes" else 1
+    if metric == "seeds":
+        return len(costs) or None
+    if name in SHIPPED and metric != "cpu_minutes":
+        iterations, images, passes = SHIPPED[name]
+        total = iterations * images
+        return total if metric == "images" else total * passes / unit
+    return statistics.mean(cost[metric] / unit for cost in costs) if costs else None
 
 
 def stage_curve(record, start):
-    """(CPU minutes, Average, its standard error) of a run that was scored at several stages, from the score of its start."""
-    x, y, se = [0.0], [start["mean"]], [start["se"]]
+    """(CPU minutes, Average, its standard error) of a run that was scored at several stages, from
+    the score of its start."""
+    minutes, average, error = [0.0], [start["mean"]], [start["se"]]
     for stage in record["stages"]:
-        x.append(x[-1] + record["stage_minutes"][str(stage)][1])
-        y.append(record["scores"][str(stage)]["average"]["mean"])
-        se.append(record["scores"][str(stage)]["average"]["se"])
-    return x, y, se
+        minutes.append(minutes[-1] + record["stage_minutes"][str(stage)][1])
+        average.append(record["scores"][str(stage)]["average"]["mean"])
+        error.append(record["scores"][str(stage)]["average"]["se"])
+    return minutes, average, error
 
 
 def reached(runs, name, goal):
-    """CPU minutes until each seed's Average first reaches `goal`, on a straight line between its stages: [minutes or None]."""
+    """CPU minutes until each seed's Average first reaches `goal`: [minutes or None].
+
+    On a straight line between its stages."""
     out = []
-    for record in (r for r in runs.get(name, ()) if len(r["stages"]) > 1):
-        x, y, _ = stage_curve(record, scores(runs["merged"][0])["average"])
-        n = next((n for n in range(1, len(y)) if y[n] >= goal), None)
-        out.append(x[n - 1] + (x[n] - x[n - 1]) * (goal - y[n - 1]) / (y[n] - y[n - 1]) if n else None)
+    start = scores(runs["merged"][0])["average"]
+    for record in staged(runs, name):
+        minutes, average, _ = stage_curve(record, start)
+        above = [n for n in range(1, len(average)) if average[n] >= goal]
+        if not above:
+            out.append(None)
+            continue
+        n = above[0]
+        part = (goal - average[n - 1]) / (average[n] - average[n - 1])
+        out.append(minutes[n - 1] + (minutes[n] - minutes[n - 1]) * part)
     return out
+
+
+def staged(runs, name):
+    """The records of a run that were scored at several stages."""
+    return [record for record in runs.get(name, ()) if len(record["stages"]) > 1]
 
 
 def trainings(runs):
     """Every record of a training once."""
-    return [r for name in runs if name != "ppo_lr1e-3" for r in runs[name] if "compute" in r]
+    names = [name for name in runs if name != "ppo_lr1e-3"]
+    return [record for name in names for record in runs[name] if "compute" in record]
 
 
 PAIRS = [f"{a}-{b}" for n, a in enumerate(TASKS) for b in TASKS[n + 1 :]]
@@ -177,4 +230,7 @@ def pair(name):
 
 def at_stage(name):
     """ "distillation: Flow-OPD, iteration 40" -> ("OPD", 40); the merged start is iteration 0."""
-    return "GRPO" if name.startswith("grpo") else "OPD", int(name.rsplit(" ", 1)[1]) if "iteration" in name else 0
+    kind = "GRPO" if name.startswith("grpo") else "OPD"
+    if "iteration" not in name:
+        return kind, 0
+    return kind, int(name.rsplit(" ", 1)[1])

@@ -1,7 +1,7 @@
 """RESULTS.md and its figures from results/*.json alone: python experiments/miniature.py --report
 
-The prose is RESULTS.template.md. What stands there in double braces is the name of a function below and its arguments, as on a
-command line: {{score opd_merge variety}}, {{table "base ocr" "geneval average"}}.
+The prose is RESULTS.template.md. Double braces there hold the name of a function below and its
+arguments, as on a command line: {{score opd_merge variety}}, {{table "base ocr" "ocr average"}}.
 """
 
 import functools
@@ -34,23 +34,30 @@ from experiments.records import (
 
 MISSING = "not run yet"
 
+# ---- Single numbers
 
-def shown(got, digits, sign=""):
-    if not got:
+
+def shown(number, digits, sign=""):
+    """(mean, standard error) -> "0.9275 ± 0.0022", without an error of 0; None -> a dash."""
+    if not number:
         return "–"
-    return f"{got[0]:{sign},.{digits}f}" + (f" ± {got[1]:.{digits}f}" if got[1] else "")
+    mean, error = number
+    text = f"{mean:{sign},.{digits}f}"
+    return f"{text} ± {error:.{digits}f}" if error else text
 
 
 def score(runs, name, metric="average"):
-    """ "0.9275 ± 0.0022" """
-    return shown(value(runs, name, metric), COLUMNS[metric][1]) if value(runs, name, metric) else MISSING
+    number = value(runs, name, metric)
+    return shown(number, COLUMNS[metric][1]) if number else MISSING
 
 
 def gap(runs, name, other, metric="average"):
-    """The difference of two runs, "+0.0120 ± 0.0040"; the two errors are added as if independent."""
-    a, b = value(runs, name, metric), value(runs, other, metric)
-    digits = COLUMNS[metric][1]
-    return shown((round(a[0] - b[0], digits) + 0.0, math.hypot(a[1], b[1])), digits, "+") if a and b else MISSING  # no -0.00
+    """The difference of two runs, "+0.0120 ± 0.0040". The errors are added as if independent."""
+    a, b, digits = value(runs, name, metric), value(runs, other, metric), COLUMNS[metric][1]
+    if not (a and b):
+        return MISSING
+    difference = round(a[0] - b[0], digits) + 0.0  # no -0.00
+    return shown((difference, math.hypot(a[1], b[1])), digits, "+")
 
 
 def ratio(runs, name, other, metric):
@@ -58,26 +65,46 @@ def ratio(runs, name, other, metric):
     return f"{a[0] / b[0]:.0%}" if a and b else MISSING
 
 
+# ---- Tables
+
+
+def markdown(head, lines):
+    rows = [head, ["---"] * len(head), *lines]
+    text = ["| " + " | ".join(row) + " |" for row in rows]
+    text[1] = "|---" * len(head) + "|"
+    return "\n".join(text)
+
+
 def differences(runs, pairs):
-    """A table of gaps in Average, "one:other two:other": ahead, behind, or not to be told apart at two standard errors."""
+    """A table of gaps in Average, "one:other two:other", and what two standard errors decide."""
     lines = []
-    for name, other in (p.split(":") for p in pairs.split()):
+    for name, other in (words.split(":") for words in pairs.split()):
         a, b = value(runs, name, "average"), value(runs, other, "average")
-        if a and b:
-            clear = abs(a[0] - b[0]) > 2 * math.hypot(a[1], b[1])
-            word = "not to be told apart" if not clear else "ahead" if a[0] > b[0] else "behind"
-            lines.append([LABELS[name], LABELS[other], gap(runs, name, other), word])
+        if not (a and b):
+            continue
+        word = "ahead" if a[0] > b[0] else "behind"
+        if abs(a[0] - b[0]) <= 2 * math.hypot(a[1], b[1]):
+            word = "not to be told apart"
+        lines.append([LABELS[name], LABELS[other], gap(runs, name, other), word])
     return markdown(["", "minus", "difference in Average", ""], lines)
 
 
 def table(runs, names, metrics, against=None):
-    """A row for every run of `names`, a column for every metric; `against`: and the Average's difference to that run."""
+    """A row for every run of `names`, a column for every metric. With `against` one more column:
+    the difference in Average to that run."""
     metrics, lines = metrics.split(), []
+    head = ["", *(COLUMNS[metric][0] for metric in metrics)]
+    if against:
+        head.append("against the first row")
     for name in names.split():
-        cells = [shown(value(runs, name, m), COLUMNS[m][1]) for m in metrics]
-        cells += [gap(runs, name, against) if name != against else ""] if against else []
-        lines.append([LABELS.get(name, name), *(cells if name in runs else [MISSING] + [""] * (len(cells) - 1))])
-    head = ["", *(COLUMNS[m][0] for m in metrics), *(["against the first row"] if against else [])]
+        row = [LABELS.get(name, name)]
+        if name not in runs:
+            lines.append([*row, MISSING, *[""] * (len(head) - 2)])
+            continue
+        row += [shown(value(runs, name, metric), COLUMNS[metric][1]) for metric in metrics]
+        if against:
+            row.append("" if name == against else gap(runs, name, against))
+        lines.append(row)
     return markdown(head, lines)
 
 
@@ -87,20 +114,17 @@ def learning_rates(runs, metrics):
     return table(runs, " ".join(name for name in names if name in runs), metrics)
 
 
-def markdown(head, lines):
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in lines)]
-    )
-
-
 def stages(runs, name, seed, metrics):
-    """A run's scores at every iteration it was scored at."""
-    record = next((r for r in runs.get(name, ()) if r["seed"] == int(seed)), None)
-    if not record:
+    """A run's scores at every iteration where it was scored."""
+    records = [record for record in runs.get(name, ()) if record["seed"] == int(seed)]
+    if not records:
         return MISSING
-    metrics = metrics.split()
-    at = [[str(s), *(f"{scores(record, s)[m]['mean']:.{COLUMNS[m][1]}f}" for m in metrics)] for s in record["stages"]]
-    return markdown(["iteration", *(COLUMNS[m][0] for m in metrics)], at)
+    metrics, lines = metrics.split(), []
+    for stage in records[0]["stages"]:
+        rows = scores(records[0], stage)
+        cells = [f"{rows[metric]['mean']:.{COLUMNS[metric][1]}f}" for metric in metrics]
+        lines.append([str(stage), *cells])
+    return markdown(["iteration", *(COLUMNS[metric][0] for metric in metrics)], lines)
 
 
 def picture(folder, name, text):
@@ -108,38 +132,46 @@ def picture(folder, name, text):
     return f"![{text}](figures/{name}.png)" if (folder / f"{name}.png").exists() else MISSING
 
 
+# ---- What gradients.py measured
+
+
 def gradients(runs, found):
-    """Every objective's gradient over all five steps beside the exact one."""
+    """The gradient of every objective over all five steps beside the exact one."""
     if not found:
         return MISSING
-    last = {name: found["objectives"][name][-1] for name in OBJECTIVES}
     lines = []
-    for name, label in OBJECTIVES.items():
-        cosines = [f"{c:.3f}" for c in last[name]["cosine"].values()]
-        own = [f"{last[name]['length']:.2f}", f"{last[name]['variance']:,.0f}"] if name != "ode" else ["–", "–"]
-        lines.append([label, *cosines, *own])
-    return markdown(["", *(f"cosine, {b} images" for b in last["kl"]["cosine"]), "length", "variance"], lines)
+    for name in OBJECTIVES:
+        entry = of_objective(found, name)
+        cells = [f"{cosine:.3f}" for cosine in entry["cosine"].values()]
+        if name == "ode":  # in other units
+            cells += ["–", "–"]
+        else:
+            cells += [f"{entry['length']:.2f}", f"{entry['variance']:,.0f}"]
+        lines.append([name, *cells])
+    batches = [f"cosine, {batch} images" for batch in of_objective(found, "kl")["cosine"]]
+    return markdown(["", *batches, "length", "variance"], lines)
 
 
 def of_objective(found, name):
-    return found["objectives"][name][-1] if found else None
+    """Over all steps."""
+    return found["objectives"][name][-1]
 
 
 def cosine(runs, found, name, batch):
     """Of an objective's gradient over so many images to the exact one."""
-    last = of_objective(found, name)
-    return f"{last['cosine'][batch]:.2f}" if last else MISSING
+    return f"{of_objective(found, name)['cosine'][batch]:.2f}" if found else MISSING
 
 
 def length(runs, found, name):
-    last = of_objective(found, name)
-    return f"{last['length']:.3f}" if last else MISSING
+    return f"{of_objective(found, name)['length']:.3f}" if found else MISSING
 
 
 def times(runs, found, name, other):
     """How many times another objective's variance."""
-    a, b = of_objective(found, name), of_objective(found, other)
-    return f"{a['variance'] / b['variance']:,.{0 if a['variance'] > 100 * b['variance'] else 1}f}" if a else MISSING
+    if not found:
+        return MISSING
+    factor = of_objective(found, name)["variance"] / of_objective(found, other)["variance"]
+    return f"{factor:,.0f}" if factor > 100 else f"{factor:,.1f}"
 
 
 def signed(cosine):
@@ -159,88 +191,121 @@ def routing(runs, found):
 
 
 def cosines(runs, found):
-    """Cosines of the tasks' gradients: as every iteration of the main job logged them, and as gradients.py measured them."""
-    by_stage = {at_stage(name): m for name, m in (found["tasks"] if found else {}).items()}
-    by_stage = dict(sorted(by_stage.items(), key=lambda item: (item[0][0] == "GRPO", item[0][1])))
+    """Cosines of the tasks' gradients: as the main job logged and as gradients.py measured them."""
+    by_stage = {}
+    for name, measurement in (found["tasks"] if found else {}).items():
+        by_stage[at_stage(name)] = measurement
+    order = sorted(by_stage, key=lambda stage: (stage[0] == "GRPO", stage[1]))
+    curves = [line for record in runs.get("opd_merge", ()) for line in record["curve"]]
 
     def logged(name, low, high):
-        lines = [r for record in runs.get("opd_merge", ()) for r in record["curve"] if low <= r["iteration"] < high]
-        return signed(statistics.mean(r[f"cosine/{name}"] for r in lines)) if lines else "–"
+        values = [line[f"cosine/{name}"] for line in curves if low <= line["iteration"] < high]
+        return signed(statistics.mean(values)) if values else "–"
 
-    lines = [
-        [pair(p), logged(p, 0, 10), logged(p, 70, 80), *(signed(m["cosine"][p]) for m in by_stage.values())] for p in PAIRS
-    ]
-    for t in TASKS:
-        lines.append([f"{COLUMNS[t][0]} with itself", "", "", *(signed(m["reliability"][t]) for m in by_stage.values())])
-    return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *(f"{kind}, {n}" for kind, n in by_stage)], lines)
+    lines = []
+    for name in PAIRS:
+        cells = [signed(by_stage[stage]["cosine"][name]) for stage in order]
+        lines.append([pair(name), logged(name, 0, 10), logged(name, 70, 80), *cells])
+    for task in TASKS:
+        cells = [signed(by_stage[stage]["reliability"][task]) for stage in order]
+        lines.append([f"{COLUMNS[task][0]} with itself", "", "", *cells])
+    heads = [f"{kind}, {iteration}" for kind, iteration in order]
+    return markdown(["", "logged, 0 to 9", "logged, 70 to 79", *heads], lines)
+
+
+# ---- Speed and cost
+
+
+def goal(runs):
+    """97 % of the oracle's Average."""
+    return 0.97 * value(runs, "oracle", "average")[0]
 
 
 def minutes(runs, name):
     """CPU minutes to 97 % of the oracle, one number per seed."""
     if not {"oracle", "merged", name} <= set(runs):
         return MISSING
-    found = reached(runs, name, 0.97 * value(runs, "oracle", "average")[0])
     total = value(runs, name, "cpu_minutes")[0]
-    return ", ".join(f"{m:.1f}" if m else f"not in {total:.1f}" for m in found) or MISSING
+    words = []
+    for number in reached(runs, name, goal(runs)):
+        words.append(f"{number:.1f}" if number else f"not in {total:.1f}")
+    return ", ".join(words) or MISSING
 
 
 def speedup(runs, slow, fast):
     """How many times longer `slow` takes to the best Average that it reaches, means over seeds."""
     if not {"merged", slow, fast} <= set(runs):
         return MISSING
-    best = statistics.mean(max(stage_curve(r, scores(runs["merged"][0])["average"])[1]) for r in runs[slow])
-    times = [[m for m in reached(runs, name, best) if m] for name in (slow, fast)]
-    if not all(times):
-        return MISSING
-    long, short = map(statistics.mean, times)
-    return f"{long:.1f} against {short:.1f} minutes, {long / short:.1f} times"
+    start = scores(runs["merged"][0])["average"]
+    best = statistics.mean(max(stage_curve(record, start)[1]) for record in runs[slow])
+    means = []
+    for name in (slow, fast):
+        numbers = [number for number in reached(runs, name, best) if number]
+        if not numbers:
+            return MISSING
+        means.append(statistics.mean(numbers))
+    return f"{means[0]:.1f} against {means[1]:.1f} minutes, {means[0] / means[1]:.1f} times"
 
 
 def mix_minutes(runs, against=None):
-    """CPU minutes of the shipped GRPO-Mix to its best iteration, at what an image took here in merge_mix; `against`: how many
-    times the minutes of that run to 97 % of the oracle."""
-    if not {"merge_mix", *({"oracle", "merged", against} if against else ())} <= set(runs):
+    """CPU minutes of the shipped GRPO-Mix to its best iteration, at the cost of an image in
+    merge_mix. With `against`: how many times the minutes of that run to 97 % of the oracle."""
+    needed = {"merge_mix"}
+    if against:
+        needed |= {"oracle", "merged", against}
+    if not needed <= set(runs):
         return MISSING
-    one = statistics.mean(r["compute"]["cpu_minutes"] / r["compute"]["images"] for r in runs["merge_mix"])
-    long = one * MIX_BEST * SHIPPED["grpo_mix"][1]
+    costs = [record["compute"] for record in runs["merge_mix"]]
+    per_image = statistics.mean(cost["cpu_minutes"] / cost["images"] for cost in costs)
+    long = per_image * MIX_BEST * SHIPPED["grpo_mix"][1]
     if not against:
         return f"{long:.1f}"
-    found = [m for m in reached(runs, against, 0.97 * value(runs, "oracle", "average")[0]) if m]
-    return f"{long / statistics.mean(found):.1f} times" if found else MISSING
+    numbers = [number for number in reached(runs, against, goal(runs)) if number]
+    return f"{long / statistics.mean(numbers):.1f} times" if numbers else MISSING
 
 
 def hours(runs):
-    costs = [r["compute"] for r in trainings(runs)]
-    return f"{len(costs)} trainings, {sum(c['cpu_minutes'] for c in costs) / 60:.1f} hours of CPU time"
+    costs = [record["compute"]["cpu_minutes"] for record in trainings(runs)]
+    return f"{len(costs)} trainings, {sum(costs) / 60:.1f} hours of CPU time"
 
 
 def parts(runs):
     """What has been trained for every part, and what that took."""
-    lines = []
-    for part in dict.fromkeys(r["part"] for r in trainings(runs)):
-        records = [r for r in trainings(runs) if r["part"] == part]
-        seeds = [sum(r["name"] == name for r in records) for name in dict.fromkeys(r["name"] for r in records)]
-        cpu = sum(r["compute"]["cpu_minutes"] for r in records) / 60
-        by_seeds = ", ".join(f"{seeds.count(n)} with {n} seed{'s' * (n > 1)}" for n in sorted(set(seeds), reverse=True))
-        lines.append([part, by_seeds, str(len(records)), f"{cpu:.2f}"])
+    by_part, lines = {}, []
+    for record in trainings(runs):
+        by_part.setdefault(record["part"], []).append(record)
+    for part, records in by_part.items():
+        names = [record["name"] for record in records]
+        seeds = [names.count(name) for name in dict.fromkeys(names)]
+        words = []
+        for number in sorted(set(seeds), reverse=True):
+            unit = "seed" if number == 1 else "seeds"
+            words.append(f"{seeds.count(number)} with {number} {unit}")
+        cpu = sum(record["compute"]["cpu_minutes"] for record in records) / 60
+        lines.append([part, ", ".join(words), str(len(records)), f"{cpu:.2f}"])
     return markdown(["part", "rows", "trainings", "hours on one core"], lines)
+
+
+OF_RUNS = (score, gap, ratio, differences, table, learning_rates, stages)
+OF_RUNS += (minutes, speedup, mix_minutes, hours, parts)
+OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
 
 def write(results):
     """RESULTS.md beside the folder `results`, the figures in figures/."""
     results = Path(results)
-    runs = load(results)
-    file = results / "gradients.json"
-    found = json.loads(file.read_text()) if file.exists() else None
-    of_runs, of_both = (
-        (score, gap, ratio, differences, table, learning_rates, stages, minutes, speedup, mix_minutes, hours, parts),
-        (gradients, cosine, length, times, measured, images, routing, cosines),
-    )
-    calls = {f.__name__: functools.partial(f, runs) for f in of_runs}
-    calls |= {f.__name__: functools.partial(f, runs, found) for f in of_both}
-    calls["picture"] = functools.partial(picture, results.parent / "figures")
-    figures.draw_all(runs, found, results.parent / "figures")
+    folder = results.parent / "figures"
+    runs, found = load(results), None
+    if (results / "gradients.json").exists():
+        found = json.loads((results / "gradients.json").read_text())
+    calls = {"picture": functools.partial(picture, folder)}
+    calls |= {function.__name__: functools.partial(function, runs) for function in OF_RUNS}
+    for function in OF_GRADIENTS:
+        calls[function.__name__] = functools.partial(function, runs, found)
+    figures.draw_all(runs, found, folder)
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
-    text = re.sub(r"\{\{(\w+)(.*?)\}\}", lambda call: calls[call[1]](*shlex.split(call[2])), template, flags=re.S)
+    answer = lambda call: calls[call[1]](*shlex.split(call[2]))
+    text = re.sub(r"\{\{(\w+)(.*?)\}\}", answer, template, flags=re.S)
     (results.parent / "RESULTS.md").write_text(text)
-    print(f"{len(list(results.glob('*_seed*.json')))} records -> {results.parent}/RESULTS.md and figures/")
+    number = len(list(results.glob("*_seed*.json")))
+    print(f"{number} records -> {results.parent}/RESULTS.md and figures/")
