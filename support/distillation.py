@@ -1,6 +1,7 @@
 """Check the flags of a training script, and fill in those that follow from others."""
 
 import argparse
+import os
 
 from support.files import check_adapter, check_model, prompt_files
 from support.flags import TASKS, check_out, fail, pairs
@@ -30,8 +31,10 @@ def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
     check_start(args.init, "--init")
     if "objective" in args:
         check_objective(args)
-    elif args.sft_images < len(tasks):
-        fail(f"--sft_images must be at least {len(tasks)}: one for every task")
+    else:
+        check_processes(args.batch, "--batch")
+        if args.sft_images < len(tasks):
+            fail(f"--sft_images must be at least {len(tasks)}: one for every task")
     if not getattr(args, "dry_run", False):
         check_out(args)
     return args
@@ -52,7 +55,7 @@ def check_objective(args: argparse.Namespace) -> None:
         fail("--noise must be above 0: a step without noise has no density; or --objective ode")
     if args.objective == "trajectory" and args.train_steps == "random:1":
         fail("--train_steps random:1: --objective trajectory looks ahead; train 2 steps or more")
-    check_updates(args)
+    check_samples(args)
     check_train_steps(args)
 
 
@@ -86,7 +89,7 @@ def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
         fail("--group_size must be at least 2: a sample is compared with its group's mean")
     if args.noise <= 0:
         fail("--noise must be above 0: a step without noise has no density")
-    check_updates(args)
+    check_samples(args)
     args.window_end = args.window_end or args.steps - 1
     if not args.window <= args.window_end < args.steps:
         fail("--window must be at most --window_end, and --window_end below --steps")
@@ -108,7 +111,7 @@ def check_prompt_files(args: argparse.Namespace, tasks: list[str], with_tests: b
 
 
 def check_start(path: str, flag: str) -> None:
-    """ "base" or an adapter."""
+    """Either base or an adapter."""
     if path != "base":
         check_adapter(path, flag)
 
@@ -119,10 +122,18 @@ def check_shares(shares: dict[str, float], flag: str) -> None:
             fail(f"{flag}: shares are whole numbers from 1 to 1000")
 
 
-def check_updates(args: argparse.Namespace) -> None:
+def check_samples(args: argparse.Namespace) -> None:
+    """Every update takes a part of each group, and every process has samples."""
     G = args.group_size
     if G % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {G}: each takes a part of a group")
+    check_processes(args.prompts_per_iteration * G, "--prompts_per_iteration")
+
+
+def check_processes(samples: int, flag: str) -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if samples < world:
+        fail(f"{world} processes for {samples} samples: raise {flag}")
 
 
 def check_train_steps(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import pickle
 import shutil
 import struct
 import sys
@@ -28,7 +27,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save, save_file
 
-from rewards import deqa, geneval_rules
+from rewards import deqa
 from support import files, flags, lora, model, pictures, scoring, tables
 
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ def fuzz(examples, **strategies):
 
 def snapshot(folder):
     """{path: content of a file, None for anything else}"""
-    return {p: p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
 
 
 def attempt(load, *args):
@@ -125,16 +124,16 @@ def adapters(draw):
         B *= draw(st.integers(0, 9)) > 0
         tensors |= {f"{prefix}{layer}.lora_A.weight": A, f"{prefix}{layer}.lora_B.weight": B}
     key = draw(st.sampled_from(sorted(tensors))) if tensors else None
-    if key and fault == "value":
-        tensors[key].view(-1)[:1] = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e38]))
-    if key and fault == "shape":
-        tensors[key] = torch.ones(draw(st.lists(st.integers(0, 9), max_size=4)))
-    if key and fault == "dtype":
-        tensors[key] = (tensors[key] * 9).to(getattr(torch, draw(st.sampled_from(DTYPES))))
-    if key and fault == "half":
-        tensors.pop(key)
     if fault == "key":
         tensors[draw(TEXT)] = torch.ones(2, 2)
+    elif key and fault == "value":
+        tensors[key].view(-1)[:1] = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e38]))
+    elif key and fault == "shape":
+        tensors[key] = torch.ones(draw(st.lists(st.integers(0, 9), max_size=4)))
+    elif key and fault == "dtype":
+        tensors[key] = (tensors[key] * 9).to(getattr(torch, draw(st.sampled_from(DTYPES))))
+    elif key and fault == "half":
+        tensors.pop(key)
     config, header = {"lora_alpha": draw(st.integers(1, 64)), "r": 4}, None
     if draw(st.booleans()):
         pattern = {draw(st.sampled_from(["to_q", *LAYERS])): draw(st.integers(1, 9))}
@@ -154,21 +153,13 @@ def utf8(text):
     return text.encode("utf-8", "replace").decode()
 
 
-@st.composite
-def damaged(draw, data):
-    """Bytes cut short, with flipped bits, with another length of the header, or noise."""
-    data, how = bytearray(data), draw(st.sampled_from(["cut", "flip", "header", "noise"]))
-    if how == "cut":
-        return bytes(data[: draw(st.integers(0, len(data)))])
-    if how == "noise":
-        return draw(st.binary(max_size=200))
-    if how == "header":
-        length = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 100_000_001])
-        data[:8] = struct.pack("<Q", draw(length))
-        return bytes(data)
-    for _ in range(draw(st.integers(1, 4))):
-        data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
-    return bytes(data)
+def damaged(data):
+    """Bytes with a flipped bit, cut short, with another length of the header, or noise."""
+    place = st.integers(0, len(data) - 1)
+    flip = lambda n, bit: data[:n] + bytes([data[n] ^ 1 << bit]) + data[n + 1 :]
+    cut = place.map(lambda n: data[:n])
+    header = st.integers(0, 2**64 - 1).map(lambda length: struct.pack("<Q", length) + data[8:])
+    return st.builds(flip, place, st.integers(0, 7)) | cut | header | st.binary(max_size=200)
 
 
 def check_adapter_file(weights, config, name="adapter_model.safetensors"):
@@ -215,11 +206,8 @@ def test_values_and_alphas_that_are_no_numbers_are_refused(tmp_path):
     """1e30 is finite in most formats, but what it does to a velocity is not."""
     assert lora.read_adapter(*write_adapter(tmp_path))[LAYER][2] == 8 / 2
     for value in (math.nan, math.inf, -math.inf, 1e30):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            bad = torch.ones(2, 8, dtype=dtype)
-            bad[1, 7] = value
-            where = write_adapter(tmp_path, **{f"{LAYER}.lora_A.weight": bad})
-            assert "nan, infinity" in refused(lora.read_adapter, *where)
+        bad = {f"{LAYER}.lora_A.weight": torch.full((2, 8), value, dtype=torch.bfloat16)}
+        assert "nan, infinity" in refused(lora.read_adapter, *write_adapter(tmp_path, **bad))
     for alpha in ("-8", "0", "1e400", "NaN", '"8"', "[8]", "true", "9" * 400, "{}"):
         pattern = '{"lora_alpha": 8, "alpha_pattern": {"to_q": %s}}' % alpha
         for config in ('{"lora_alpha": %s}' % alpha, pattern):
@@ -245,34 +233,14 @@ def test_alpha_pattern_is_read_as_peft_reads_it(tmp_path):
         assert "expression" in refused(lora.read_adapter, tmp_path, "--init")
 
 
-class Bomb:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.file),)
-
-
-@pytest.mark.parametrize("name", ["adapter_model", "pytorch_lora_weights"])
-def test_a_pickled_adapter_is_not_opened(tmp_path, name):
+def test_a_pickled_adapter_is_not_opened(tmp_path):
     mark = tmp_path / "unpickled"
-    folder, flag = write_adapter(tmp_path / "adapter")
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / f"{name}.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    assert "can run code" in refused(lora.read_adapter, folder, flag) and not mark.exists()
-
-
-def test_a_config_leads_to_no_other_file(tmp_path, monkeypatch):
-    """Only numbers are used: what the config names as its base model is never looked at."""
-    paths = dict.fromkeys(["base_model_name_or_path", "auto_mapping"], "../../etc/passwd")
-    where = write_adapter(tmp_path, json.dumps({"lora_alpha": 8} | paths))
-    opened, read = [], Path.read_text
-    note = lambda path, *how, **more: opened.append(path) or read(path, *how, **more)
-    monkeypatch.setattr(Path, "read_text", note)
-    lora.read_adapter(*where)
-    assert opened == [tmp_path / "adapter_config.json"]
+    bomb = f"cposix\nsystem\n(S'touch {mark}'\ntR."  # unpickled, it leaves a file behind
+    for name in ("adapter_model.bin", "pytorch_lora_weights.bin"):
+        (tmp_path / name).write_text(bomb)
+        assert "can run code" in refused(lora.read_adapter, tmp_path, "--init")
+        (tmp_path / name).unlink()
+    assert not mark.exists()
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -290,14 +258,10 @@ def test_what_is_no_file_is_refused(tmp_path):
 def read(data, name="prompts.txt"):
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / name).write_bytes(data)
-        before = snapshot(place)
         result, _ = attempt(files.read_prompts, f"{place}/{name}")
-        assert snapshot(place) == before
-    if result is not None:
-        prompts, metadata = result
-        assert prompts and len(prompts) == len(metadata)
-        assert all(isinstance(about, dict) for about in metadata)
-        assert all(p.strip() and p.encode() and "\0" not in p for p in prompts)
+    for prompt, about in zip(*(result or ((), ())), strict=True):
+        assert prompt.strip() and prompt.encode() and "\0" not in prompt
+        assert isinstance(about, dict)
     return result
 
 
@@ -344,11 +308,10 @@ def test_any_prompt_is_embedded(tmp_path):
     table = model.embed_prompts(pipe, ODD_PROMPTS + ODD_PROMPTS[:3], args)
     assert len(table["rows"]) == 1 + len(ODD_PROMPTS) == len(table["embeds"])
     assert table["embeds"].isfinite().all() and table["pooled"].isfinite().all()
-    cached, other = sorted(tmp_path.rglob("*.safetensors")), save({"embeds": torch.ones(1)})
-    for file, content in zip(cached, (b"", b"noise" * 9, other)):
-        file.write_bytes(content)  # such a row is made again
+    cached = sorted(tmp_path.rglob("*.safetensors"))
+    cached[0].write_bytes(b"noise" * 9)  # such a row is made again
     again = model.embed_prompts(pipe, ODD_PROMPTS, args)
-    torch.testing.assert_close(again["embeds"], table["embeds"], rtol=0, atol=0)
+    torch.testing.assert_close(again["embeds"], table["embeds"])
     assert all(len(file.stem) == 64 for file in cached)
 
 
@@ -370,13 +333,13 @@ def test_odd_prompts_through_a_whole_run(monkeypatch, tmp_path):
     about = {"file_name": "../../outside", "path": "/outside"}
     file, out = tmp_path / "odd.jsonl", tmp_path / "run"
     file.write_text("\n".join(json.dumps(about | {"prompt": p}) for p in ODD_PROMPTS))
-    words = "--prompts_per_iteration 2 --group_size 2 --steps 2 --iterations 2 --eval_steps 2"
+    words = "--prompts_per_iteration 2 --group_size 2 --steps 2 --iterations 1 --eval_steps 2"
     words += f" --sample_every 1 --eval_prompts 4 --prompts ocr={file} --test_prompts ocr={file}"
     words += f" --teacher ocr=toy/adapters/ocr --out {out}"
     call(monkeypatch, "train_opd", *words.split())
     lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]
-    assert len([json.loads(line) for line in lines]) == 2
-    assert (out / "samples/00002.png").stat().st_size > 0 and (out / "table.md").exists()
+    assert len([json.loads(line) for line in lines]) == 1
+    assert (out / "samples/00001.png").stat().st_size > 0 and (out / "table.md").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"odd.jsonl", "run"}
 
 
@@ -474,25 +437,7 @@ def test_a_tokenizer_config_leads_to_no_file_outside(copy):
     torch.testing.assert_close(load_all(copy)["embeds"], expected, rtol=0, atol=0)
 
 
-PARTS = st.sampled_from(["transformer", "vae", "scheduler", "image_encoder", "x"])
-
-
-@fuzz(12, changes=st.dictionaries(PARTS, JSON, min_size=1))
-def test_any_component_is_loaded_or_refused(changes):
-    with tempfile.TemporaryDirectory() as place:
-        for part in (ROOT / "toy").iterdir():
-            (Path(place) / part.name).symlink_to(part)
-        index = Path(place) / "model_index.json"
-        index.unlink()
-        shutil.copy(ROOT / "toy/model_index.json", index)
-        rewrite(index, **changes)
-        attempt(model.load_pipeline, model_args(model=place), CPU)
-
-
-RESULTS = {"flags": JSON, "results": st.dictionaries(TEXT, JSON) | JSON}
-
-
-@fuzz(60, recorded=st.fixed_dictionaries(RESULTS) | JSON)
+@fuzz(60, recorded=st.fixed_dictionaries({"flags": JSON, "results": JSON}) | JSON)
 def test_a_strangers_recorded_results_are_shown_or_left_out(recorded):
     """MODEL/results.json is read at the end of a run, when an exception would be worst."""
     with tempfile.TemporaryDirectory() as place:
@@ -500,8 +445,6 @@ def test_a_strangers_recorded_results_are_shown_or_left_out(recorded):
         settings_used, results = scoring.read_recorded(place)
         tables.table(results)
         assert isinstance(settings_used, dict)
-    settings_used, results = scoring.read_recorded(ROOT / "toy")
-    assert settings_used["steps"] == 16 and {"base", "oracle", "grpo_mix"} <= results.keys()
 
 
 # ---- Flags and names
@@ -541,32 +484,6 @@ def test_any_path_is_a_folder_a_hub_id_or_refused(path):
         for check in (files.check_adapter, files.check_model):
             attempt(check, path, "--init")
         files.fetch.cache_clear()
-
-
-# ---- Scorers
-
-PLACE = st.tuples(st.sampled_from(geneval_rules.RELATIONS), st.integers(-1, 2) | JSON).map(list)
-REQUEST = st.fixed_dictionaries(
-    {"class": st.sampled_from(["cat", "dog"]) | JSON, "count": st.integers(1, 3) | JSON},
-    optional={"color": st.just("red") | JSON, "position": PLACE | JSON},
-)
-REQUESTS = st.lists(REQUEST, max_size=3) | JSON
-POSITION = {"tag": st.just("position"), "include": REQUESTS}
-
-
-@fuzz(100, line=st.fixed_dictionaries(POSITION, optional={"exclude": REQUESTS}) | JSON)
-def test_geneval_judges_metadata_or_explains_why_not(line):
-    """In one line, a ValueError, which the scripts print; else both rules give a number."""
-    try:
-        geneval_rules.check_metadata(line, 0)
-    except ValueError as error:
-        assert str(error).startswith("geneval: metadata 0")
-        return
-    cat = {"box": (0, 0, 9, 9), "colour": "red"}
-    for objects in ({}, {"cat": [cat], "dog": [cat, cat]}):
-        score, strict = geneval_rules.softened(objects, line)
-        assert math.isfinite(score) and isinstance(strict, bool)
-        assert isinstance(geneval_rules.official(objects, line), bool)
 
 
 def test_deqas_index_leads_to_no_file_outside(tmp_path):
