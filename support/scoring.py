@@ -279,12 +279,16 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
             lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
-    made = ["table.md", "results.json", "grid.png", "curves.png", "samples", "adapter"]
-    there = ", ".join(name for name in made if (run / name).exists())
-    print("\n" + "\n".join(lines) + f"\n\n-> {run}/: {there}")
+    print("\n" + "\n".join(lines) + f"\n\n-> {run}/: {list_made(run)}")
     example = tests[next(iter(tests))][0][0]
     models = ["base", f"student={run}/adapter"]
     print(next_command(args, models, "--prompt", example, "--out", f"{run}/prompt"), flush=True)
+
+
+def list_made(folder: Path) -> str:
+    """What a run or an evaluation has left, for its last line."""
+    names = "adapter table.md results.json grid.png differences.png curves.png samples images"
+    return ", ".join(name for name in names.split() if (folder / name).exists())
 
 
 def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str:
