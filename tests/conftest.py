@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import random
@@ -71,6 +72,12 @@ def process_ends():
     if hasattr(saver, "lock"):
         saver.close()
         saver.lock.close()
+
+
+@functools.cache
+def randn(*shape, seed=0):
+    """Normal numbers in float64, the same at every call. Do not change them in place."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- Running scripts, and reading what they leave

@@ -1,7 +1,4 @@
-"""support/model.py: loading, precisions, text embeddings; support/run.py: prompts and gradients.
-
-python -m pytest tests/test_model.py
-"""
+"""support/model.py: loading, precisions, text embeddings; support/run.py: prompts and gradients."""
 
 import argparse
 import importlib
@@ -21,13 +18,6 @@ import merge
 from support import files, lora, model, run
 
 STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}  # flags of add_student
-
-
-def test_what_counts_as_a_hub_id():
-    for path in ("stabilityai/stable-diffusion-3.5-medium", "me/lora@refs/pr/1"):
-        assert files.hub_id(path)
-    for path in ("toy", "toy/adapters", "runs/a/b", "/data/model"):  # toy is a folder here
-        assert not files.hub_id(path)
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
@@ -53,6 +43,8 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
 
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):
     """In a fresh process, from a cache in the layout of `hf download`."""
+    assert all(map(files.hub_id, ("stabilityai/stable-diffusion-3.5-medium", "me/lora@refs/pr/1")))
+    assert not any(map(files.hub_id, ("toy", "toy/adapters", "runs/a/b", "/data/model")))
     number, name = "0123456789" * 4, tmp_path / "models--me--lora"
     shutil.copytree("toy/adapters/ocr", name / "snapshots" / number)
     (name / "refs").mkdir()
@@ -68,8 +60,7 @@ def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):
 
 
 def test_sharded_and_half_precision_transformers_load(pipe, text, tmp_path):
-    skip = shutil.ignore_patterns("adapters", "transformer", "prompts")
-    shutil.copytree("toy", tmp_path / "toy", ignore=skip)
+    shutil.copytree("toy", tmp_path / "toy", ignore=shutil.ignore_patterns("transformer"))
     stock = SD3Transformer2DModel.from_pretrained("toy/transformer").half()
     stock.save_pretrained(tmp_path / "toy/transformer", max_shard_size="2MB")
     assert len(list((tmp_path / "toy/transformer").glob("*.safetensors"))) > 1
@@ -78,11 +69,10 @@ def test_sharded_and_half_precision_transformers_load(pipe, text, tmp_path):
     assert_close(predict(half, text), predict(pipe.transformer, text), atol=2e-2, rtol=1e-2)
 
 
-def test_the_fused_transformer_makes_the_pictures_of_the_adapter(monkeypatch, tmp_path, capsys):
+def test_the_fused_transformer_makes_the_pictures_of_the_adapter(monkeypatch, tmp_path):
     """The same noise in stock diffusers: with load_lora_weights, and with the fused transformer."""
     command = ["merge", "--adapters", "toy/adapters/ocr", "--fuse", "toy"]
     call(monkeypatch, *command, "--out", tmp_path / "fused")
-    assert "from_pretrained" in capsys.readouterr().out
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
     stock.load_lora_weights("toy/adapters/ocr")
     transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "fused")
@@ -100,17 +90,14 @@ def test_the_fused_transformer_makes_the_pictures_of_the_adapter(monkeypatch, tm
 def test_bf16_backbone_with_a_float32_student(pipe, text):
     """Its labels are near those of fp32. Student and gradients are fp32, teachers bf16."""
     other = load(dtype="bf16")
-    transformers, texts = (pipe.transformer, other.transformer), (text, embed(other))
-    for transformer in transformers:
+    for transformer in (pipe.transformer, other.transformer):
         lora.load_adapter(transformer, "teacher", "toy/adapters/ocr", "--teacher")
         lora.add_student(transformer, argparse.Namespace(**STUDENT))
     assert model.backbone_dtype(other.transformer) == torch.bfloat16
     for name, guidance in ((None, 4.5), ("teacher", 1.0), ("student", 4.5)):
-        velocities = []
-        for transformer, table in zip(transformers, texts):
-            with lora.use(transformer, name):
-                velocities.append(predict(transformer, table, guidance))
-        exact, rounded = velocities
+        with lora.use(pipe.transformer, name), lora.use(other.transformer, name):
+            exact = predict(pipe.transformer, text, guidance)
+            rounded = predict(other.transformer, embed(other), guidance)
         assert rounded.dtype == torch.float32
         assert (exact - rounded).norm() < 0.03 * exact.norm()
     rounded.square().mean().backward()
@@ -127,8 +114,9 @@ def test_checkpointing_changes_no_gradient(text):
         transformer = load(checkpointing=checkpointing).transformer
         student, _ = lora.add_student(transformer, argparse.Namespace(**STUDENT))
         predict(transformer, text).square().mean().backward()
+        assert transformer.is_gradient_checkpointing == checkpointing
         gradients.append({key: p.grad for key, p in student.items() if p.grad is not None})
-    assert len(gradients[0]) > 10
+    assert gradients[0]
     assert_close(gradients[1], gradients[0])
 
 
@@ -168,13 +156,10 @@ def test_cached_embeddings_are_the_same_and_need_no_encoder(pipe, text, monkeypa
     first = embed(pipe, **cache)  # one from the cache, one new
     assert len(list(tmp_path.rglob("*.safetensors*"))) == 3
 
-    def refuse(*_, **__):
-        raise AssertionError("an encoder was used")
-
-    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", refuse)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", None)
     for table in (first, embed(pipe, **cache)):
         assert_close(table, text)
-    with pytest.raises(AssertionError, match="encoder"):  # another length: another embedding
+    with pytest.raises(TypeError):  # another length: another embedding
         embed(pipe, text_length=4, **cache)
 
 
@@ -208,20 +193,15 @@ def test_trained_steps_are_drawn_anew_each_iteration():
     assert windows == {(0, 1), (1, 2), (2, 3), (3, 4)}
     drawn = {tuple(run.draw_steps(args, n).tolist()) for n in range(50)}
     assert drawn == {(0, 2, 3), (0, 2, 4), (0, 3, 4), (2, 3, 4)}
-    args.window = 0
-    assert run.draw_window(args, 0).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_task_cosines_against_plain_loops():
+def test_task_cosines():
     gradients, tasks = torch.randn(4, 15), ["a", "b", "c", "d"]
     gradients[2] = 0  # a task without samples
-    expected = {}
-    for j in (0, 1, 3):
-        expected[f"grad_norm/{tasks[j]}"] = sum(x * x for x in gradients[j].tolist()) ** 0.5
+    expected = {f"grad_norm/{tasks[j]}": gradients[j].norm().item() for j in (0, 1, 3)}
     for j, k in ((0, 1), (0, 3), (1, 3)):
-        dot = sum(x * y for x, y in zip(gradients[j].tolist(), gradients[k].tolist()))
-        lengths = expected[f"grad_norm/{tasks[j]}"] * expected[f"grad_norm/{tasks[k]}"]
-        expected[f"cosine/{tasks[j]}-{tasks[k]}"] = dot / lengths
+        cosine = torch.cosine_similarity(gradients[j], gradients[k], dim=0)
+        expected[f"cosine/{tasks[j]}-{tasks[k]}"] = cosine.item()
     assert_close(run.task_cosines(gradients, tasks), expected)
 
 
@@ -234,8 +214,8 @@ def test_the_average_against_a_plain_loop(every, decay):
         run.update_average(average, student, updates, args)
         if updates % every == 0:
             d = min((1 + updates // every) / (10 + updates // every), decay)
-            values = student["x"].tolist()
-            expected = [d * old + (1 - d) * new for old, new in zip(expected, values)]
+            new = student["x"].tolist()
+            expected = [d * expected[0] + (1 - d) * new[0], d * expected[1] + (1 - d) * new[1]]
         assert_close(average["x"].tolist(), expected, rtol=1e-5, atol=1e-5)
 
 
