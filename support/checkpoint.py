@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from support.files import ADAPTER, fetch, read_json, save_json
 from support.flags import fail, launcher
+from support.interrupts import Interrupts
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
 from support.model import TEXT
@@ -40,18 +40,29 @@ HARMLESS = """
 # ---- Folders that are complete or absent
 
 
-def publish(beside: Path, final: Path) -> None:
-    """Give a finished folder its name once its contents are on the disk: after a power cut the
-    folder is complete or absent."""
-    for path in (*beside.rglob("*"), beside):
-        sync(path)
-    old = final.with_name(f"tmp_old_{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)  # a folder cannot be renamed onto another
-    os.replace(beside, final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def written(run: Path, name: str) -> Iterator[Path]:
+    """Gives a folder to write into, which becomes run/name. Its contents reach the disk before its
+    name: after a power cut it is complete or absent. If the disk is full, the run ends in one line
+    and what was saved before is still there."""
+    final = run / name
+    beside = final.with_name(f"tmp_{final.name}")
+    clear(final.parent)
+    try:
+        yield beside
+        for path in (*beside.rglob("*"), beside):
+            sync(path)
+        if final.exists():  # a folder cannot be renamed onto another
+            os.replace(final, final.with_name(f"tmp_old_{final.name}"))
+        os.replace(beside, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        newest = ["none", *(c.name for c in checkpoints(run))][-1]
+        print(file=sys.stderr)  # ends the progress bar's line
+        fail(f"--out {run}: cannot save {final.name} ({error}); "
+             f"the newest checkpoint is {newest}; make room, then --resume")  # fmt: skip
+    finally:
+        clear(final.parent)
 
 
 def sync(path: Path) -> None:
@@ -59,6 +70,12 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def clear(folder: Path) -> None:
+    """Delete what is unfinished or replaced, also by a process that was killed."""
+    for path in folder.glob("tmp_*"):
+        shutil.rmtree(path)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -74,14 +91,10 @@ def whole(checkpoint: Path) -> bool:
     return False
 
 
-def number_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 def checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     found = [p for p in Path(run).glob("checkpoints/step_*") if p.name[5:].isdecimal()]
-    return sorted(found, key=number_of)
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
 # ---- The start of a run, new or resumed
@@ -90,23 +103,21 @@ def checkpoints(run: str | Path) -> list[Path]:
 def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tuple[int, "Saver"]:
     """Create the run folder or restore a checkpoint; every process calls it. Returns the number of
     iterations done and the Saver. student, average: {"LAYER.lora_A.weight": parameter}."""
-    saver, run = Saver(args, pipe, student, average, optimizer), Path(args.out)
-    checkpoint, start = None, 0
+    saver, run, start = Saver(args, pipe, student, average, optimizer), Path(args.out), 0
     if saver.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         saver.lock, saver.origin = lock_run(run), origin_of(args, pipe)
         if args.resume:
-            checkpoint = choose_checkpoint(run, args.resume, saver.origin)
+            start = choose_checkpoint(run, args.resume, saver.origin)
         if args.overwrite:
             empty(run)
         (run / "samples").mkdir(exist_ok=True)
         save_json(run / "args.json", vars(args))
-        cut_log(run, number_of(checkpoint) if checkpoint else 0)
-    checkpoint = gather(checkpoint)[0]
-    if checkpoint:
-        start = number_of(checkpoint)
-        saver.restore(load_file(checkpoint / "state.safetensors"))
-    saver.catch_signals()
+        cut_log(run, start)
+    start = gather(start)[0]
+    if start:
+        saver.restore(load_file(run / f"checkpoints/step_{start}/state.safetensors"))
+    saver.interrupts = Interrupts(saver)
     return start, saver
 
 
@@ -121,14 +132,13 @@ def lock_run(run: Path) -> TextIO:
         except OSError:
             fail(f"--out {run}: another process is writing into this run; wait, or choose another")
     lock.truncate(0)
-    lock.write(launcher())
-    lock.flush()
+    print(launcher(), end="", file=lock, flush=True)
     return lock
 
 
 def empty(run: Path) -> None:
-    """Delete a run except for the files that identify its folder as a run."""
-    for path in run.iterdir():
+    """Delete all but what identifies the folder as a run."""
+    for path in list(run.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in ("lock", "args.json"):
@@ -148,22 +158,22 @@ def origin_of(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> dict:
     return origin | {"the order of the tasks": list(args.prompts)}
 
 
-def choose_checkpoint(run: Path, wanted: str, origin: dict) -> Path | None:
-    """The checkpoint named, or the newest complete one; None if there is none yet. Fails, and
-    changes nothing, if it is damaged or was made from something else."""
-    found = list(reversed(checkpoints(run)))
+def choose_checkpoint(run: Path, wanted: str, origin: dict) -> int:
+    """The iterations of the checkpoint named, or of the newest complete one; 0 if there is none
+    yet. Fails, and changes nothing, if it is damaged or was made from something else."""
+    found = checkpoints(run)
     if wanted != "newest":
         found = [c for c in found if c.resolve() == Path(wanted).resolve()]
         if not found:
             fail(f"--resume {wanted}: not a checkpoint of this run ({run}/checkpoints/step_N)")
     elif not found:
         print(f"{run} has no checkpoint yet: starting from the beginning")
-        return None
-    checkpoint = next((c for c in found if whole(c)), None)
+        return 0
+    checkpoint = next((c for c in reversed(found) if whole(c)), None)
     if checkpoint is None:
         names = ", ".join(c.name for c in found)
         fail(f"--resume: damaged (checksums differ): {names}; nothing was changed")
-    for damaged in found[: found.index(checkpoint)]:
+    for damaged in found[found.index(checkpoint) + 1 :]:
         print(f"warning: {damaged} is damaged (checksums differ)", file=sys.stderr)
     try:
         saved = {**read_json((checkpoint / "state.json").read_text())["origin"]}
@@ -173,23 +183,17 @@ def choose_checkpoint(run: Path, wanted: str, origin: dict) -> Path | None:
     if changed:
         names = ", ".join(changed)
         fail(f"--resume: {names} changed since {checkpoint} was saved; resume with the same")
-    for newer in checkpoints(run):
-        if number_of(newer) > number_of(checkpoint):
-            os.replace(newer, newer.with_name(f"unused_{newer.name}"))
-    return checkpoint
+    everything = checkpoints(run)
+    for newer in everything[everything.index(checkpoint) + 1 :]:
+        os.replace(newer, newer.with_name(f"unused_{newer.name}"))
+    return int(checkpoint.name[5:])
 
 
 # ---- Saving
 
-SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
-
-
 class Saver:
     """Keeps the last completed iteration in host memory; writes it as a checkpoint when it is due,
-    and when a signal or an error ends the run. Only rank 0 writes.
-
-    A thread waits for signals, because the main thread may be waiting for a process that is gone.
-    It saves at once: the 30 seconds that launchers grant suffice for iterations of any length."""
+    and when a signal or an error ends the run. Only rank 0 writes."""
 
     def __init__(self, args, pipe, student, average, optimizer) -> None:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
@@ -209,13 +213,11 @@ class Saver:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, torch.Tensor]) -> None:
-        """Put saved tensors back in place."""
-        for key, tensor in saved.items():
+        for key in saved:
             if key.startswith("optimizer."):
                 _, moment, name = key.split(".", 2)
                 parameter = self.student[name]
-                copy = tensor.to(parameter.device, copy=True)
-                self.optimizer.state[parameter][moment] = copy
+                self.optimizer.state[parameter][moment] = saved[key].to(parameter.device, copy=True)
         for key, tensor in self.tensors().items():
             tensor.copy_(saved[key])
 
@@ -239,56 +241,33 @@ class Saver:
             if not self.kept:
                 return
             iterations, tensors = self.kept
-            final = self.run / "checkpoints" / f"step_{iterations}"
-            if whole(final):
+            name = f"checkpoints/step_{iterations}"
+            if whole(self.run / name):
                 return
-            for unfinished in final.parent.glob("tmp_*"):  # of a process that was killed
-                shutil.rmtree(unfinished)
-            beside = final.with_name(f"tmp_{final.name}")
-            with self.full_disk(final.name, beside):
+            with written(self.run, name) as beside:
                 average = {name: tensors[f"average.{name}"] for name in self.average}
                 save_adapter(beside / "adapter", average, self.config)
                 save_file(tensors, beside / "state.safetensors")
                 save_json(beside / "state.json", {"iteration": iterations, "origin": self.origin})
                 save_json(beside / "checksums.json", checksums(beside))
-                publish(beside, final)
             for old in checkpoints(self.run)[: -self.args.keep]:
-                half_deleted = old.with_name(f"tmp_{old.name}")  # not a checkpoint any more
-                os.replace(old, half_deleted)
-                shutil.rmtree(half_deleted)
-
-    @contextlib.contextmanager
-    def full_disk(self, what: str, beside: Path) -> Iterator[None]:
-        """Fail in one line if writing fails; what was saved before is still there."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            names = ["none", *(c.name for c in checkpoints(self.run))]
-            how = f"the newest checkpoint is {names[-1]}; make room, then --resume"
-            print(file=sys.stderr)  # ends the progress bar's line
-            fail(f"--out {self.run}: cannot save {what} ({error}); {how}")
+                shutil.rmtree(old)  # half deleted, it no longer matches its checksums
 
     def give_up(self, message: str) -> NoReturn:
         """Save the last good state and stop, on every process."""
-        try:
-            if self.rank == 0:
-                self.save()
-                print(file=sys.stderr)
-                fail(message)
-        finally:
-            gather(None)  # the others wait: when one exits, torchrun ends all
+        if self.rank == 0:
+            self.save()
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        gather(None)  # the others wait for that: when one exits, torchrun ends all
         raise SystemExit(2)
 
     def keep_best(self, score: float) -> None:
         """Write the average as best/ if it scores higher than every "test" in the log."""
         if self.rank == 0:
             scores = [line["test"] for line in read_log(self.run) if line.get("test") is not None]
-            beside = self.run / "tmp_best"
             if score > max(scores, default=-math.inf):
-                with self.full_disk("best", beside):
+                with written(self.run, "best") as beside:
                     save_adapter(beside, self.average, self.config)
-                    publish(beside, self.run / "best")
 
     def finish(self) -> None:
         """After the loop: publish adapter/, a copy of the newest checkpoint's, or with --final best
@@ -297,52 +276,24 @@ class Saver:
         if not self.optimizer.state:
             self.give_up("every update was skipped: all gradients were NaN or infinite")
         if self.rank == 0:
-            source, beside = checkpoints(self.run)[-1] / "adapter", self.run / "tmp_adapter"
-            if getattr(self.args, "final", "last") == "best" and (self.run / "best").is_dir():
-                source = self.run / "best"
-            with self.full_disk("adapter", beside):
-                shutil.rmtree(beside, ignore_errors=True)
+            source = self.run / "best"
+            if getattr(self.args, "final", "last") == "last" or not source.is_dir():
+                source = checkpoints(self.run)[-1] / "adapter"
+            with written(self.run, "adapter") as beside:
                 shutil.copytree(source, beside)
-                publish(beside, self.run / "adapter")
 
-    def catch_signals(self) -> None:
-        self.read, self.write = os.pipe()
-        os.set_blocking(self.write, False)
-        self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in SIGNALS}
-        sys.excepthook = self.report_error
-        threading.Thread(target=self.wait, daemon=True).start()
+    def report_error(self, *error) -> None:
+        sys.__excepthook__(*error)  # its own message first
+        self.stop()
 
-    def close(self) -> None:
-        sys.excepthook = sys.__excepthook__
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self.wakeup)
-        os.close(self.write)  # the thread reads the end and stops
-
-    def interrupt(self, number, frame) -> None:
-        """While the thread saves, a second Ctrl-C ends the process."""
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    def wait(self) -> None:
-        """The thread: save, then end the process with the signal's usual exit code."""
-        while received := os.read(self.read, 1):
-            if received[0] in SIGNALS:
-                try:
-                    self.save_and_report()
-                finally:
-                    os._exit(128 + received[0])
-        os.close(self.read)
-
-    def report_error(self, kind, error, trace) -> None:
-        sys.__excepthook__(kind, error, trace)  # its own message first
-        self.save_and_report()
-
-    def save_and_report(self) -> None:
+    def stop(self) -> None:
+        """What a signal or an uncaught error does before the process ends, in any thread."""
         if self.rank == 0:
             with self.saving:  # nothing newer is kept meanwhile
                 self.save()
                 done = f"saved after {self.kept[0]} iterations" if self.kept else "nothing to save"
             how = "continue with the same command and --resume"
             print(f"\nstopped; {done}; {how}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.interrupts.release()
