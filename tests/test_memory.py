@@ -107,7 +107,8 @@ MODELS = [pytest.param([], marks=pytest.mark.slow), ["--dtype", "bf16", "--check
 @pytest.mark.parametrize("flags", MODELS)
 def test_the_bytes_are_those_of_a_real_model(flags):
     """Of its weights, and of the tensors alive in a forward and a backward pass: to the byte."""
-    args = parse(*flags, "--guidance", 2, "--micro_batch", 40)
+    no_pictures = ["--eval_prompts", 0, "--sample_every", 0]
+    args = parse(*flags, *no_pictures, "--guidance", 2, "--micro_batch", 40)
     held, extra = memory.phases(args, "toy", CPU, model.precision(args.dtype, CPU))
     transformer, student = real_model(args)
     parts = ("transformer", "LoRA", "student")
