@@ -52,7 +52,8 @@ class Models:
             parameter.requires_grad_(".student." in name)
             if ".student." in name:
                 self.named[name.replace(".student.", ".")] = parameter
-        self.average = {name: p.detach().clone() for name, p in self.named.items()}
+        self.start = {name: p.detach().clone() for name, p in self.named.items()}
+        self.average = dict(self.start)
         self.text = {}
         self.pipe.scheduler.set_timesteps(1)
 
@@ -71,12 +72,13 @@ class Models:
 
     def velocity(self, lora, x, t, prompt, guidance):
         transformer = self.pipe.transformer
-        transformer.enable_lora() if lora else transformer.disable_lora()
         if lora:
-            before = {name: p.requires_grad for name, p in transformer.named_parameters()}
+            transformer.enable_lora()
             transformer.set_adapters(lora)
-            for name, p in transformer.named_parameters():
-                p.requires_grad_(before[name])
+        else:
+            transformer.disable_lora()
+        for name, p in transformer.named_parameters():  # the calls above change it
+            p.requires_grad_(".student." in name)
 
         def at(words):
             embeds, pooled = self.embed(words)
