@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         paragraphs = re.split(r"\n(?=\n| {4}| ?\d+\. )", self.description or "")
         for n, text in enumerate(paragraphs):
             if not text.startswith("    "):  # commands keep their lines
-                hang = "    " if text.lstrip()[:1].isdecimal() else ""
+                hang = "   " if text.lstrip()[:1].isdecimal() else ""
                 filled = textwrap.fill(" ".join(text.split()), width, subsequent_indent=hang)
                 paragraphs[n] = "\n" * text.startswith("\n") + filled
         self.description = "\n".join(paragraphs)
