@@ -123,8 +123,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 5. Log.
         log = metrics.sum_logs(log) | {"grad_norm": norm.item()} | watch.result()
-        if rank == 0:
-            metrics.log_line(folder, {"iteration": iteration} | log)
+        metrics.log_line(folder, iteration, log, schedule[iteration])
         bar.set_postfix(loss=f"{log['loss']:.3f}")
 
         # 6. Samples come with the final report. 7. Checkpoint.

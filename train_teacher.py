@@ -198,8 +198,7 @@ def main(args: argparse.Namespace) -> None:
         if run.is_due(iteration, args.eval_every, args.iterations):
             log |= test(args, pipe, text, tests, reward_of, iteration + 1)
             saver.keep_best(log["test"])  # for --final best
-        if rank == 0:
-            metrics.log_line(folder, {"iteration": iteration} | log)
+        metrics.log_line(folder, iteration, log, schedule[iteration])
 
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)

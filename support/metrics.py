@@ -59,13 +59,18 @@ def reward_log(rewards: torch.Tensor, G: int, of_slot: list[str]) -> dict[str, f
     return log | {"flat_groups": (groups.std(1) < 1e-6).double().mean().item()}
 
 
-def log_line(folder: str | Path, values: dict) -> None:
-    """Append one iteration to metrics.jsonl: six digits; NaN and infinity become null."""
-    line = {}
-    for name, value in values.items():
+def log_line(folder: str | Path, iteration: int, log: dict, slots: list[tuple]) -> None:
+    """Append one iteration to metrics.jsonl (rank 0): six digits; NaN and infinity become null.
+    Where an update was skipped, the prompts of the iteration's slots are logged too."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    line = {"iteration": iteration}
+    for name, value in log.items():
         if isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else None
         line[name] = value
+    if "skipped_updates" in log:
+        line["skipped_prompts"] = [prompt for _, prompt, _ in slots]
     with open(Path(folder) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
