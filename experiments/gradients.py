@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from losses import OBJECTIVES, group_advantage, grpo, kl_of, opd_kl
 from sde import log_prob, rollout, step

@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.files import read_prompts, save_json
 from toy.scorers import REWARDS as TOY_REWARDS
 from toy.scorers import geneval, look, ocr
 from toy.world import COLOURS, GLYPHS, RELATIONS, SHAPES, TASKS, render
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---- Measures of the pixels
 

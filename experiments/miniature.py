@@ -26,8 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import heldout, report
 from support.files import save_json
@@ -35,6 +34,7 @@ from support.flags import TASKS, finite, make_parser, positive
 from support.metrics import read_log
 from toy.build import ADAPTERS
 
+ROOT = Path(__file__).resolve().parents[1]
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
 MERGED = ["--init", "toy/adapters/merged"]
 # As GRPO-Mix in toy/build.py, for as many images as the student sees.

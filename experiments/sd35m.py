@@ -13,14 +13,14 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_opd
+from support import lora, memory
+from support.files import save_json
+from support.flags import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_opd  # noqa: E402
-from support import lora, memory  # noqa: E402
-from support.files import save_json  # noqa: E402
-from support.flags import TASKS  # noqa: E402
-
 TRANSFORMER = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16}
 TRANSFORMER |= {"num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24}
 TRANSFORMER |= {"caption_projection_dim": 1536, "joint_attention_dim": 4096, "qk_norm": "rms_norm"}

@@ -37,18 +37,18 @@ from diffusers import StableDiffusion3Pipeline
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import losses
+import sde
+import train_opd
+from experiments.sd35m import save_pipeline
+from support import lora, model
+from support.flags import TASKS, make_parser, model_flags
+from support.metrics import read_log
+from toy import REWARDS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import losses  # noqa: E402
-import sde  # noqa: E402
-import train_opd  # noqa: E402
-from experiments.sd35m import save_pipeline  # noqa: E402
-from support import lora, model  # noqa: E402
-from support.flags import TASKS, make_parser, model_flags  # noqa: E402
-from support.metrics import read_log  # noqa: E402
-from toy import REWARDS  # noqa: E402
-
 LINES = ("ours", "full copies", "as published")
 NOISE = 0.7
 

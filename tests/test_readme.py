@@ -49,6 +49,8 @@ def commands(text):
     found = []
     for line in lines:
         for part in re.split(r"  +(?:#|->)", line)[0].split("&&"):
+            if not SCRIPT.search(part):  # python -c, pip, ...
+                continue
             words = shlex.split(part.replace("…", "").replace("...", ""), comments=True)
             if any(SCRIPT.fullmatch(word) for word in words):
                 found.append(words)
