@@ -55,10 +55,9 @@ def check_prompt(prompt: str, where: str) -> None:
 def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], list[dict]]:
     """A UTF-8 file -> (prompts, metadata), in its order. Empty lines are skipped.
 
-    .txt: one prompt per line. .jsonl: one object per line with "prompt", a text that is not empty;
-    the whole object is the metadata for scorers, and nothing in it is taken for a path. A prompt
-    that the file holds twice is drawn twice as often. Its text is kept as written; the text
-    encoders read its first 77 CLIP tokens and --text_length T5 tokens."""
+    .txt: one prompt per line. .jsonl: one object per line, with a text as its "prompt"; the object
+    is the metadata for scorers. A prompt that the file holds twice is drawn twice as often. The
+    text encoders read a prompt's first 77 CLIP tokens and --text_length T5 tokens."""
     kind = Path(path).suffix.lower()
     if kind not in (".txt", ".jsonl"):
         fail(f'{flag}: {path}: expected .txt (prompts) or .jsonl (objects with "prompt")')
@@ -70,14 +69,13 @@ def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], 
     prompts, metadata = [], []
     for number, line in enumerate(lines, 1):
         where, prompt, about = f"{flag}: line {number} of {path}", line.strip(), {}
-        if not prompt:
-            continue
-        if kind == ".jsonl":
+        if prompt and kind == ".jsonl":
             about = read_metadata(line, where)
             prompt = about["prompt"]
-        check_prompt(prompt, where)
-        prompts.append(prompt)
-        metadata.append(about)
+        if prompt:
+            check_prompt(prompt, where)
+            prompts.append(prompt)
+            metadata.append(about)
     if not prompts:
         fail(f"{flag}: {path} holds no prompt")
     return prompts, metadata
@@ -141,14 +139,12 @@ def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
     where, (name, _, revision) = f"{flag} {path}", path.partition("@")
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
-    except errors.HFValidationError:
-        fail(f"{where}: neither a folder nor a name that the hub allows")
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{name}"
         fail(f"{where}: gated; accept its licence at {page}, then run `hf auth login`")
     except errors.RevisionNotFoundError:
         fail(f"{where}: the hub has no revision {revision!r} of {name}")
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         fail(f"{where}: neither a folder nor a model on the hub (if private: `hf auth login`)")
     except (OSError, errors.HfHubHTTPError) as error:
         missing = f"no folder, not in the hub's cache, and no answer from the hub ({reason(error)})"
@@ -202,18 +198,16 @@ def find_images(
     the prompt `file`, from 0: 00000.png or 00000/samples/0000.png. number: only the first lines;
     0 = all. Every prompt needs an image, all need equally many, and none may be left over."""
     folder, end = Path(path, task), number or None
-    if not folder.is_dir():
-        if len(tasks) > 1:
-            fail(f"--scores_only {path}: no folder {folder}; give with --tasks what it holds")
-        folder = Path(path)
+    if not folder.is_dir() and len(tasks) > 1:
+        fail(f"--scores_only {path}: no folder {folder}; give with --tasks what it holds")
+    folder = folder if folder.is_dir() else Path(path)
     if (folder / "metadata.jsonl").is_file():
         return listed_images(folder, end)
     given = [f"{task}={file}"] if file else []
     file = prompt_files(given, [task], "test", model)[task]
     prompts, metadata = (part[:end] for part in read_prompts(file))
     images = {n: [] for n in range(len(prompts))}
-    found = sorted([*folder.glob("*.*"), *folder.glob("*/samples/*.*")])
-    for image in found:
+    for image in sorted([*folder.glob("*.*"), *folder.glob("*/samples/*.*")]):
         if image.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             continue
         name = image.relative_to(folder).parts[0].split(".")[0]
@@ -237,8 +231,8 @@ def listed_images(folder: Path, end: int | None) -> tuple[list[Path], list[str],
     """The same, from the first `end` lines of the folder's metadata.jsonl."""
     own = folder / "metadata.jsonl"
     prompts, metadata = (part[:end] for part in read_prompts(own, "--scores_only"))
-    for n, about in enumerate(metadata, 1):
-        name = about.get("file_name")
-        if not isinstance(name, str) or not (folder / name).is_file():
-            fail(f'{own}: line {n} needs the "file_name" of an existing image, not {name!r}')
-    return [folder / about["file_name"] for about in metadata], prompts, metadata
+    files = [folder / str(about.get("file_name")) for about in metadata]
+    for n, file in enumerate(files, 1):
+        if not file.is_file():
+            fail(f'{own}: line {n} needs the "file_name" of an existing image, not {file.name!r}')
+    return files, prompts, metadata

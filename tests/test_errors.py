@@ -163,7 +163,7 @@ TABLE["evaluate"] = r"""
     HUB some/model@v9 | no revision 'v9' of some/model | hub_revision
     HUB some/model | neither a folder nor a model | hub_missing
     HUB some/model | try `hf download some/model` | hub_offline
-    HUB some--/model | a name that the hub allows | hub_name
+    HUB some--/model | neither a folder nor a model | hub_name
     --models base --scores_only pictures | --scores_only
     --scores_only nowhere | nowhere
     --scores_only models | no folder models/geneval
