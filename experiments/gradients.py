@@ -26,12 +26,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from losses import OBJECTIVES, group_advantage, grpo, kl_of, opd_kl
+from rewards.scoring import make_reward
 from sde import log_prob, rollout, step
 from support import lora, model
 from support.files import check_adapter, read_prompts, save_json
 from support.flags import TASKS, at_least, make_parser, model_flags, positive, reward_flags
 from support.run import generator
-from support.scoring import make_reward
 
 T, NOISE, G = 6, 0.7, 16  # steps, noise level and group size, as in training
 TRAINED = range(T - 1)  # the steps that distillation trains

@@ -8,8 +8,8 @@ import json
 import math
 import statistics
 
+from rewards.tables import SCALES
 from support.flags import TASKS
-from support.tables import SCALES
 
 OUTSIDE = ("counts", "places", "three", "letters")
 COLUMNS = {  # metric: (heading, digits)
