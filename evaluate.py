@@ -23,26 +23,25 @@ generates only what is missing: after a crash, or for one more model.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from rewards.pictures import picture_grid, save_grid
+from rewards.scoring import check_prompts, find_missing, find_tests, list_made, load_scorers
+from rewards.scoring import sample_missing, score_files
+from rewards.tables import GENEVAL, most_different, published, summarise, table
 from support import lora, model, run
-from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch, find_images
+from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
 from support.files import prompt_files, save_json
 from support.flags import TASKS, at_least, check_folder, fail, make_parser, model_flags, pairs
 from support.flags import positive, reward_flags, within
 from support.memory import guarded
-from support.pictures import is_kept, picture_grid, save_grid, save_picture
-from support.scoring import check_prompts, list_made, load_scorers, score_files
-from support.tables import GENEVAL, published, summarise, table
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    model_flags(parser)
+    model_flags(parser)  # --model, --dtype, --size, ...: as in the training scripts
     flag = parser.add_argument_group("evaluation").add_argument
     several = {"nargs": "+", "action": "extend"}
     flag("--models", nargs="+", metavar="[NAME=]PATH", help="base or adapters; default base")
@@ -65,13 +64,15 @@ def parse_args() -> argparse.Namespace:
 
 def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     """Afterwards models, prompts and model_guidance are {name: value}, and all files are there."""
+    # Three modes: score models, look at one's own prompts, or score images made elsewhere.
     if args.scores_only and (args.prompt or args.models):
         fail("--scores_only generates no images: give it without --prompt and --models")
     if args.published and args.rewards == "toy":
         fail("--published: the toy scorers are not the paper's; give --rewards rewards")
-    source, given = ("--models", args.models or ["base"])
+    # A model's name becomes a row of the table and a folder of images.
+    source, given = "--models", args.models or ["base"]
     if args.scores_only:
-        source, given = ("--scores_only", args.scores_only)
+        source, given = "--scores_only", args.scores_only
     args.models = {}
     for item in given:
         name, equals, path = item.partition("=")
@@ -88,10 +89,12 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
         args.models[name] = path
     if not args.scores_only:
         check_model(args.model)
+    # A guidance scale of its own: for a student that was distilled to need none, for example.
     args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in args.models:
             fail(f"--model_guidance: no model {name!r}; there are {', '.join(args.models)}")
+    # A task outside the paper's four needs prompts, and a scorer of its name in --rewards.
     own = pairs(args.prompts, "--prompts", overrule=True)
     for task in args.tasks:
         known = task in TASKS or task in own or args.scores_only
@@ -106,6 +109,7 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     if not (args.prompt or args.scores_only):
         items = [f"{task}={file}" for task, file in own.items()]
         args.prompts = prompt_files(items, args.tasks, "test", args.model)
+    # Nothing is overwritten by accident: not a run, and an evaluation only when asked to.
     check_folder(args.out)
     results = Path(args.out, "prompts.png" if args.prompt else "results.json")
     if results.with_name("args.json").exists() or (results.exists() and not args.overwrite):
@@ -113,10 +117,13 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+# ---- Models and their images
+
+
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
     """The pipeline with all adapters, {model: its LoRA or None}, {model: guidance scale}."""
     pipe = model.load_pipeline(args, device)
-    loras, guidance = {}, {}
+    loras, guidance = {}, {}  # one backbone: a further model costs a LoRA's memory
     for number, (name, path) in enumerate(args.models.items()):
         loras[name] = None
         if path != "base":
@@ -130,6 +137,7 @@ def sample_prompts(args: argparse.Namespace, device: torch.device) -> None:
     """prompts.png: one's own prompts, a column per model, the same noise for all."""
     pipe, loras, guidance = load_models(args, device)
     text = model.embed_prompts(pipe, args.prompt, args)
+    # The noise depends on seed and place alone, so it is the same for all models.
     keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
     for name in loras:
         how = (args.steps, guidance[name], args.batch, args.size)
@@ -151,6 +159,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     how = {"base": run.gather(base)[0], "dtype": dtype, "no_t5": args.no_t5, "seed": args.seed}
     how |= {"text_length": args.text_length, "steps": args.steps, "size": args.size}
     marks = {}
+    # Contents count and names do not: an adapter that was trained again gets new images.
     for name, path in args.models.items():
         marks[name] = how | {"adapter": path, "guidance": guidance[name]}
         if path != "base":
@@ -158,91 +167,57 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     return marks
 
 
-def sample_missing(args: argparse.Namespace, tests: dict, device: torch.device) -> dict:
-    """Generate what OUT/images lacks: {model: {task: [file, ...]}}. Every process its share."""
-    rank, world = run.rank_and_world()
+def generate(args: argparse.Namespace, tests: dict, device: torch.device) -> dict:
+    """Generate what OUT/images lacks: {model: {task: [file, ...]}}. Every process has its share."""
     pipe, loras, guidance = load_models(args, device)
     marks = marks_of(args, pipe, guidance)
-    files, missing = {name: {} for name in loras}, []  # missing: (model, task, number, mark)
-    for name in loras:
-        for task, (prompts, _) in tests.items():
-            folder = Path(args.out) / "images" / name / task
-            files[name][task] = [folder / f"{j:05d}.png" for j in range(len(prompts))]
-            for j in run.share(len(prompts), rank, world):
-                mark = json.dumps(marks[name] | {"task": task, "number": j, "prompt": prompts[j]})
-                if not is_kept(files[name][task][j], mark):
-                    missing.append((name, task, j, mark))
-    bar = tqdm(total=len(missing), desc="generating", unit="image", disable=rank > 0 or not missing)
+    files, missing = find_missing(Path(args.out) / "images", tests, marks)
     text = {}
     if missing:
         text = model.embed_prompts(pipe, [tests[task][0][j] for _, task, j, _ in missing], args)
-    for name in loras:
-        own = [image for image in missing if image[0] == name]
-        for i in range(0, len(own), args.batch):
-            batch = own[i : i + args.batch]
-            prompts = [tests[task][0][j] for _, task, j, _ in batch]
-            keys = [(args.seed, "evaluate", task, j) for _, task, j, _ in batch]  # for every model
-            how = (args.steps, guidance[name], args.batch, args.size)
-            with lora.use(pipe.transformer, loras[name]):
-                images = model.sample_images(pipe, text, prompts, keys, *how)
-            for (_, task, j, mark), image in zip(batch, images):
-                save_picture(files[name][task][j], image, mark)
-            bar.update(len(batch))
-    bar.close()
-    run.gather(None)  # all files are there
+    how = (args.seed, args.steps, args.batch, args.size)
+    sample_missing(pipe, text, loras, guidance, tests, files, missing, *how)
     return files
 
 
-def find_tests(args: argparse.Namespace) -> tuple[dict, dict]:
-    """--scores_only: tests {task: (prompts, metadata)}, an entry per image, and the files."""
-    tests, files = {}, {name: {} for name in args.models}
-    for task in args.tasks:
-        for name, path in args.models.items():
-            where = (path, task, args.tasks, args.model, args.prompts.get(task), args.num_prompts)
-            files[name][task], *test = find_images(*where)
-            if tests.setdefault(task, test) != test:
-                fail(f"--scores_only {path}: its {task} prompts are not those of the first folder")
-    return tests, files
-
-
-def most_different(scores: dict, tests: dict, number: int = 3) -> dict[str, list[int]]:
-    """{task: the prompts on which the models' scores differ most, at most `number` of them}."""
-    rows = {}
-    for task in tests:
-        values = [row[task] for row in scores.values() if task in row]
-        if len(values) > 1:
-            spread = torch.stack(values).amax(0) - torch.stack(values).amin(0)  # (N,)
-            order = spread.argsort(descending=True, stable=True)[:number]
-            rows[task] = [int(j) for j in order if spread[j] > 0]
-    return rows
+# ---- The evaluation
 
 
 @guarded
 def main(args: argparse.Namespace) -> None:
     rank, _, device = run.start_processes()
     out = Path(args.out)
-    if args.prompt:
+    if args.prompt:  # images to look at, nothing to score
         if rank == 0:
             sample_prompts(args, device)
         return run.stop_processes()
 
+    # 1. Scorers and prompts: what cannot be scored is found before any image is generated.
     scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device)
     tests = run.read_tasks(args.prompts, args.num_prompts or None)
     if args.scores_only:
         tests, files = find_tests(args)
     for task, metrics in scorers.items():
         check_prompts(metrics[task], *tests[task], args.prompts.get(task, f"prompts of {task}"))
+    # 2. Images, with the same prompts and noise for every model. The model is freed afterwards.
     if not args.scores_only:
-        files = sample_missing(args, tests, device)  # the model is freed before a scorer loads
+        files = generate(args, tests, device)
+
+    # 3. Scores, from the files: 8-bit pictures, as anybody else's.
     scores, failed = score_files(files, tests, scorers, args.batch)
+
+    # 4. Tables and grids.
     if rank == 0:
+        # {model: {metric: mean, standard error, number}}; published rows have no error.
         summary, rows = summarise(scores, tests), {}
         if args.published:
             rows = {f"{name} (published)": row for name, row in published().items()}
         text = table(rows | summary)
+        # With the real scorers GenEval has four names, which papers do not tell apart.
         if any("geneval_tasks" in row for row in summary.values()):
             text += f"\n\nGenEval by its four names:\n\n{table(summary, columns=GENEVAL)}"
         reasons = [f"not scored: {metric}: {why}" for metric, why in failed.items()]
+        # An error is never a score. Without any score there is no table, and the exit code is 2.
         if not any(scores.values()):
             print("\n".join(reasons), flush=True)
             fail(f"--rewards {args.rewards}: nothing was scored, see above; the images are kept")
@@ -250,6 +225,7 @@ def main(args: argparse.Namespace) -> None:
         results = {"flags": vars(args), "results": summary, "not_scored": failed}
         save_json(out / "results.json", results)
         (out / "table.md").write_text(text + "\n")
+        # Two prompts per task, and the prompts on which the models differ most.
         first = {task: range(len(prompts))[:2] for task, (prompts, _) in tests.items()}
         save_grid(out / "grid.png", scores, files, tests, first)
         save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))

@@ -86,7 +86,7 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple:
 def merge(
     adapters: list[dict], method: str, weights: list, rank: int = 0, density=0.5, seed: int = 0
 ) -> tuple[dict[str, tuple], list[float]]:
-    """[{layer: (A, B, scaling)}] -> {layer: (A, B)}, dW = B A, and the energy that each cut keeps."""
+    """[{layer: (A, B, scaling)}] -> {layer: (A, B)}, dW = B A, and the energy each cut retains."""
     weights = [weight / sum(weights) for weight in weights]
     layers = sorted(set().union(*adapters))
     merged, energies = {}, []

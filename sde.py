@@ -16,8 +16,7 @@ Notation of the whole project (the papers' letter in the second column):
   N             S b rows: every trained (step, sample) pair is one row
   C, H, W; D    latent dimensions; D = C H W. Here and in losses.py any shape behind B will do
   t, t_next     time: 1 = pure noise, 0 = data. The transformer receives 1000 t
-  dt            t - t_next > 0
-  t_max   t_1   second time of the grid, the largest below 1
+  dt; t_max     t - t_next > 0; the second time of the grid, the largest below 1 (t_1)
   x, x_next     latents before and after a step; x_t = (1 - t) x_0 + t noise         (B, C, H, W)
   v             velocity, predicts noise - x_0; v_teacher and v_anchor are theirs    (B, C, H, W)
   a             noise level; 0.7 in the papers, 0 is the ODE
@@ -27,7 +26,7 @@ Notation of the whole project (the papers' letter in the second column):
   weight  w(t)  KL(student, teacher) = w(t) mean((v - v_teacher)^2)
 
 t, t_next and t_max are floats, or tensors that broadcast against x, such as (B, 1, 1, 1): a batch
-may hold states of different steps. Floats are computed in double precision; tensors are float32.
+may hold states of different steps. Floats are computed in double precision, tensors in float32.
 """
 
 import math

@@ -26,6 +26,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch.nn.utils import clip_grad_norm_
 
 from losses import OBJECTIVES, kl_of, mar
+from rewards.pictures import picture_grid
+from rewards.scoring import load_scorers, report
 from sde import kl_weight, rollout, step
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
@@ -33,8 +35,6 @@ from support.checks import self_checks
 from support.distillation import check_distillation
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import dry_run, guarded
-from support.pictures import picture_grid
-from support.scoring import load_scorers, report
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",

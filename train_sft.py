@@ -1,15 +1,14 @@
 """Stage 2, the other cold start: supervised fine-tuning (SFT) on samples of the teachers.
 
     python train_sft.py                                        # from the base -> runs/sft/adapter
-    torchrun --nproc_per_node=8 train_sft.py                   # the same run on eight processes
     python train_opd.py --init runs/sft/adapter --out runs/opd_sft   # then Flow-OPD
 
 Every teacher samples images for the training prompts of its own task, once, with the ODE sampler.
 The student, a fresh LoRA, learns them by flow matching at random times. The paper names Flow-GRPO's
 SFT protocol with samples of the specialised teachers; the public code has no such script.
 
-Unlike train_opd.py there is no rollout by the student. It is trained at states x_t on straight
-lines from noise to the teachers' images, not at states that it visits itself (off-policy).
+Unlike train_opd.py the student is trained at states x_t on straight lines from noise to the
+teachers' images, not at states that it visits itself (off-policy).
 """
 
 import argparse
@@ -20,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 from losses import flow_matching
+from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
 from support.distillation import check_distillation
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import guarded
-from support.scoring import load_scorers, report
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,8 +83,8 @@ def main(args: argparse.Namespace) -> None:
     prompts = [prompt for _, prompt, _ in slots]
     text = model.embed_prompts(pipe, prompts + run.test_prompts_used(tests), args)
     rows = torch.tensor([text["rows"][prompt] for prompt in prompts])  # (images,)
-    guidance = {"student": 1.0}  # flow matching trains the unguided velocity
-    backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)
+    # Flow matching trains the unguided velocity: guidance scale 1.
+    backbone = model.Backbone(pipe.transformer, text, {"student": 1.0}, args.label_batch)
     start, saver = begin_run(args, pipe, student, average, optimizer)
     latents = sample_teachers(args, pipe, text, slots, folder / "teachers.safetensors")
     bad_updates = 0  # in a row, for NaN or infinity
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         t = torch.stack([torch.rand(1, 1, 1, generator=own) for own in generators]).to(device)
         x = (1 - t) * x0 + t * noise  # (b, C, H, W), t (b, 1, 1, 1)
 
-        # 3. Labels: the velocity along that line, noise - x0, is known. No teacher is queried.
+        # 3. Labels: the velocity along that line is known, noise - x0. No teacher is queried.
         # 4. Update: the gradient is summed over micro-batches and processes.
         for batch in run.chunks(torch.arange(len(samples)), args.micro_batch):
             v = backbone.velocity("student", x[batch], t[batch], rows[index[batch]])
@@ -125,7 +124,6 @@ def main(args: argparse.Namespace) -> None:
         log = metrics.sum_logs(log) | {"grad_norm": norm.item()} | watch.result()
         metrics.log_line(folder, iteration, log, schedule[iteration])
         bar.set_postfix(loss=f"{log['loss']:.3f}")
-
         # 6. Samples come with the final report. 7. Checkpoint.
         saver.iteration_done(iteration + 1, bad_updates)
 
@@ -145,17 +143,16 @@ def sample_teachers(args, pipe, text, slots, file: Path) -> torch.Tensor:
         for task in args.teacher:
             numbers = [i for i in run.share(len(slots), rank, world) if slots[i][0] == task]
             prompts, keys = [slots[i][1] for i in numbers], [(args.seed, "sft", i) for i in numbers]
-            guidance = args.teacher_guidance.get(task, args.guidance)
-            how = (args.eval_steps, guidance, args.label_batch, args.size)
+            scale = args.teacher_guidance.get(task, args.guidance)
+            how = (args.eval_steps, scale, args.label_batch, args.size)
             with lora.use(pipe.transformer, f"teacher_{task}"):
                 latents = model.sample_latents(pipe, text, prompts, keys, *how)
             own |= dict(zip(numbers, latents.cpu()))
-        parts = run.gather(own)
+        latents = {i: x for part in run.gather(own) for i, x in part.items()}
         if rank == 0:
-            latents = {i: x for part in parts for i, x in part.items()}
-            beside = file.with_suffix(".tmp")
-            save_file({"latents": torch.stack([latents[i] for i in sorted(latents)])}, beside)
-            beside.replace(file)
+            stacked = torch.stack([latents[i] for i in range(len(slots))])
+            save_file({"latents": stacked}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
         run.gather(None)  # wait for the file
     return load_file(file)["latents"]
 

@@ -23,6 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from losses import group_advantage, grpo
 from rewards.monitors import colour_entropy, diversity, edge_density
+from rewards.pictures import picture_grid
+from rewards.scoring import make_reward, next_command
 from sde import kl_weight, log_prob, rollout, step
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
@@ -30,8 +32,6 @@ from support.checks import self_checks
 from support.distillation import check_teacher
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import guarded
-from support.pictures import picture_grid
-from support.scoring import make_reward, next_command
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",

@@ -1,4 +1,4 @@
-"""What the stages need and no paper describes. Importing it quiets transformers' start-up notices."""
+"""What the stages need and no paper describes. Its import quiets transformers' notices."""
 
 import os
 

@@ -1,8 +1,7 @@
-"""LoRA adapters on one frozen backbone: read strictly, switch, save so that every loader is right.
+"""LoRA adapters on one frozen backbone: a fifth teacher costs megabytes, not another model.
 
-Student, average, teachers and anchor are adapters of one transformer: a fifth teacher costs
-megabytes, not another copy of the model. Reading is strict because LoRAs fail in silence elsewhere:
-a key without a layer, a file without its alpha or an adapter of zeros would teach nothing.
+Reading is strict because LoRAs fail in silence elsewhere: a key without a layer, a file without its
+alpha or an adapter of zeros would teach nothing.
 """
 
 import argparse
@@ -31,9 +30,7 @@ LORA_TARGETS = [f"attn.{projection}" for projection in PROJECTIONS]
 def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dict[str, tuple]:
     """A folder or hub id in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}.
 
-    float32 and finite. Reads safetensors and JSON, never a pickle; of the JSON only alpha,
-    alpha_pattern and use_rslora. `alpha` replaces what the folder says; `flag` is for errors.
-    """
+    float32, finite. Reads safetensors and JSON, never a pickle. `alpha` replaces the folder's."""
     folder, where = Path(fetch(str(path), flag, ADAPTER)), f"{flag} {path}"
     check_adapter(str(folder), flag)
     file = next(folder / name for name in ADAPTER[1:] if (folder / name).is_file())
@@ -42,26 +39,20 @@ def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dic
         config = read_config(folder, file)
     except Exception as error:  # each library raises its own kind for a damaged file
         fail(f"{where}: damaged adapter ({reason(error)})")
-    pairs = pair_up(tensors, where)
     layers = {}
-    for layer, pair in pairs.items():
+    for layer, pair in pair_up(tensors, where).items():
         A, B = pair.get("A"), pair.get("B")
         if A is None or B is None or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
             fail(f"{where}: layer {layer} has no matching pair of lora_A and lora_B")
         if not A.double().norm() * B.double().norm() < 1e8:  # so written, nan fails too
             fail(f"{where}: layer {layer} holds nan, infinity or numbers far too large")
-        rank, layer_alpha = len(A), alpha
-        if alpha is None:
-            layer_alpha = alpha_of(layer, config, where)
-        if layer_alpha is None:
-            cure = "add its adapter_config.json"
-            if flag.startswith("--teacher"):
-                cure = "give --teacher_alpha TASK=ALPHA"
-            fail(f"{where}: the file does not say its alpha; {cure}")
-        if type(layer_alpha) not in (int, float) or not 0 < layer_alpha < 1e6:
-            fail(f"{where}: alpha {layer_alpha!r} of layer {layer} is not a number from 0 to 1e6")
-        divisor = rank**0.5 if config.get("use_rslora") else rank
-        layers[layer] = (A, B, layer_alpha / divisor)
+        own = alpha_of(layer, config, where) if alpha is None else alpha
+        if own is None:
+            cure = "--teacher_alpha TASK=ALPHA" if flag.startswith("--teacher") else ADAPTER[0]
+            fail(f"{where}: the file does not say its alpha; give {cure}")
+        if type(own) not in (int, float) or not 0 < own < 1e6:
+            fail(f"{where}: alpha {own!r} of layer {layer} is not a number from 0 to 1e6")
+        layers[layer] = (A, B, own / len(A) ** (0.5 if config.get("use_rslora") else 1))
     if not any(A.any() and B.any() for A, B, _ in layers.values()):
         fail(f"{where}: an all-zero adapter changes nothing: it was not trained or not saved")
     for layer, (_, B, _) in layers.items():
@@ -112,13 +103,9 @@ def alpha_of(layer: str, config: dict, where: str) -> object:
 
 
 def add_adapter(
-    transformer: torch.nn.Module,
-    name: str,
-    layers: dict[str, tuple] | None = None,
-    rank: int | None = None,
-    alpha: float | None = None,
-    where: str = "",
-) -> None:
+    transformer: torch.nn.Module, name: str, layers: dict[str, tuple] | None = None,
+    rank: int | None = None, alpha: float | None = None, where: str = "",
+) -> None:  # fmt: skip
     """Put a LoRA on the backbone: `layers` of read_adapter, or a fresh one (A gaussian, B zero)."""
     if layers is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian")
@@ -148,17 +135,14 @@ def check_layers(transformer: torch.nn.Module, layers: dict[str, tuple], where: 
         if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
             shapes[name.removesuffix(".base_layer")] = tuple(module.weight.shape)  # (out, in)
     for layer, (A, B, _) in layers.items():
+        shape = (len(B), A.shape[1])
         if layer not in shapes:
             fail(f"{where}: its layer {layer} is not a linear layer of the model")
-        out, into = shapes[layer]
-        if (out, into) != (B.shape[0], A.shape[1]):
-            theirs = f"{B.shape[0]}x{A.shape[1]}"
-            fail(f"{where}: layer {layer} is {theirs}, the model's is {out}x{into}")
+        if shapes[layer] != shape:
+            fail(f"{where}: layer {layer} is {shape}, the model's is {shapes[layer]}")
 
 
-def load_adapter(
-    transformer: torch.nn.Module, name: str, path: str, flag: str, alpha: float | None = None
-) -> None:
+def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> None:
     """Read an adapter and put it on the backbone under `name`."""
     add_adapter(transformer, name, read_adapter(path, flag, alpha), where=f"{flag} {path}")
 
@@ -229,6 +213,5 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: L
     with written_beside(folder) as beside:
         save_file(peft_names, beside / "adapter_model.safetensors")
         config.save_pretrained(beside)
-        StableDiffusion3Pipeline.save_lora_weights(
-            beside, tensors, transformer_lora_adapter_metadata=metadata
-        )
+        about = {"transformer_lora_adapter_metadata": metadata}
+        StableDiffusion3Pipeline.save_lora_weights(beside, tensors, **about)

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+
+from support.run import gather, rank_and_world
 
 
 class Stopwatch:
@@ -39,12 +40,8 @@ def add_to_log(log: dict[str, float], values: dict[str, float], weight: float) -
 
 def sum_logs(log: dict[str, float]) -> dict[str, float]:
     """{name: this process's part} -> {name: sum over processes}. All processes must call it."""
-    parts = [log]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, log)
     total = {}
-    for part in parts:
+    for part in gather(log):
         add_to_log(total, part, 1)
     return total
 
@@ -62,7 +59,7 @@ def reward_log(rewards: torch.Tensor, G: int, of_slot: list[str]) -> dict[str, f
 def log_line(folder: str | Path, iteration: int, log: dict, slots: list[tuple]) -> None:
     """Append one iteration to metrics.jsonl (rank 0): six digits; NaN and infinity become null.
     Where an update was skipped, the prompts of the iteration's slots are logged too."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank_and_world()[0] > 0:
         return
     line = {"iteration": iteration}
     for name, value in log.items():
@@ -94,13 +91,11 @@ def cut_log(folder: str | Path, iteration: int) -> None:
 
 def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:
     """curves.png from metrics.jsonl, a panel each: {title: beginning of the metrics' names}."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank_and_world()[0] > 0:
         return
-    import matplotlib
+    import matplotlib.pyplot as plt  # here: it takes a second that most commands need not spend
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend("Agg")
     log = read_log(folder)
     logged = list(dict.fromkeys(name for line in log for name in line))
     panels = {title: [n for n in logged if n.startswith(start)] for title, start in panels.items()}
@@ -118,7 +113,6 @@ def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
         if len(names) > 1:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-            axis.legend(fontsize=8, ncols=3, frameon=False, **below)
+            axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     plt.close(figure)

@@ -1,8 +1,4 @@
-"""The frozen model: loading it, text embeddings, guided velocities, samples.
-
-One Stable Diffusion 3 pipeline as stock diffusers loads it. What is trained are LoRAs on its
-transformer (support/lora.py).
-"""
+"""The frozen model, a stock diffusers pipeline: loading, text embeddings, velocities, samples."""
 
 import argparse
 import contextlib
@@ -50,17 +46,15 @@ def precision(dtype: str | None, device: torch.device) -> torch.dtype:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusion3Pipeline:
     """The stock pipeline without text encoders, frozen, in eval mode, by the flags of model_flags.
 
-    Eval mode matters: with dropout the update's log-probs would differ from the rollout's. The
-    transformer is on the device. The VAE (float32) stays on the CPU until `decode` needs it. No
-    pickle is opened and no code in the folder is run (safetensors only, no remote code)."""
+    Eval mode: dropout would make the update's log-probs differ from the rollout's. The VAE, in
+    float32, stays on the CPU until `decode` needs it. No pickle is opened, no remote code run."""
     parts = tuple(part for part in PIPELINE if not (args.no_t5 and "_3/" in part))
     folder = fetch(args.model, "--model", parts)
     check_model(folder)  # now that a hub id has become a folder
     kinds = {"transformer": precision(args.dtype, device), "default": torch.float32}
+    how = {"dtype": kinds, "use_safetensors": True} | dict.fromkeys(TEXT)
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            folder, dtype=kinds, use_safetensors=True, **dict.fromkeys(TEXT)
-        )
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, **how)
         check_weights(pipe.transformer)
         check_weights(pipe.vae)
     except Exception as error:  # whatever a damaged or foreign file leads to
@@ -76,8 +70,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     if args.compile:
         # By block: equal blocks compile once. A block has a variant per LoRA, with and without
         # gradient, for batches of one and of more: the limit must hold them all.
-        torch._dynamo.config.recompile_limit = 512
-        torch._dynamo.config.accumulated_recompile_limit = 512
+        limits = torch._dynamo.config
+        limits.recompile_limit = limits.accumulated_recompile_limit = 512
         for block in pipe.transformer.transformer_blocks:
             block.compile(backend=COMPILER)
     return pipe
@@ -86,21 +80,18 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
 def check_weights(module: torch.nn.Module) -> None:
     """ValueError unless every weight was in the files (else it is on "meta") and is finite."""
     for name, weight in module.named_parameters():
-        if weight.is_meta:
-            raise ValueError(f"{name} is missing; download it again")
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} is nan or infinite; download it again")
+        if weight.is_meta or not weight.isfinite().all():
+            raise ValueError(f"{name} is missing, nan or infinite; download it again")
 
 
 @torch.no_grad()
 def embed_prompts(
     pipe: StableDiffusion3Pipeline, prompts: Iterable[str], args: argparse.Namespace
 ) -> dict:
-    """A table of text embeddings on the CPU, one row per distinct prompt.
+    """Text embeddings on the CPU: {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}.
 
     Row 0 is the empty prompt of guidance. The text encoders are loaded for this alone and dropped;
-    with --cache_embeddings only if a prompt is new. The tokenizer's limit caps --text_length.
-    Returns {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}."""
+    with --cache_embeddings only if a prompt is new. The tokenizer's limit caps --text_length."""
     distinct = ["", *sorted(set(prompts) - {""})]
     device, dtype = pipe.transformer.device, backbone_dtype(pipe.transformer)
     files = cache_files(pipe, distinct, args)
@@ -123,19 +114,20 @@ def embed_prompts(
                 if not all(tensor.isfinite().all() for tensor in row):
                     fail(f"--model: the embedding of {prompt[:100]!r} is nan; try another --dtype")
                 table[prompt] = row
-                if prompt in files:
-                    save_embedding(files[prompt], row)
-    return {
-        "rows": {prompt: row for row, prompt in enumerate(distinct)},
-        "embeds": torch.stack([table[prompt][0] for prompt in distinct]),
-        "pooled": torch.stack([table[prompt][1] for prompt in distinct]),
-    }
+                if prompt in files:  # written beside, then renamed: processes share a cache
+                    beside = f"{files[prompt]}.{os.getpid()}"
+                    files[prompt].parent.mkdir(parents=True, exist_ok=True)
+                    save_file({"embeds": row[0].clone(), "pooled": row[1].clone()}, beside)
+                    os.replace(beside, files[prompt])
+    embeds, pooled = (torch.stack([table[p][part] for p in distinct]) for part in (0, 1))
+    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    return {"rows": rows, "embeds": embeds, "pooled": pooled}
 
 
 def cache_files(
     pipe: StableDiffusion3Pipeline, prompts: list[str], args: argparse.Namespace
 ) -> dict[str, Path]:
-    """{prompt: file} in --cache_embeddings, named by all that an embedding depends on; or {}."""
+    """{prompt: file} in --cache_embeddings, named by all that it depends on; {} without a cache."""
     if not args.cache_embeddings:
         return {}
     cache, folders = Path(args.cache_embeddings), sorted(Path(pipe.name_or_path).glob("t*"))
@@ -150,20 +142,9 @@ def cache_files(
     return files
 
 
-def save_embedding(file: Path, row: Sequence[Tensor]) -> None:
-    """Write beside, then rename: several processes may fill one cache."""
-    beside = f"{file}.{os.getpid()}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"embeds": row[0].clone(), "pooled": row[1].clone()}, beside)
-    os.replace(beside, file)
-
-
-def load_text_encoders(
-    pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool
-) -> StableDiffusion3Pipeline:
-    """The stock pipeline with text encoders, without transformer and VAE.
-
-    A missing weight is an error: transformers would draw it at random."""
+def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool):
+    """The stock pipeline with its text encoders. A missing weight, which transformers would draw at
+    random, is an error."""
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
     if no_t5:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -185,12 +166,7 @@ def backbone_dtype(transformer: torch.nn.Module) -> torch.dtype:
 
 
 def velocity(
-    transformer: torch.nn.Module,
-    x: Tensor,
-    t: Tensor | float,
-    text: dict,
-    rows: Tensor,
-    guidance: float,
+    transformer, x: Tensor, t: Tensor | float, text: dict, rows: Tensor, guidance: float
 ) -> Tensor:
     """Guided velocity of the active LoRA at x (B, C, H, W): float32, shaped like x.
 
@@ -213,8 +189,7 @@ def velocity(
 
 
 class Backbone:
-    """One frozen transformer and its LoRAs: guided velocities by the LoRA's name (None: the base).
-
+    """A frozen transformer and its LoRAs: guided velocities by the LoRA's name (None: the base).
     guidance {name: scale}; batch: states per forward pass without gradient."""
 
     def __init__(self, transformer: torch.nn.Module, text: dict, guidance: dict, batch: int):
@@ -224,8 +199,7 @@ class Backbone:
     def velocity(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
         """At states x (n, C, H, W), t (n, 1, 1, 1) or a float, prompt rows (n,): like x."""
         with use(self.transformer, name):
-            scale = self.guidance[name]
-            return velocity(self.transformer, x, t, self.text, prompt, scale)
+            return velocity(self.transformer, x, t, self.text, prompt, self.guidance[name])
 
     @torch.no_grad()
     def predict(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
@@ -249,10 +223,9 @@ def initial_noise(
     """Normal noise, one (C, H, W) per generator: (B, C, H, W). size: pixels, or the model's."""
     config, device = pipe.transformer.config, pipe.transformer.device
     side = size // pipe.vae_scale_factor if size else config.sample_size
-    shape = (config.in_channels, side, side)
-    noise = torch.empty(len(generators), *shape)
-    for n, own in enumerate(generators):
-        noise[n] = torch.randn(shape, generator=own)
+    noise = torch.empty(len(generators), config.in_channels, side, side)
+    for sample, own in zip(noise, generators):
+        sample.normal_(generator=own)
     return noise.to(device)
 
 
@@ -266,18 +239,10 @@ def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_latents(
-    pipe: StableDiffusion3Pipeline,
-    text: dict,
-    prompts: Sequence[str],
-    keys: Sequence[tuple],
-    steps: int,
-    guidance: float,
-    batch: int = 128,
-    size: int | None = None,
-) -> Tensor:
-    """ODE samples of the active LoRA: (B, C, H, W).
-
-    keys[i] seeds the noise of sample i: two models with equal keys start from equal noise."""
+    pipe: StableDiffusion3Pipeline, text: dict, prompts: Sequence[str], keys: Sequence[tuple],
+    steps: int, guidance: float, batch: int = 128, size: int | None = None,
+) -> Tensor:  # fmt: skip
+    """ODE samples of the active LoRA: (B, C, H, W). keys[i] seeds the noise of sample i."""
     grid, samples = time_grid(pipe, steps), [initial_noise(pipe, [], size)]
     for numbers in chunks(torch.arange(len(prompts)), batch):
         rows = torch.tensor([text["rows"][prompts[i]] for i in numbers])
@@ -288,17 +253,11 @@ def sample_latents(
 
 
 def sample_images(
-    pipe: StableDiffusion3Pipeline,
-    text: dict,
-    prompts: Sequence[str],
-    keys: Sequence[tuple],
-    steps: int,
-    guidance: float,
-    batch: int = 128,
-    size: int | None = None,
-) -> Tensor:
+    pipe: StableDiffusion3Pipeline, text: dict, prompts: Sequence[str], keys: Sequence[tuple],
+    steps: int, guidance: float, batch: int = 128, size: int | None = None,
+) -> Tensor:  # fmt: skip
     """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
     latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch, size)
-    if not len(latents):
+    if not prompts:
         return torch.empty(0, 3, 1, 1)
     return torch.cat([decode(pipe.vae, part).cpu() for part in latents.split(batch)])

@@ -34,10 +34,10 @@ def start_processes() -> tuple[int, int, torch.device]:
             # After torchrun's --max-restarts the store still holds addresses of dead processes
             # (pytorch #135712). With several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, device_id=device_id
-        )
+        how = {"rank": rank, "world_size": world}
+        if device.type == "cuda":
+            how["device_id"] = device
+        dist.init_process_group(backend, store=store, **how)
     return rank, world, device
 
 
@@ -67,11 +67,8 @@ def gather(value: object) -> list:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over processes, in place. All processes must call it.
-
-    Together with take_gradients and set_gradients it does the work of DistributedDataParallel, in
-    one transfer per update. DDP itself does not fit: LoRAs are switched inside the model, and the
-    number of micro-batches differs between processes."""
+    """Sum over processes, in place; all must call it. It does the work of DistributedDataParallel,
+    which does not fit: LoRAs are switched, and micro-batches differ in number between processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -81,19 +78,17 @@ def print_batch(args: argparse.Namespace, trained_steps: int) -> None:
     """Print the sizes of an iteration (rank 0). Fail where a process would get no sample."""
     rank, world = rank_and_world()
     prompts, G = args.prompts_per_iteration, args.group_size
-    samples = prompts * G
-    if samples < world:
-        fail(f"{world} processes for {samples} samples: raise --prompts_per_iteration")
-    if rank > 0:
-        return
-    print(f"an iteration: {prompts} prompts x {G} = {samples} images on {world} process(es)")
-    states = f"{samples // args.updates} images x {trained_steps} of {args.steps} steps"
-    print(f"{args.updates} update(s) of {states}", flush=True)
-    if samples % world:
+    B = prompts * G
+    if B < world:
+        fail(f"{world} processes for {B} samples: raise --prompts_per_iteration")
+    if rank == 0:
+        print(f"an iteration: {prompts} prompts x {G} = {B} images on {world} process(es)")
+        states = f"{B // args.updates} images x {trained_steps} of {args.steps} steps"
+        print(f"{args.updates} update(s) of {states}", flush=True)
+    if rank == 0 and B % world:
         even = world // math.gcd(world, G)
         even *= math.ceil(prompts / even)
-        parts = f"{samples // world} or {samples // world + 1} samples"
-        print(f"notice: a process gets {parts}; --prompts_per_iteration {even} is faster")
+        print(f"notice: unequal shares; --prompts_per_iteration {even} is faster")
 
 
 # ---- Gradients and the average of the weights
@@ -133,9 +128,8 @@ def update_average(
 
 
 def task_cosines(gradients: Tensor, tasks: list[str]) -> dict[str, float]:
-    """{"grad_norm/A": length, "cosine/A-B": agreement} of the tasks' gradients (tasks, P).
-
-    1: two tasks pull in one direction; -1: against each other. Tasks without samples have none."""
+    """{"grad_norm/A": length, "cosine/A-B": agreement, -1 to 1} of gradients (tasks, P). Tasks
+    without samples have none."""
     lengths = gradients.norm(dim=1)  # (tasks,)
     cosine = gradients @ gradients.T / (lengths[:, None] * lengths).clamp(min=1e-30)
     present = [k for k, length in enumerate(lengths.tolist()) if length]
@@ -160,8 +154,8 @@ def draw_schedule(
 ) -> list[list[tuple]]:
     """Per iteration `wanted` of (task, prompt, metadata), from train {task: (prompts, metadata)}.
 
-    Tasks follow a repeated cycle, so `shares` {task: whole number} are exact in the long run. A
-    task's prompts come in shuffled passes: each once, then each again in another order."""
+    Tasks follow a cycle, so `shares` {task: whole number} are exact in the long run. A task's
+    prompts come in shuffled passes: each once, then each again in another order."""
     cycle = [task for task in train for _ in range(int(shares[task]))]
     drawn, order = dict.fromkeys(train, 0), {}
     schedule = [[] for _ in range(iterations)]
@@ -179,8 +173,8 @@ def draw_schedule(
 
 
 def draw_window(args: argparse.Namespace, iteration: int) -> Tensor:
-    """The trained steps of an iteration (S,): --window steps in a row that end before --window_end,
-    at a place drawn anew each time; without a window all but the last."""
+    """The trained steps (S,): --window steps in a row before --window_end, drawn anew in each
+    iteration; without a window all but the last."""
     if not args.window:
         return torch.arange(args.steps - 1)
     own = generator(args.seed, "window", iteration)
@@ -197,9 +191,11 @@ def draw_steps(args: argparse.Namespace, iteration: int) -> Tensor:
 
 def read_tasks(files: dict[str, str], number: int | None = None) -> dict[str, tuple[list, list]]:
     """{task: file} -> {task: (prompts, metadata)}, the first `number` lines of each."""
-    return {
-        task: tuple(part[:number] for part in read_prompts(file)) for task, file in files.items()
-    }
+    tasks = {}
+    for task, file in files.items():
+        prompts, metadata = read_prompts(file)
+        tasks[task] = (prompts[:number], metadata[:number])
+    return tasks
 
 
 def prompts_used(schedule: list[list[tuple]], samples: list[int], G: int, tests: dict) -> list[str]:
@@ -221,10 +217,8 @@ def test_prompts_used(tests: dict[str, tuple]) -> list[str]:
 def progress(start: int, iterations: int) -> tqdm:
     """The bar over the iterations start .. iterations - 1, with the time left (rank 0)."""
     rank, _ = rank_and_world()
-    iterations_left = range(start, iterations)
-    return tqdm(
-        iterations_left, "training", iterations, initial=start, unit="it", disable=rank > 0
-    )
+    how = {"initial": start, "unit": "it", "disable": rank > 0}
+    return tqdm(range(start, iterations), "training", iterations, **how)
 
 
 def is_due(iteration: int, every: int, iterations: int) -> bool:
@@ -234,10 +228,9 @@ def is_due(iteration: int, every: int, iterations: int) -> bool:
 
 def sha256(path: str | Path) -> str:
     """Of a file, or of the model files in a folder: contents count, names do not."""
-    path, kinds = Path(path), (".safetensors", ".json", ".txt", ".model")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    files, kinds = [Path(path)], (".safetensors", ".json", ".txt", ".model")
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].rglob("*") if file.suffix in kinds)
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB

@@ -1,8 +1,7 @@
-"""The three training loops once more, slowly: one sample, one step, one coordinate formula at a time.
+"""The training loops once more, slowly: one sample and one step at a time.
 
-Nothing comes from the scripts, sde.py, losses.py or support/: the pipeline and the LoRAs are loaded by
-stock diffusers, every equation is written out anew. tests/test_iteration.py compares the scripts with
-these loops: the same adapter, the same average, every number of the log.
+Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads the pipeline and
+the LoRAs, every equation is written out anew. test_iteration.py compares the scripts with these loops.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ def generator(*key):
 
 
 def schedule(prompts, shares, seed, slots, iterations):
-    """(task, prompt) of every slot: tasks in a cycle by their shares, prompts in shuffled passes."""
+    """(task, prompt) of every slot: tasks in a cycle of their shares, prompts in shuffled passes."""
     cycle = [task for task in prompts for _ in range(shares[task])]
     passes = {task: [] for task in prompts}
     number = dict.fromkeys(prompts, 0)
@@ -143,7 +142,8 @@ class Descent:
             n = self.steps // self.f.ema_every
             keep = min((1 + n) / (10 + n), self.f.ema_decay)
             for name, p in self.models.named.items():
-                self.models.average[name] = keep * self.models.average[name] + (1 - keep) * p.detach()
+                old = self.models.average[name]
+                self.models.average[name] = keep * old + (1 - keep) * p.detach()
         return norm
 
 
@@ -357,7 +357,7 @@ def grpo(**flags):
                 advantage[i] = max(-5.0, min(5.0, value))
         line, means = {"iteration": iteration, "reward": sum(rewards) / B}, {}
         for task in tasks:
-            own = [r for i, r in enumerate(rewards) if slots[iteration][i // f.group_size][0] == task]
+            own = [rewards[i] for i in range(B) if slots[iteration][i // f.group_size][0] == task]
             if own:
                 line[f"reward/{task}"] = sum(own) / len(own)
         for update in range(f.updates):

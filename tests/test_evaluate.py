@@ -14,12 +14,12 @@ from support.flags import TASKS
 
 def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
     """evaluate.py on three prompts a task -> (its table, the number of images that it made)."""
-    import evaluate as script
+    import rewards.scoring as scoring
 
-    made, sample = [], script.model.sample_images
+    made, sample = [], scoring.sample_images
     with monkeypatch.context() as patch:
         patch.setattr(
-            script.model, "sample_images", lambda *given: made.extend(given[2]) or sample(*given)
+            scoring, "sample_images", lambda *given: made.extend(given[2]) or sample(*given)
         )
         source = [] if "--scores_only" in flags else ["--models", *models]
         call(patch, "evaluate", *source, "--num_prompts", 3, "--steps", 2, "--out", out, *flags)
@@ -70,9 +70,9 @@ def test_images_are_made_once(monkeypatch, tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
-    import evaluate as script
+    import rewards.scoring as scoring
 
-    save, count = script.save_picture, []
+    save, count = scoring.save_picture, []
 
     def stop_at_seven(*args):
         count.append(save(*args))
@@ -80,7 +80,7 @@ def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "save_picture", stop_at_seven)
+        patch.setattr(scoring, "save_picture", stop_at_seven)
         evaluate(patch, tmp_path / "a")
     assert not (tmp_path / "a/results.json").exists()
     assert evaluate(monkeypatch, tmp_path / "a") == (
@@ -281,7 +281,7 @@ def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, 
 
 
 def test_tables_standard_errors_and_the_names_of_geneval():
-    import support.tables as tables
+    import rewards.tables as tables
     from rewards.geneval_rules import TAGS, summary
 
     scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -314,7 +314,7 @@ def test_tables_standard_errors_and_the_names_of_geneval():
 
 
 def test_published_rows_have_the_published_average():
-    import support.tables as tables
+    import rewards.tables as tables
 
     rows = tables.published()
     for row in rows.values():

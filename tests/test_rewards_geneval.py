@@ -102,7 +102,7 @@ def test_rules(metadata, found, official, strict, soft):
     assert rules.official(found, metadata) is bool(official)
     reward, exact = rules.softened(found, metadata)
     assert reward == pytest.approx(soft, abs=1e-12) and exact is bool(strict)
-    assert (reward == 1) is exact  # support.tables computes the strict score from this
+    assert (reward == 1) is exact  # rewards.tables computes the strict score from this
     without, same = rules.softened(found, metadata, position_slip=False)
     slipped = soft == 3 / 4 and metadata["tag"] == "position"
     assert without == pytest.approx(2 / 3 if slipped else soft) and same is exact

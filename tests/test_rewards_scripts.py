@@ -18,7 +18,7 @@ from test_rewards import clip_folder, deqa_folder, detector_folder, reader_folde
 from test_rewards_geneval import tiny_files, weights  # noqa: F401
 
 from rewards import deqa, geneval, geneval_detector, geneval_rules, ocr, pickscore
-from support import scoring
+from rewards import scoring
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("geneval", "ocr", "deqa", "pickscore")

@@ -322,7 +322,7 @@ def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path, split, 
 
 
 def test_an_anchor_that_is_a_teacher_says_the_same_as_one_of_its_own(monkeypatch, tmp_path):
-    """The default anchor is the deqa teacher: its LoRA is loaded once, its prompts labelled once."""
+    """The default anchor is the deqa teacher: its LoRA is loaded once, its states labelled once."""
     shutil.copytree("toy/adapters/deqa", tmp_path / "lora/copy")
     for anchor in ("toy/adapters/deqa", tmp_path / "lora/copy"):
         call(

@@ -1,7 +1,7 @@
 """From scores to tables: means, standard errors, the paper's Average and its published rows.
 
-Scores are {model: {metric: (N,) tensor}}, tests {task: (N prompts, N lines of metadata)}. Columns are
-the paper's: each metric on the test prompts of its own task, and
+Scores are {model: {metric: (N,) tensor}}, tests {task: (N prompts, N lines of metadata)}. Columns
+are the paper's: each metric on the test prompts of its own task, and
 Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, which fits all published rows to 1e-4.
 """
 
@@ -56,7 +56,7 @@ def mean_of(scores: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
 
 
 def average(scores: dict[str, torch.Tensor], tests: dict[str, Sequence]) -> tuple[float, float]:
-    """The paper's Average and its standard error from {metric: (N,)}; nan without all four tasks."""
+    """The paper's Average and its error from {metric: (N,)}; nan without all four tasks."""
     if any(task not in scores for task in TASKS):
         return math.nan, math.nan
     mean = sum(scores[t].mean().item() / SCALES[t] for t in TASKS) / 4
@@ -70,7 +70,7 @@ def compare(scores: dict, other: dict, tests: dict[str, Sequence]) -> tuple[floa
 
 
 def summarise(scores: dict[str, dict], tests: dict[str, Sequence]) -> dict[str, dict]:
-    """{model: {metric: {"mean", "se", "n"}, "average": {...}}}; with all teachers also the oracle."""
+    """{model: {metric: {"mean", "se", "n"}, "average": {}}}; with all teachers also the oracle."""
     if all(task in scores and task in scores[task] for task in TASKS):
         scores = scores | {"oracle": {task: scores[task][task] for task in TASKS}}
     summary = {}
@@ -99,6 +99,19 @@ def task_means(scores: torch.Tensor, prompts: list[str], metadata: list[dict]) -
     mean = sum(task["mean"] for task in tasks.values()) / len(tasks)
     se = math.hypot(*(task["se"] for task in tasks.values())) / len(tasks)
     return {"mean": mean, "se": se, "n": len(tags), "tasks": tasks}
+
+
+def most_different(scores: dict, tests: dict, number: int = 3) -> dict[str, list[int]]:
+    """{task: the prompts on which the models' scores differ most, at most `number` of them}."""
+    rows = {}
+    for task in tests:
+        values = [row[task] for row in scores.values() if task in row]
+        if len(values) > 1:
+            # The range of the models' scores on each prompt; ties stay in the file's order.
+            spread = torch.stack(values).amax(0) - torch.stack(values).amin(0)  # (N,)
+            order = spread.argsort(descending=True, stable=True)[:number]
+            rows[task] = [int(j) for j in order if spread[j] > 0]
+    return rows
 
 
 def table(summary: dict[str, dict], notes: dict | None = None, columns: dict | None = None) -> str:

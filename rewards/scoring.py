@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import math
 import shlex
 import sys
@@ -13,13 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.files import read_json, save_json
+from rewards.pictures import as_picture, is_kept, read_pictures, save_grid, save_picture
+from rewards.tables import average, compare, summarise, table
+from support.files import find_images, read_json, save_json
 from support.flags import fail, one_line, reason
 from support.lora import load_adapter, use
 from support.model import sample_images
-from support.pictures import as_picture, read_pictures, save_grid, save_picture
 from support.run import gather, rank_and_world, share
-from support.tables import average, compare, summarise, table
 
 
 def load_rewards(module: str, device: torch.device | str = "cpu") -> dict[str, Callable]:
@@ -91,8 +92,8 @@ def make_reward(args: argparse.Namespace, device, train: dict, tests: dict) -> C
 
     The weighted mean of --reward, or with --mix of the task's own score and deqa; each score is put
     on 0..1 by its range. A scorer that fails ends the run, or with --on_reward_error skip its batch
-    gets nan, and a nan gradient skips the update. Prompts {task: (prompts, metadata)} that cannot be
-    scored end the run now."""
+    gets nan, and a nan gradient skips the update. Prompts {task: (prompts, metadata)} that no
+    scorer can score end the run now."""
     rewards = load_rewards(args.rewards, args.reward_device or device)
     for name in args.reward or [*args.tasks, "deqa"]:
         if name not in rewards:
@@ -138,6 +139,18 @@ def make_reward(args: argparse.Namespace, device, train: dict, tests: dict) -> C
         return rewards
 
     return reward
+
+
+def find_tests(args: argparse.Namespace) -> tuple[dict, dict]:
+    """--scores_only: tests {task: (prompts, metadata)}, an entry per image, and the files."""
+    tests, files = {}, {name: {} for name in args.models}
+    for task in args.tasks:
+        for name, path in args.models.items():
+            where = (path, task, args.tasks, args.model, args.prompts.get(task), args.num_prompts)
+            files[name][task], *test = find_images(*where)
+            if tests.setdefault(task, test) != test:
+                fail(f"--scores_only {path}: its {task} prompts are not those of the first folder")
+    return tests, files
 
 
 def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tuple[dict, dict]:
@@ -191,25 +204,47 @@ def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tu
     return scores, failed
 
 
-def sample_tests(args, pipe, text: dict, loras: dict, guidance: dict, tests: dict, folder: Path):
-    """Every model's images of the test prompts, in files: {model: {task: [file, ...]}}.
+def find_missing(folder: Path, tests: dict, marks: dict[str, dict]) -> tuple[dict, list]:
+    """Where every model's images are or will be, and which of this process's share are missing.
 
-    loras {model: LoRA or None}, guidance {model: scale}. Equal noise for every model. Every process
-    samples its share. args: eval_steps, label_batch, size."""
+    marks {model: all that its images depend on, besides prompt and noise}. Returns files {model:
+    {task: [file, ...]}} and missing [(model, task, number, mark), ...]."""
     rank, world = rank_and_world()
-    files = {name: {} for name in loras}
-    for name, lora in loras.items():
+    files, missing = {name: {} for name in marks}, []
+    for name in marks:
         for task, (prompts, _) in tests.items():
-            files[name][task] = [folder / name / task / f"{j:05d}.png" for j in range(len(prompts))]
-            own = share(len(prompts), rank, world)
-            words, keys = [prompts[j] for j in own], [(0, "evaluate", task, j) for j in own]
-            how = (args.eval_steps, guidance[name], args.label_batch, args.size)
-            with use(pipe.transformer, lora):
-                images = sample_images(pipe, text, words, keys, *how)
-            for j, image in zip(own, images):
-                save_picture(files[name][task][j], image, "")
+            own = folder / name / task
+            files[name][task] = [own / f"{j:05d}.png" for j in range(len(prompts))]
+            for j in share(len(prompts), rank, world):
+                about = marks[name] | {"task": task, "number": j, "prompt": prompts[j]}
+                mark = json.dumps(about)
+                if not is_kept(files[name][task][j], mark):
+                    missing.append((name, task, j, mark))
+    return files, missing
+
+
+def sample_missing(
+    pipe, text: dict, loras: dict, guidance: dict, tests: dict, files: dict, missing: list, *how
+) -> None:
+    """Generate the missing images. loras {model: LoRA or None}, guidance {model: scale}.
+
+    how: seed, ODE steps, batch, size. Number j of a task has the same noise for every model."""
+    seed, steps, batch, size = how
+    bar = tqdm(total=len(missing), desc="generating", unit="image", disable=rank_and_world()[0] > 0)
+    for name in loras:
+        own = [image for image in missing if image[0] == name]
+        for i in range(0, len(own), batch):
+            part = own[i : i + batch]
+            prompts = [tests[task][0][j] for _, task, j, _ in part]
+            keys = [(seed, "evaluate", task, j) for _, task, j, _ in part]
+            scale = guidance[name]
+            with use(pipe.transformer, loras[name]):
+                images = sample_images(pipe, text, prompts, keys, steps, scale, batch, size)
+            for (_, task, j, mark), image in zip(part, images):
+                save_picture(files[name][task][j], image, mark)
+            bar.update(len(part))
+    bar.close()
     gather(None)  # all files are there
-    return files
 
 
 def read_recorded(model: str | Path) -> tuple[dict, dict]:
@@ -245,7 +280,9 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
     guidance = {start: args.guidance, "student": student_guidance}
     with tempfile.TemporaryDirectory(dir=run) as own:
         folder = Path(gather(own)[0])  # rank 0's: its grid shows images of all processes
-        files = sample_tests(args, pipe, text, loras, guidance, tests, folder)
+        files, missing = find_missing(folder, tests, {name: {} for name in loras})
+        how = (0, args.eval_steps, args.label_batch, args.size)
+        sample_missing(pipe, text, loras, guidance, tests, files, missing, *how)
         scores, failed = score_files(files, tests, scorers, args.label_batch)
         if rank > 0:
             return
