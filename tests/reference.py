@@ -1,7 +1,7 @@
 """The training loops once more, slowly: one sample and one step at a time.
 
-Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads the pipeline and
-the LoRAs, every equation is written out anew. test_iteration.py compares the scripts with these loops.
+Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads pipeline and
+LoRAs, every equation is written out anew. test_iteration.py compares the scripts with these loops.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def generator(*key):
 
 
 def schedule(prompts, shares, seed, slots, iterations):
-    """(task, prompt) of every slot: tasks in a cycle of their shares, prompts in shuffled passes."""
+    """(task, prompt) of every slot: tasks in a cycle by share, prompts in shuffled passes."""
     cycle = [task for task in prompts for _ in range(shares[task])]
     passes = {task: [] for task in prompts}
     number = dict.fromkeys(prompts, 0)
@@ -381,4 +381,45 @@ def grpo(**flags):
                 add(total, gradient_of(loss / len(own), models))
             norm = descent.step(total)
         log.append(line | means | {"grad_norm": norm})
+    return models, log
+
+
+def sft(**flags):
+    """train_sft.py: (models, log). The teachers' samples are made here too, with Euler's method."""
+    f = SimpleNamespace(
+        tasks=("ocr", "deqa"), task_mix={}, sft_images=5, batch=3, eval_steps=2, iterations=3,
+        guidance=1.0, teacher_guidance={}, lr=1e-3, grad_norm=1.0, ema_decay=0.9, ema_every=1,
+        seed=0, init="merged",
+    )  # fmt: skip
+    f.__dict__.update(flags)
+    adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks}
+    models = Models(adapters, TOY / "adapters" / f.init)
+    shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
+    prompts = {task: read(task) for task in f.tasks}
+    slots = schedule(prompts, shares, f.seed, f.sft_images, 1)[0]
+    config, grid = models.pipe.transformer.config, models.grid(f.eval_steps)
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    images = []
+    for i, (task, prompt) in enumerate(slots):
+        x = torch.randn(shape, generator=generator(f.seed, "sft", i))
+        for t, t_next in zip(grid[:-1], grid[1:]):
+            scale = f.teacher_guidance.get(task, f.guidance)
+            with torch.no_grad():
+                x = x - (t - t_next) * models.velocity(f"t_{task}", x, t, prompt, scale)
+        images.append(x)
+    numbers = {"image": list(range(f.sft_images))}
+    order = schedule(numbers, {"image": 1}, f.seed, f.batch, f.iterations)
+    descent, log = Descent(models, f), []
+    for iteration in range(f.iterations):
+        total, mean = {}, 0.0
+        for i in range(f.batch):
+            number = order[iteration][i][1]
+            own = generator(f.seed, "sft", iteration, i)
+            noise, t = torch.randn(shape, generator=own), torch.rand(1, generator=own).item()
+            x = (1 - t) * images[number] + t * noise
+            v = models.velocity("student", x, t, slots[number][1], 1)
+            loss = ((v - (noise - images[number])) ** 2).mean()
+            mean += loss.item() / f.batch
+            add(total, gradient_of(loss / f.batch, models))
+        log.append({"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)})
     return models, log

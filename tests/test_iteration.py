@@ -1,7 +1,7 @@
 """Two iterations of every training script against the slow loops of tests/reference.py.
 
-The same adapter, the same average and every number of the log. Each row changes flags whose effect the
-first row does not show."""
+The same adapter, the same average and every number of the log. Each row changes flags whose effect
+the first row does not show."""
 
 import json
 
@@ -27,8 +27,8 @@ def flags_of(values):
 
 
 def compare(run, models, log):
-    """Adam turns the rounding of tiny gradients into visible steps of single entries: a whole tensor
-    may differ by 5 % of the way that training moved it."""
+    """Adam turns the rounding of tiny gradients into visible steps of single entries: a tensor may
+    differ by 5 % of the way that training moved it."""
     state = load_file(max((run / "checkpoints").glob("step_*")) / "state.safetensors")
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     student = {name: p.detach() for name, p in models.named.items()}
@@ -62,7 +62,8 @@ OPD = {
         ["--micro_batch", "4"],
     ),
     "kl, random steps, dance": (
-        SMALL | {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4},
+        SMALL
+        | {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4},
         ["--train_steps", "random:2", "--anchor", "base"],
     ),
     "cps, some steps": (
@@ -116,4 +117,20 @@ def test_grpo(monkeypatch, row, tmp_path):
     models, log = reference.grpo(**({"updates": 1} | values))
     words = flags_of({"updates": 1} | values) + ["--init", "toy/adapters/merged", *more]
     call(monkeypatch, "train_teacher", *words, "--eval_every", 0, "--out", tmp_path / "run")
+    compare(tmp_path / "run", models, log)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"grad_norm": 0.1, "ema_every": 2},
+        {"guidance": 1.3, "teacher_guidance": {"ocr": 1.6}, "task_mix": {"ocr": 2, "deqa": 1}},
+    ],
+)
+def test_sft(monkeypatch, values, tmp_path):
+    models, log = reference.sft(**values)
+    words = flags_of({"sft_images": 5, "batch": 3, "eval_steps": 2, "iterations": 3} | values)
+    words += ["--teacher", "ocr=toy/adapters/ocr", "deqa=toy/adapters/deqa", "--micro_batch", "2"]
+    words += ["--init", "toy/adapters/merged", "--eval_prompts", "0", "--out", tmp_path / "run"]
+    call(monkeypatch, "train_sft", *words)
     compare(tmp_path / "run", models, log)
