@@ -1,9 +1,9 @@
 r"""Seconds and memory of one Flow-OPD iteration: this code beside the way of the public code.
 
-    python tests/benchmark.py                   # the miniature, on the device there is
-    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --repeats 2 \
+    python experiments/benchmark.py                   # the miniature, on the device there is
+    python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --repeats 2 \
         --prompts_per_iteration 4 --group_size 4 --steps 4 --micro_batch 6 --label_batch 12
-    python tests/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --repeats 2 \
+    python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing --repeats 2 \
         --prompts_per_iteration 4 --group_size 8 --steps 10 --micro_batch 9 --label_batch 9 \
         --lines ours --sample_every 1
 

@@ -27,7 +27,6 @@ PATHS = {f: sorted((ROOT / f).glob("*.py")) for f in FOLDERS}
 SCRIPTS = READING_ORDER + [
     f"{f}/{p.name}" for f in ("examples", "experiments", "rewards", "toy") for p in PATHS[f]
 ]
-SCRIPTS.append("tests/benchmark.py")
 read = lambda name: (ROOT / name).read_text()
 README = read("README.md")
 # Files that a run writes, the reader fetches, or the reader makes.
@@ -84,7 +83,7 @@ def flags_of(script):
         sys.argv = given
         return set(re.findall(r"--[\w-]+", text.getvalue()))
     flags = set(re.findall(r'"(--[\w-]+)"', read(script))) | {"--help"}
-    if script == "tests/benchmark.py":  # hands on what is not its own
+    if script == "experiments/benchmark.py":  # hands on what is not its own
         flags |= flags_of("train_opd.py")
     return flags
 

@@ -3,7 +3,6 @@
 Its numbers are compared with an independent implementation in test_iteration.py."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -376,42 +375,3 @@ def test_a_damaged_teacher_stops_the_real_process_in_one_line(tmp_path):
     done = shell("train_opd.py", "--teacher", f"ocr={bad}", *OPD, "--out", tmp_path / "run")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert len(done.stderr.strip().splitlines()) == 1 and "damaged" in done.stderr
-
-
-def readme_commands():
-    """Every command line of the README's code blocks, as words."""
-    text = Path("README.md").read_text()
-    lines = [
-        line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()
-    ]
-    commands = [
-        part
-        for line in lines
-        if line.startswith(("python", "torchrun"))
-        for part in line.split("#")[0].split("&&")
-    ]
-    return [shlex.split(part) for part in commands]
-
-
-def test_the_readmes_commands_parse(monkeypatch, tmp_path):
-    """As written; the output of an earlier command is replaced by the merged adapter."""
-    commands = readme_commands()
-    assert any("requirements.txt" in words for words in commands) and any(
-        "pytest" in words for words in commands
-    )
-    assert (
-        sum(words[-1] == "train_opd.py" for words in commands) >= 1
-    )  # the main job, without a flag
-    for words in commands:
-        script = next((word for word in words if word.endswith(".py")), None)
-        if script is None or script in ("toy.py",):
-            continue
-        flags = [
-            "toy/adapters/merged" if re.fullmatch(r"runs/(merged|opd/adapter)", w) else w
-            for w in words[words.index(script) + 1 :]
-        ]
-        flags = [re.sub(r"=runs/.*", "=toy/adapters/merged", flag) for flag in flags]
-        if "--out" not in flags:
-            flags += ["--out", str(tmp_path / "new")]
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        importlib.import_module(script.removesuffix(".py")).parse_args()
