@@ -21,8 +21,8 @@ and layers: a teacher without a layer counts as zero there.
 import argparse
 from pathlib import Path
 
+import support  # noqa: F401  first: it quiets the notices of transformers
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
 from safetensors import SafetensorError, safe_open
@@ -33,13 +33,14 @@ from support.flags import TASKS, at_least, check_folder, fail, make_parser, reas
 from support.lora import read_adapter, save_adapter
 from support.model import check_weights
 
+METHODS = ("mean", "ties", "dare", "factor-mean")
+
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     flag, teachers = parser.add_argument, [f"toy/adapters/{task}" for task in TASKS]
-    methods = ("mean", "ties", "dare", "factor-mean")
     flag("--adapters", nargs="+", default=teachers, metavar="DIR|HUB", help="what to merge")
-    flag("--method", choices=methods, default="mean", help="see above")
+    flag("--method", choices=METHODS, default="mean", help="see above")
     flag("--weights", nargs="+", type=within(0), help="one per adapter, relative; default equal")
     flag("--rank", type=at_least(0), default=0, help="rank of the result; 0 = the exact sum")
     flag("--density", type=within(0.001, 1), default=0.5, help="share that ties and dare keep")
@@ -58,8 +59,8 @@ def parse_args() -> argparse.Namespace:
     args.weights = args.weights or [1.0] * number
     if len(args.weights) != number:
         fail(f"--weights: {len(args.weights)} for {number} adapters; give one each")
-    if not 0 < sum(args.weights) < float("inf"):
-        fail("--weights: not all of them 0, and a finite sum")
+    if not sum(args.weights) > 0:
+        fail("--weights must not all be 0")
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: give a rank, for example --rank 32")
     check_folder(args.out)
@@ -122,6 +123,8 @@ def merge(
 
 def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     """Write base + B A as a full transformer, in the base's dtype, summed in float32."""
+    from diffusers import SD3Transformer2DModel  # here: merging itself loads no model
+
     folder = fetch(model, "--fuse", ("model_index.json", "transformer/*"))
     check_model(folder, "--fuse")
     folder = Path(folder, "transformer")
@@ -144,7 +147,7 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
         written = {file.name for file in beside.iterdir()}
     for old in {file.name for file in Path(out).glob("diffusion_pytorch_model*")} - written:
         Path(out, old).unlink()  # of an earlier, larger model
-    print(f"fused -> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
+    print(f"-> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 
 def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[float]) -> None:
@@ -160,8 +163,7 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
     save_adapter(args.out, tensors, config)
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:
-        mean = sum(energies) / len(energies)
-        print(f"retained energy {mean:.1%} on average, {min(energies):.1%} in the worst layer")
+        print(f"retained energy: {sum(energies) / len(energies):.1%}, worst layer {min(energies):.1%}")
     start = f"--init {args.out} --out runs/opd_{Path(args.out).name}"
     print(f"-> {args.out}\nnext: python train_opd.py {start}")
 

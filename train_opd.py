@@ -22,7 +22,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch.nn.utils import clip_grad_norm_
 
 from losses import OBJECTIVES, kl_of, mar
@@ -105,11 +104,12 @@ def load_loras(args: argparse.Namespace, transformer: torch.nn.Module) -> tuple:
     return student, average, anchor, guidance
 
 
-def load_prompts(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, samples: list) -> tuple:
+def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
     """The seed decides the prompts of all iterations. Those of `samples` are embedded once.
 
     Returns the schedule (per iteration a list of (task, prompt, metadata)), the test prompts {task:
     (prompts, metadata)}, the prompts of the sample pictures and the table of text embeddings."""
+    run.print_batch(args)
     train = run.read_tasks(args.prompts)
     tests = run.read_tasks(args.test_prompts, args.eval_prompts)
     wanted = (args.prompts_per_iteration, args.iterations, args.seed)

@@ -67,8 +67,8 @@ def main(args: argparse.Namespace) -> None:
     scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
     pipe = model.load_pipeline(args, device)
     for task, path in args.teacher.items():
-        name, alpha = f"teacher_{task}", args.teacher_alpha.get(task)
-        lora.load_adapter(pipe.transformer, name, path, f"--teacher {task}", alpha)
+        how = (f"teacher_{task}", path, f"--teacher {task}", args.teacher_alpha.get(task))
+        lora.load_adapter(pipe.transformer, *how)
     student, average = lora.add_student(pipe.transformer, args)  # {name: parameter} of two LoRAs
     parameters = list(student.values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4, fused=True)

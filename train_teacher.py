@@ -90,7 +90,6 @@ def parse_args() -> argparse.Namespace:
 @guarded
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
-    folder = Path(args.out)
     pipe = model.load_pipeline(args, device)
     student, average = lora.add_student(pipe.transformer, args)  # {name: parameter} of two LoRAs
     parameters = list(student.values())
@@ -101,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
     B, G, S = args.prompts_per_iteration * args.group_size, args.group_size, args.trained_steps
     samples = run.share(B, rank, world)  # of 0 .. B - 1, this process's b samples
     b = len(samples)
+    run.print_batch(args)
     group_of = torch.arange(B) // G  # (B,) over all processes
 
     # The seed decides the prompts of all iterations. They are embedded once.
@@ -198,15 +198,15 @@ def main(args: argparse.Namespace) -> None:
         if run.is_due(iteration, args.eval_every, args.iterations):
             log |= test(args, pipe, text, tests, reward_of, iteration + 1)
             saver.keep_best(log["test"])  # for --final best
-        metrics.log_line(folder, iteration, log, schedule[iteration])
+        metrics.log_line(args.out, iteration, log, schedule[iteration])
 
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(folder, CURVES)
+    metrics.draw_curves(args.out, CURVES)
     if rank == 0:
-        print(next_command(args, ["base", f"teacher={folder}/adapter"]))
+        print(next_command(args, ["base", f"teacher={args.out}/adapter"]))
     run.stop_processes()
 
 

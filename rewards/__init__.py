@@ -6,6 +6,7 @@ Nothing is loaded until a scorer is first called. A reward and a metric are the 
 `REWARDS["pickscore"](images, prompts, metadata) -> scores (B,)`.
 """
 
+import support  # noqa: F401  quiets what follows
 from rewards.aesthetic import Aesthetic
 from rewards.clipscore import CLIPScore
 from rewards.deqa import DeQA

@@ -176,7 +176,7 @@ def dry_run(args: argparse.Namespace) -> None:
     rank, world, device = start_processes()
     folder = fetch(args.model, "--model", ("model_index.json", "*/*config.json"))
     check_model(folder)
-    print_batch(args, args.trained_steps)
+    print_batch(args)
     if rank == 0:
         held, extra = phases(args, folder, device, precision(args.dtype, device), world)
         for phase, rows in largest_batch(args, world).items():

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.files import read_prompts
-from support.flags import fail
 
 # ---- Processes: one or many, on CPU or GPU
 
@@ -74,16 +73,14 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def print_batch(args: argparse.Namespace, trained_steps: int) -> None:
-    """Print the sizes of an iteration (rank 0). Fail where a process would get no sample."""
+def print_batch(args: argparse.Namespace) -> None:
+    """Print the sizes of an iteration, and whether processes get unequal shares (rank 0)."""
     rank, world = rank_and_world()
     prompts, G = args.prompts_per_iteration, args.group_size
     B = prompts * G
-    if B < world:
-        fail(f"{world} processes for {B} samples: raise --prompts_per_iteration")
     if rank == 0:
         print(f"an iteration: {prompts} prompts x {G} = {B} images on {world} process(es)")
-        states = f"{B // args.updates} images x {trained_steps} of {args.steps} steps"
+        states = f"{B // args.updates} images x {args.trained_steps} of {args.steps} steps"
         print(f"{args.updates} update(s) of {states}", flush=True)
     if rank == 0 and B % world:
         even = world // math.gcd(world, G)

@@ -88,7 +88,7 @@ def test_uneven_processes_are_a_notice(monkeypatch, capsys):
     flags = argparse.Namespace(prompts_per_iteration=6, group_size=4, updates=2, steps=3)
     for world, notice in ((1, ""), (3, ""), (16, "--prompts_per_iteration 8")):
         monkeypatch.setattr("support.run.rank_and_world", lambda world=world: (0, world))
-        print_batch(flags, 2)
+        print_batch(flags)
         out = capsys.readouterr().out
         assert notice in out and ("notice" in out) == bool(notice)
 
