@@ -6,8 +6,7 @@
     python merge.py --adapters A B C --weights 2 1 1 --method ties --rank 32
     python merge.py --adapters runs/opd/adapter --fuse toy --out runs/fused   # base + update
 
-A LoRA changes a layer by dW = scaling B A. Merging teachers means averaging their dW:
-
+A LoRA changes a layer by dW = scaling B A. Merging averages the teachers' dW:
     mean         sum_i w_i dW_i, exactly a LoRA of summed rank: stack A_i and w_i scaling_i B_i.
     ties         TIES: keep each dW's largest entries, elect a sign per entry, average what agrees.
     dare         DARE: drop entries at random, rescale the others, average.
@@ -33,14 +32,12 @@ from support.flags import TASKS, at_least, check_folder, fail, make_parser, reas
 from support.lora import read_adapter, save_adapter
 from support.model import check_weights
 
-METHODS = ("mean", "ties", "dare", "factor-mean")
-
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     flag, teachers = parser.add_argument, [f"toy/adapters/{task}" for task in TASKS]
     flag("--adapters", nargs="+", default=teachers, metavar="DIR|HUB", help="what to merge")
-    flag("--method", choices=METHODS, default="mean", help="see above")
+    flag("--method", choices=("mean", "ties", "dare", "factor-mean"), default="mean", help="above")
     flag("--weights", nargs="+", type=within(0), help="one per adapter, relative; default equal")
     flag("--rank", type=at_least(0), default=0, help="rank of the result; 0 = the exact sum")
     flag("--density", type=within(0.001, 1), default=0.5, help="share that ties and dare keep")
@@ -163,7 +160,8 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
     save_adapter(args.out, tensors, config)
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:
-        print(f"retained energy: {sum(energies) / len(energies):.1%}, worst layer {min(energies):.1%}")
+        mean = sum(energies) / len(energies)
+        print(f"retained energy {mean:.1%} on average, {min(energies):.1%} in the worst layer")
     start = f"--init {args.out} --out runs/opd_{Path(args.out).name}"
     print(f"-> {args.out}\nnext: python train_opd.py {start}")
 

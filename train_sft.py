@@ -135,7 +135,6 @@ def main(args: argparse.Namespace) -> None:
 
 def sample_teachers(args, pipe, text, slots, file: Path) -> torch.Tensor:
     """Latents that each slot's own teacher samples for its prompt: (images, C, H, W), on the CPU.
-
     Every process samples its share; rank 0 keeps them in `file`, so that --resume need not."""
     rank, world = run.rank_and_world()
     if not run.gather(file.exists())[0]:  # rank 0 decides
