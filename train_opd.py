@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return dry_run(args)
     rank, world, device = run.start_processes()
-    folder, tasks, objective = Path(args.out), list(args.teacher), OBJECTIVES[args.objective]
+    tasks, objective = list(args.teacher), OBJECTIVES[args.objective]
     scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
     pipe = model.load_pipeline(args, device)
     student, average, anchor, guidance = load_loras(args, pipe.transformer)
@@ -221,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
             metrics.add_to_log(log, {f"kl/{task}": total}, 1 / (number * G * S))
         log = metrics.sum_logs(log)  # over all processes
         log |= run.task_cosines(gradients, tasks) | {"grad_norm": norm.item()} | watch.result()
-        metrics.log_line(folder, iteration, log, schedule[iteration])
+        metrics.log_line(args.out, iteration, log, schedule[iteration])
         bar.set_postfix({task: f"{log[f'kl/{task}']:.3f}" for task in prompts_of})
 
         # 6. Samples: the averaged student, always on the same prompts and noise.
@@ -230,14 +230,14 @@ def main(args: argparse.Namespace) -> None:
             how = (args.eval_steps, args.student_guidance, args.label_batch, args.size)
             with lora.use(pipe.transformer, "average"):
                 images = model.sample_images(pipe, text, shown, keys, *how)
-            file = folder / "samples" / f"{iteration + 1:05d}.png"
+            file = Path(args.out, "samples", f"{iteration + 1:05d}.png")
             picture_grid(file, {"student": images}, shown)
 
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(folder, CURVES)
+    metrics.draw_curves(args.out, CURVES)
     report(args, pipe, text, tests, scorers)  # of the start and the averaged student
     run.stop_processes()
 

@@ -63,7 +63,6 @@ def parse_args() -> argparse.Namespace:
 @guarded
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
-    folder = Path(args.out)
     scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
     pipe = model.load_pipeline(args, device)
     for task, path in args.teacher.items():
@@ -86,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     # Flow matching trains the unguided velocity: guidance scale 1.
     backbone = model.Backbone(pipe.transformer, text, {"student": 1.0}, args.label_batch)
     start, saver = begin_run(args, pipe, student, average, optimizer)
-    latents = sample_teachers(args, pipe, text, slots, folder / "teachers.safetensors")
+    latents = sample_teachers(args, pipe, text, slots, Path(args.out, "teachers.safetensors"))
     bad_updates = 0  # in a row, for NaN or infinity
 
     bar = run.progress(start, args.iterations)
@@ -122,13 +121,13 @@ def main(args: argparse.Namespace) -> None:
 
         # 5. Log.
         log = metrics.sum_logs(log) | {"grad_norm": norm.item()} | watch.result()
-        metrics.log_line(folder, iteration, log, schedule[iteration])
+        metrics.log_line(args.out, iteration, log, schedule[iteration])
         bar.set_postfix(loss=f"{log['loss']:.3f}")
         # 6. Samples come with the final report. 7. Checkpoint.
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(folder, {"loss": "loss", "gradient norm": "grad_norm"})
+    metrics.draw_curves(args.out, {"loss": "loss", "gradient norm": "grad_norm"})
     report(args, pipe, text, tests, scorers)  # of the start and the averaged student
     run.stop_processes()
 
