@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from losses import OBJECTIVES, kl_of, mar
-from rewards.pictures import picture_grid
+from rewards.pictures import draw_curves, picture_grid
 from rewards.scoring import load_scorers, report
 from sde import kl_weight, rollout, step
 from support import lora, metrics, model, run
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(args.out, CURVES)
+    draw_curves(args.out, CURVES)
     report(args, pipe, text, tests, scorers)  # of the start and the averaged student
     run.stop_processes()
 

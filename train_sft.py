@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 from losses import flow_matching
+from rewards.pictures import draw_curves
 from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(args.out, {"loss": "loss", "gradient norm": "grad_norm"})
+    draw_curves(args.out, {"loss": "loss", "gradient norm": "grad_norm"})
     report(args, pipe, text, tests, scorers)  # of the start and the averaged student
     run.stop_processes()
 

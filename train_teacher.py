@@ -23,8 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from losses import group_advantage, grpo
 from rewards.monitors import colour_entropy, diversity, edge_density
-from rewards.pictures import picture_grid
-from rewards.scoring import make_reward, next_command
+from rewards.pictures import draw_curves, picture_grid
+from rewards.scoring import make_reward, next_command, reward_log
 from sde import kl_weight, log_prob, rollout, step
 from support import lora, metrics, model, run
 from support.checkpoint import begin_run
@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
             value = monitor(images.nan_to_num(), prompts).nanmean().item()
             metrics.add_to_log(log, {f"monitor/{monitor.name}": value}, b / B)
         log = metrics.sum_logs(log)  # over all processes
-        log |= metrics.reward_log(rewards, G, of_slot)
+        log |= reward_log(rewards, G, of_slot)
         log |= {"grad_norm": norm.item()} | watch.result()
         bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
 
@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
         saver.iteration_done(iteration + 1, bad_updates)
 
     saver.finish()  # publishes the adapter
-    metrics.draw_curves(args.out, CURVES)
+    draw_curves(args.out, CURVES)
     if rank == 0:
         print(next_command(args, ["base", f"teacher={args.out}/adapter"]))
     run.stop_processes()

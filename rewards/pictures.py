@@ -1,4 +1,4 @@
-"""Pictures: files of single images, and grids to look at."""
+"""What people look at: files of single images, grids of them, curves of a run."""
 
 import math
 import os
@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from support.flags import one_line
+from support.metrics import read_log
+from support.run import rank_and_world
 
 
 def as_picture(image: torch.Tensor) -> Image.Image:
@@ -97,3 +99,32 @@ def save_grid(path: str | Path, scores: dict, files: dict, tests: dict, rows: di
         columns[name] = read_pictures(files[name][task][j] for task, j in places)
         marks[name] = [of_model[task][j] if task in of_model else math.nan for task, j in places]
     picture_grid(path, columns, [tests[task][0][j] for task, j in places], marks)
+
+
+def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:
+    """curves.png from metrics.jsonl, a panel each: {title: beginning of the metrics' names}."""
+    if rank_and_world()[0] > 0:
+        return
+    import matplotlib.pyplot as plt  # here: it takes a second that most commands need not spend
+
+    plt.switch_backend("Agg")
+    log = read_log(folder)
+    logged = list(dict.fromkeys(name for line in log for name in line))
+    panels = {title: [n for n in logged if n.startswith(start)] for title, start in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}  # those with data
+    size = (4.2 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    # Colours that colour-blind readers tell apart.
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    for axis, (title, names) in zip(axes[0], panels.items()):
+        axis.set_prop_cycle(color=colours)
+        for name in names:
+            points = [(line["iteration"], line[name]) for line in log if name in line]
+            marker = "." if len(points) < 10 else ""
+            axis.plot(*zip(*points), marker=marker, label=name.split("/")[-1])
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
+    plt.close(figure)

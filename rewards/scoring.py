@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from rewards.pictures import as_picture, is_kept, read_pictures, save_grid, save_picture
 from rewards.tables import average, compare, summarise, table
-from support.files import find_images, read_json, save_json
-from support.flags import fail, one_line, reason
+from support.files import find_images, read_json, read_prompts, save_json
+from support.flags import TASKS, fail, one_line, reason
 from support.lora import load_adapter, use
 from support.model import sample_images
 from support.run import gather, rank_and_world, share
@@ -139,6 +139,16 @@ def make_reward(args: argparse.Namespace, device, train: dict, tests: dict) -> C
         return rewards
 
     return reward
+
+
+def reward_log(rewards: torch.Tensor, G: int, of_slot: list[str]) -> dict[str, float]:
+    """Means of rewards (B,), over all and per task, and the share of groups whose G rewards are all
+    equal: those carry no signal."""
+    groups = rewards.view(-1, G)  # (prompts, G)
+    log = {"reward": rewards.mean().item()}
+    for task in sorted(set(of_slot)):
+        log[f"reward/{task}"] = groups[[other == task for other in of_slot]].mean().item()
+    return log | {"flat_groups": (groups.std(1) < 1e-6).double().mean().item()}
 
 
 def find_tests(args: argparse.Namespace) -> tuple[dict, dict]:
@@ -329,22 +339,41 @@ def list_made(folder: Path) -> str:
 
 
 def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str:
-    """The complete evaluate.py command for what this run trained."""
+    """The complete evaluate.py command for what this run trained: a table, or with `more` what
+    these words ask for."""
     words = ["python", "evaluate.py"]
-    defaults = {"model": "toy", "rewards": "toy", "guidance": 1.0, "size": None, "text_length": 128}
+    given = vars(args) | {"steps": args.eval_steps}
+    defaults = {"model": "toy", "dtype": None, "text_length": 128, "size": None, "steps": 16}
+    defaults |= {"guidance": 1.0, "rewards": "toy", "reward_device": None}
     for name, default in defaults.items():
-        if getattr(args, name) != default:
-            words += [f"--{name}", str(getattr(args, name))]
+        if given[name] != default:
+            words += [f"--{name}", str(given[name])]
     if args.no_t5:
         words.append("--no_t5")
     words += ["--models", *models]
     if getattr(args, "student_guidance", args.guidance) != args.guidance:
         words += ["--model_guidance", f"student={args.student_guidance}"]
-    if "--prompt" not in more:
-        files = args.test_prompts or {task: None for task in args.prompts}
-        words += ["--tasks", *files]
-        own = [f"{task}={file}" for task, file in files.items() if file]
-        words += ["--prompts", *own] if own else []
     if not more:
-        more = ("--out", f"{args.out}/evaluate")
+        more = (*table_flags(args), "--out", f"{args.out}/evaluate")
     return "next: " + shlex.join([*words, *more])
+
+
+def table_flags(args: argparse.Namespace) -> list[str]:
+    """evaluate.py's tasks and test prompts. Without a scorer for a task: a prompt to look at."""
+    own, tasks = [], list(args.prompts)
+    for task in tasks:
+        default = f"{args.model}/prompts/{task}_test.txt"
+        file = args.test_prompts.get(task, default)
+        if not Path(file).is_file():  # a run without test prompts
+            file = args.prompts[task]
+        if file != default or task not in TASKS:
+            own.append(f"{task}={file}")
+    scorers = getattr(sys.modules.get(args.rewards), "REWARDS", tasks)
+    if not all(task in scorers for task in tasks):  # trained by rewards of another name
+        return ["--prompt", read_prompts(args.prompts[tasks[0]])[0][0]]
+    flags = []
+    if tasks != list(TASKS):
+        flags = ["--tasks", *tasks]
+    if own:
+        flags += ["--prompts", *own]
+    return flags

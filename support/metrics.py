@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, a line per iteration, and its curves."""
+"""The log of a run: metrics.jsonl, a line per iteration."""
 
 import contextlib
 import json
@@ -46,16 +46,6 @@ def sum_logs(log: dict[str, float]) -> dict[str, float]:
     return total
 
 
-def reward_log(rewards: torch.Tensor, G: int, of_slot: list[str]) -> dict[str, float]:
-    """Means of rewards (B,), over all and per task, and the share of groups whose G rewards are all
-    equal: those carry no signal."""
-    groups = rewards.view(-1, G)  # (prompts, G)
-    log = {"reward": rewards.mean().item()}
-    for task in sorted(set(of_slot)):
-        log[f"reward/{task}"] = groups[[other == task for other in of_slot]].mean().item()
-    return log | {"flat_groups": (groups.std(1) < 1e-6).double().mean().item()}
-
-
 def log_line(folder: str | Path, iteration: int, log: dict, slots: list[tuple]) -> None:
     """Append one iteration to metrics.jsonl (rank 0): six digits; NaN and infinity become null.
     Where an update was skipped, the prompts of the iteration's slots are logged too."""
@@ -87,32 +77,3 @@ def cut_log(folder: str | Path, iteration: int) -> None:
     beside = Path(folder) / "metrics.tmp"
     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(beside, Path(folder) / "metrics.jsonl")
-
-
-def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:
-    """curves.png from metrics.jsonl, a panel each: {title: beginning of the metrics' names}."""
-    if rank_and_world()[0] > 0:
-        return
-    import matplotlib.pyplot as plt  # here: it takes a second that most commands need not spend
-
-    plt.switch_backend("Agg")
-    log = read_log(folder)
-    logged = list(dict.fromkeys(name for line in log for name in line))
-    panels = {title: [n for n in logged if n.startswith(start)] for title, start in panels.items()}
-    panels = {title: names for title, names in panels.items() if names}  # those with data
-    size = (4.2 * len(panels), 3.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    # Colours that colour-blind readers tell apart.
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    for axis, (title, names) in zip(axes[0], panels.items()):
-        axis.set_prop_cycle(color=colours)
-        for name in names:
-            points = [(line["iteration"], line[name]) for line in log if name in line]
-            marker = "." if len(points) < 10 else ""
-            axis.plot(*zip(*points), marker=marker, label=name.split("/")[-1])
-        axis.set(title=title, xlabel="iteration")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.savefig(Path(folder) / "curves.png", dpi=110)
-    plt.close(figure)
