@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,25 +18,24 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support.files import ADAPTER, fetch, read_json, save_json
 from support.flags import fail, launcher
-from support.interrupts import Interrupts
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
 from support.model import TEXT
 from support.run import gather, rank_and_world, sha256
 
-# The flags that do not change the weights; --resume compares all others. Of flags that name files
-# it compares the contents of the files.
+# Flags that do not change the weights: --resume compares all others. Where a flag names a file it
+# compares the contents of the file.
 HARMLESS = """
     model teacher init anchor prompts test_prompts out resume overwrite iterations save_every keep
     max_bad_steps sample_every eval_every eval_prompts eval_steps reward_device on_reward_error
     micro_batch label_batch checkpointing compile cache_embeddings dry_run
 """.split()
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 # ---- Folders that are complete or absent
 
@@ -43,39 +43,23 @@ HARMLESS = """
 @contextlib.contextmanager
 def written(run: Path, name: str) -> Iterator[Path]:
     """Gives a folder to write into, which becomes run/name. Its contents reach the disk before its
-    name: after a power cut it is complete or absent. If the disk is full, the run ends in one line
-    and what was saved before is still there."""
-    final = run / name
-    beside = final.with_name(f"tmp_{final.name}")
-    clear(final.parent)
+    name: after a power cut it is complete or absent. A full disk ends the run in one line."""
+    final, beside = run / name, (run / name).with_name("tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
         yield beside
         for path in (*beside.rglob("*"), beside):
-            sync(path)
-        if final.exists():  # a folder cannot be renamed onto another
-            os.replace(final, final.with_name(f"tmp_old_{final.name}"))
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(final, ignore_errors=True)  # a folder cannot be renamed onto another
         os.replace(beside, final)
-        sync(final.parent)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
         newest = ["none", *(c.name for c in checkpoints(run))][-1]
         print(file=sys.stderr)  # ends the progress bar's line
         fail(f"--out {run}: cannot save {final.name} ({error}); "
              f"the newest checkpoint is {newest}; make room, then --resume")  # fmt: skip
-    finally:
-        clear(final.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def clear(folder: Path) -> None:
-    """Delete what is unfinished or replaced, also by a process that was killed."""
-    for path in folder.glob("tmp_*"):
-        shutil.rmtree(path)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -91,9 +75,9 @@ def whole(checkpoint: Path) -> bool:
     return False
 
 
-def checkpoints(run: str | Path) -> list[Path]:
+def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in Path(run).glob("checkpoints/step_*") if p.name[5:].isdecimal()]
+    found = [p for p in run.glob("checkpoints/step_*") if p.name[5:].isdecimal()]
     return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
@@ -110,14 +94,16 @@ def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tu
         if args.resume:
             start = choose_checkpoint(run, args.resume, saver.origin)
         if args.overwrite:
-            empty(run)
+            for path in set(run.iterdir()) - {run / "lock", run / "args.json"}:  # those mark a run
+                remove = shutil.rmtree if path.is_dir() else os.unlink
+                remove(path)
         (run / "samples").mkdir(exist_ok=True)
         save_json(run / "args.json", vars(args))
         cut_log(run, start)
     start = gather(start)[0]
     if start:
         saver.restore(load_file(run / f"checkpoints/step_{start}/state.safetensors"))
-    saver.interrupts = Interrupts(saver)
+    saver.catch_signals()
     return start, saver
 
 
@@ -136,24 +122,15 @@ def lock_run(run: Path) -> TextIO:
     return lock
 
 
-def empty(run: Path) -> None:
-    """Delete all but what identifies the folder as a run."""
-    for path in list(run.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in ("lock", "args.json"):
-            path.unlink()
-
-
-def origin_of(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> dict:
+def origin_of(args: argparse.Namespace, pipe) -> dict:
     """{name: value} of all that the weights depend on: flags, and the SHA-256 of model, adapters
     and prompts, which may move but not change."""
-    origin = {f"--{name}": value for name, value in vars(args).items() if name not in HARMLESS}
+    files = {part: f"{pipe.name_or_path}/{part}" for part in ("transformer", *TEXT)}
+    files |= {f"prompts {task}": path for task, path in args.prompts.items()}
     adapters = {f"teacher {task}": path for task, path in getattr(args, "teacher", {}).items()}
     adapters |= {"init": args.init, "anchor": getattr(args, "anchor", "base")}
-    files = {part: f"{pipe.name_or_path}/{part}" for part in ("transformer", *TEXT)}
     files |= {role: fetch(path, "", ADAPTER) for role, path in adapters.items() if path != "base"}
-    files |= {f"prompts {task}": path for task, path in args.prompts.items()}
+    origin = {f"--{name}": value for name, value in vars(args).items() if name not in HARMLESS}
     origin |= {role: sha256(path) for role, path in files.items() if Path(path).exists()}
     return origin | {"the order of the tasks": list(args.prompts)}
 
@@ -161,9 +138,9 @@ def origin_of(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> dict:
 def choose_checkpoint(run: Path, wanted: str, origin: dict) -> int:
     """The iterations of the checkpoint named, or of the newest complete one; 0 if there is none
     yet. Fails, and changes nothing, if it is damaged or was made from something else."""
-    found = checkpoints(run)
+    found = everything = checkpoints(run)
     if wanted != "newest":
-        found = [c for c in found if c.resolve() == Path(wanted).resolve()]
+        found = [c for c in everything if c.resolve() == Path(wanted).resolve()]
         if not found:
             fail(f"--resume {wanted}: not a checkpoint of this run ({run}/checkpoints/step_N)")
     elif not found:
@@ -173,8 +150,6 @@ def choose_checkpoint(run: Path, wanted: str, origin: dict) -> int:
     if checkpoint is None:
         names = ", ".join(c.name for c in found)
         fail(f"--resume: damaged (checksums differ): {names}; nothing was changed")
-    for damaged in found[found.index(checkpoint) + 1 :]:
-        print(f"warning: {damaged} is damaged (checksums differ)", file=sys.stderr)
     try:
         saved = {**read_json((checkpoint / "state.json").read_text())["origin"]}
     except (ValueError, KeyError, TypeError):
@@ -183,13 +158,17 @@ def choose_checkpoint(run: Path, wanted: str, origin: dict) -> int:
     if changed:
         names = ", ".join(changed)
         fail(f"--resume: {names} changed since {checkpoint} was saved; resume with the same")
-    everything = checkpoints(run)
     for newer in everything[everything.index(checkpoint) + 1 :]:
-        os.replace(newer, newer.with_name(f"unused_{newer.name}"))
+        if not whole(newer):
+            print(f"warning: {newer} is damaged (checksums differ)", file=sys.stderr)
+        unused = newer.with_name(f"unused_{newer.name}")
+        shutil.rmtree(unused, ignore_errors=True)  # of an earlier --resume
+        os.replace(newer, unused)
     return int(checkpoint.name[5:])
 
 
 # ---- Saving
+
 
 class Saver:
     """Keeps the last completed iteration in host memory; writes it as a checkpoint when it is due,
@@ -213,13 +192,14 @@ class Saver:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, torch.Tensor]) -> None:
-        for key in saved:
-            if key.startswith("optimizer."):
-                _, moment, name = key.split(".", 2)
+        for key, tensor in saved.items():
+            kind, name = key.split(".", 1)
+            if kind == "optimizer":
+                moment, name = name.split(".", 1)
                 parameter = self.student[name]
-                self.optimizer.state[parameter][moment] = saved[key].to(parameter.device, copy=True)
-        for key, tensor in self.tensors().items():
-            tensor.copy_(saved[key])
+                self.optimizer.state[parameter][moment] = tensor.to(parameter.device, copy=True)
+            else:
+                {"student": self.student, "average": self.average}[kind][name].copy_(tensor)
 
     def iteration_done(self, iterations: int, bad_updates: int) -> None:
         """Keep the state after this many iterations and save it if it is due. bad_updates: how many
@@ -253,14 +233,6 @@ class Saver:
             for old in checkpoints(self.run)[: -self.args.keep]:
                 shutil.rmtree(old)  # half deleted, it no longer matches its checksums
 
-    def give_up(self, message: str) -> NoReturn:
-        """Save the last good state and stop, on every process."""
-        if self.rank == 0:
-            self.save()
-            print(f"\nerror: {message}", file=sys.stderr, flush=True)
-        gather(None)  # the others wait for that: when one exits, torchrun ends all
-        raise SystemExit(2)
-
     def keep_best(self, score: float) -> None:
         """Write the average as best/ if it scores higher than every "test" in the log."""
         if self.rank == 0:
@@ -268,6 +240,8 @@ class Saver:
             if score > max(scores, default=-math.inf):
                 with written(self.run, "best") as beside:
                     save_adapter(beside, self.average, self.config)
+
+    # ---- The end of a run
 
     def finish(self) -> None:
         """After the loop: publish adapter/, a copy of the newest checkpoint's, or with --final best
@@ -282,12 +256,42 @@ class Saver:
             with written(self.run, "adapter") as beside:
                 shutil.copytree(source, beside)
 
+    def give_up(self, message: str) -> NoReturn:
+        """Save the last good state and stop, on every process."""
+        if self.rank == 0:
+            self.save()
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        gather(None)  # the others wait for that: when one exits, torchrun ends all
+        raise SystemExit(2)
+
+    def catch_signals(self) -> None:
+        """From here on signals and uncaught errors save before the process ends. A thread waits for
+        signals: the main thread may be waiting for a process that is gone, or be slow, and
+        launchers grant 30 seconds."""
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once
+        self.handlers = {number: signal.signal(number, second_ctrl_c) for number in SIGNALS}
+        self.thread = threading.Thread(target=self.wait_for_signals, daemon=True)
+        self.thread.start()
+        sys.excepthook = self.report_error  # after the thread, which would keep it for good
+
+    def wait_for_signals(self) -> None:
+        """The thread. The exit code is the signal's usual one."""
+        while received := os.read(self.read, 1):
+            if received[0] in SIGNALS:
+                try:
+                    self.stop()
+                finally:
+                    os._exit(128 + received[0])
+        os.close(self.read)
+
     def report_error(self, *error) -> None:
         sys.__excepthook__(*error)  # its own message first
         self.stop()
 
     def stop(self) -> None:
-        """What a signal or an uncaught error does before the process ends, in any thread."""
+        """Save, in any thread, and print how to continue."""
         if self.rank == 0:
             with self.saving:  # nothing newer is kept meanwhile
                 self.save()
@@ -296,4 +300,16 @@ class Saver:
             print(f"\nstopped; {done}; {how}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.interrupts.release()
+        """Give signals and errors their usual effect again."""
+        sys.excepthook = sys.__excepthook__
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup)
+        os.close(self.write)  # the thread reads the end and stops
+        self.thread.join()
+
+
+def second_ctrl_c(number: int, _frame) -> None:
+    """The first one is saving; let the second one end the process at once."""
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)

@@ -68,7 +68,7 @@ def stand_in(out, files, bad=(), pause=0.0, **flags):
         time.sleep(pause)
         if saver.rank == 0:
             saver.keep_best(-abs(iteration - 1.0))  # the best is that of iteration 1
-            log_line(out, {"iteration": iteration, "test": -abs(iteration - 1.0)})
+            log_line(out, iteration, {"test": -abs(iteration - 1.0)}, [])
         saver.iteration_done(iteration + 1, bad_updates)
     saver.finish()
     stop_processes()
@@ -172,7 +172,7 @@ DAMAGE = {
 def test_damage_is_found_and_an_older_checkpoint_ends_the_same(run, files, capsys, damage):
     before = last(run)
     DAMAGE[damage](run / "checkpoints/step_5")
-    (run / "checkpoints/tmp_step_6").mkdir()  # a save that was killed
+    (run / "checkpoints/tmp").mkdir()  # a save that was killed
     with open(run / "metrics.jsonl", "a") as log:
         log.write('{"iteration": 5, "lo')
     stand_in(run, files, resume="newest")
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_what_was_saved(run, files, capsys, monkeypatch, what
     newest = {"step_6": "step_5", "adapter": "step_6"}[what]
     assert f"cannot save {what}" in line and "File too large" in line and newest in line
     assert all(checkpoint.whole(c) for c in checkpoint.checkpoints(run))
-    assert not list(run.rglob("tmp_*"))
+    assert not list(run.rglob("tmp"))
     monkeypatch.undo()
     stand_in(**words)  # there is room again
 
@@ -518,7 +518,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
             os.kill(pid, number if n % 5 == 1 else signal.SIGKILL)
         codes = codes_of(pids)
         assert 0 not in codes and (n % 5 != 1 or codes[0] == 128 + number), log.read_text()
-        inside += any(run.glob("checkpoints/tmp_*"))
+        inside += any(run.glob("checkpoints/tmp"))
     print(f"{script}, {world} process(es): {kills} kills survived, {inside} of them inside a save")
     assert "saved after" in log.read_text() and not (run / "adapter").exists()
     assert codes_of(fork(log, world, script, run, resume="newest", **words)) == [0] * world
