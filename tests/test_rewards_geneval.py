@@ -1,6 +1,5 @@
-"""rewards/geneval*.py without the weights: the rules against cases worked out by hand, the
-detector's processing on made-up logits, the converter on dicts of the published names and shapes,
-and tiny random models on the whole path. The last test needs the real weights (--slow).
+"""rewards/geneval*.py without the weights: rules on cases worked out by hand, the detector on
+made-up logits, the converter on published names and shapes, tiny random models on the whole path.
 
     python -m pytest tests/test_rewards_geneval.py
 """
@@ -57,18 +56,14 @@ L, M, R = thing(0), thing(100), thing(200)  # left, middle, right
 
 CASES = [  # metadata, what is found (best first): official, strict, softened
     (CAT, {}, 0, 0, 0),
-    (CAT, {"cat": [it]}, 1, 1, 1),
     (CAT, {"dog": [it]}, 0, 0, 0),
     (CAT, {"cat": [it], "dog": [it]}, 1, 1, 1),
     (CAT, {"cat": [it] * 2}, 1, 0, 0),
-    (CAT, {"cat": [it] * 4}, 1, 0, -2),
     (CAT, {"cat": [it] * 16}, 1, 0, -14),  # the lowest reward there is
-    (DOGS, {}, 0, 0, 0),
     (DOGS, {"dog": [it] * 2}, 0, 0, 2 / 3),
     (DOGS, {"dog": [it] * 3}, 1, 1, 1),
     (DOGS, {"dog": [it] * 4}, 0, 0, 2 / 3),  # officially only `exclude` forbids the fourth
     (DOGS, {"dog": [it] * 7}, 0, 0, -1 / 3),
-    (PAIR, {}, 0, 0, 0),
     (PAIR, {"cat": [it], "dog": [it]}, 1, 1, 1),
     (PAIR, {"cat": [it]}, 0, 0, 1 / 2),
     (PAIR, {"cat": [it], "dog": [it] * 2}, 1, 0, 1 / 2),
@@ -87,7 +82,6 @@ CASES = [  # metadata, what is found (best first): official, strict, softened
     (LEFT, {"cat": [M], "dog": [R]}, 0, 0, 3 / 4),  # (1 + 1 + 0 + the slip's 1) / 4
     (LEFT, {"dog": [L]}, 0, 0, 1 / 3),
     (LEFT, {"cat": [M]}, 0, 0, 1 / 3),
-    (LEFT, {}, 0, 0, 0),
     (LEFT, {"cat": [M, thing(-50)], "dog": [L]}, 1, 0, 1 / 3),  # officially the best one counts
     (LEFT, {"cat": [thing(-50), M], "dog": [L]}, 0, 0, 1 / 3),
     (LEFT, {"cat": [M], "dog": [L, R]}, 1, 0, 1 / 3),
@@ -111,7 +105,6 @@ def test_rules(metadata, found, official, strict, soft):
 def test_relative_position():
     cases = [  # b is a square of `size` at the origin, a is moved by (dx, dy); the dead zone is
         ((-100, 0), 10, {"left of"}),  # 0.1 (size + size): (100 - 2) / 100 = .98
-        ((100, 0), 10, {"right of"}),
         ((0, -100), 10, {"above"}),  # y grows downwards
         ((0, 100), 10, {"below"}),
         ((0, 0), 10, set()),
@@ -142,9 +135,6 @@ def test_summary():
     assert numbers == pytest.approx(expected)
     with pytest.raises(ValueError, match="no results"):
         rules.summary([])
-
-
-def test_names_are_the_eighty_of_geneval():
     names = rules.CLASSES
     assert len(set(names)) == 80 and names[0] == "person" and names[79] == "toothbrush"
     assert names[64:67] == ("computer mouse", "tv remote", "computer keyboard")  # not COCO's
@@ -156,15 +146,12 @@ def entry(**changes):
 
 BAD_METADATA = [
     (None, "tag"),
-    ({}, "tag"),
     ({"include": [entry()]}, "tag"),
     ({"tag": "numbers", "include": [entry()]}, "tag.*counting"),
-    ({"tag": "colors"}, "include"),
     ({"tag": "colors", "include": []}, "include"),
     ({"tag": "colors", "include": [{"count": 1}]}, "class"),
     ({"tag": "colors", "include": [entry(**{"class": "mouse"})]}, "'mouse' .*computer mouse"),
     ({"tag": "colors", "include": [entry(**{"class": "unicorn"})]}, "'unicorn' is not among"),
-    ({"tag": "colors", "include": [{"class": "cat"}]}, "count"),
     ({"tag": "colors", "include": [entry(count=0)]}, "count"),
     ({"tag": "colors", "include": [entry(color="mauve")]}, "mauve"),
     ({"tag": "counting", "include": [entry()], "exclude": [entry(**{"class": "kat"})]}, "'kat'"),
@@ -220,12 +207,11 @@ def test_preprocess_interpolates_like_cv2(monkeypatch, size):
     assert_close(levels, levels.round(), atol=1e-3, rtol=0)
     swapped = geneval_detector.preprocess(pixels, swap=True)[0]
     assert torch.equal(swapped, geneval_detector.preprocess(pixels.flip(1))[0])
-    assert not torch.equal(swapped, x)
 
 
-def class_logits(*rows, classes=80):
-    """rows: {class index: probability} of a query -> (Q, classes + 1); the rest is "no object"."""
-    p = torch.full((len(rows), classes + 1), 1e-9)
+def class_logits(*rows):
+    """rows: {class index: probability} of a query -> (Q, 81); the rest is "no object"."""
+    p = torch.full((len(rows), 81), 1e-9)
     for q, row in enumerate(rows):
         p[q, -1] = 1 - sum(row.values())
         for label, value in row.items():
@@ -261,7 +247,6 @@ def test_postprocess_box_score_and_mask():
     both = detections(class_logits({CAT_ID: 0.5, DOG_ID: 0.45}), mask_logits((1, 1, 3, 3)))
     assert both["cat"][0]["box"] == both["dog"][0]["box"] == (1, 1, 3, 3)  # a query, two labels
     assert detections(class_logits({CAT_ID: 0.99}), mask_logits((0, 0, 0, 0))) == {}  # no pixel
-    assert detections(class_logits({}), mask_logits(WHOLE)) == {}
 
 
 def test_postprocess_thresholds():
@@ -415,8 +400,7 @@ def random_checkpoint():
 
 
 def test_convert_full_size_is_bijective():
-    """Fill each tensor with a number of its own: the same numbers must come out, each as often as
-    it should."""
+    """Each tensor holds a number of its own, which must come out as often as it should."""
     shapes = published_shapes(**FULL)
     learned = [shape for key, shape in shapes.items() if not key.endswith("position_index")]
     assert round(sum(map(math.prod, learned)) / 1e6, 2) == 68.74  # Swin-S Mask2Former, 80 classes
@@ -691,8 +675,6 @@ def test_scores_depend_on_the_image_and_its_metadata_alone(weights, mode, key):
     assert together.shape == (6,) and together.dtype == torch.float32 and together.std() > 0
     results = scorer.judge(images, metadata)
     assert together.tolist() == pytest.approx([float(result[key]) for result in results])
-    assert {result["tag"] for result in results} == {"colors"}
-    assert all(type(r["correct"]) is type(r["strict"]) is bool for r in results)
     scorer.batch, order = 1, [3, 0, 5, 1, 4, 2]
     shuffled = [images[i] for i in order]
     assert_close(scorer(shuffled, ["p"] * 6, [metadata[i] for i in order]), together[order])
@@ -700,9 +682,6 @@ def test_scores_depend_on_the_image_and_its_metadata_alone(weights, mode, key):
     assert not any(isinstance(v, torch.nn.Module) for v in vars(scorer).values())
     tensor = as_pixels(images[0])[None]
     assert torch.equal(scorer(tensor, ["p"], metadata[:1]), together[:1])
-    arrays = [np.array(image) for image in images]
-    for objects, size in zip(scorer.detect(arrays, [0.3] * 6), sizes):
-        assert all(o["mask"].shape == size for found in objects.values() for o in found)
 
 
 def test_counting_has_its_own_threshold(monkeypatch):
@@ -715,8 +694,7 @@ def test_counting_has_its_own_threshold(monkeypatch):
 
 
 def test_the_modes_differ_as_upstream(weights, monkeypatch):
-    """The reward server's detector sees a JPEG with red and blue exchanged, its CLIP runs with
-    GELU."""
+    """The reward server gives the detector a JPEG in BGR, and runs CLIP with GELU."""
     seen, real = [], geneval_detector.preprocess
     spy = lambda pixels, swap: seen.append((pixels[0], swap)) or real(pixels, swap)
     monkeypatch.setattr(geneval_detector, "preprocess", spy)
@@ -728,7 +706,6 @@ def test_the_modes_differ_as_upstream(weights, monkeypatch):
     Image.fromarray(array).save(buffer, "JPEG", quality=75, subsampling="4:2:0")
     assert not plain_swap and np.array_equal(plain.permute(1, 2, 0), array)
     assert jpeg_swap and np.array_equal(jpeg.permute(1, 2, 0), np.asarray(Image.open(buffer)))
-    assert not torch.equal(plain, jpeg)
 
     clips = [scorer.model[2] for scorer in scorers]
     for clip, name in zip(clips, ("quick_gelu", "gelu")):
@@ -737,7 +714,6 @@ def test_the_modes_differ_as_upstream(weights, monkeypatch):
     with torch.no_grad():
         a, b = (clip.get_image_features(pixel_values=pixels).pooler_output for clip in clips)
     assert (a - b).abs().max() > 1e-3  # the setting reaches the layers
-    assert torch.equal(clips[0].visual_projection.weight, clips[1].visual_projection.weight)
 
 
 def test_colour_classifier(weights):
@@ -843,10 +819,6 @@ def test_training_prompts():
     for tag, n in weight.items():
         p = n / 17
         assert abs(tags[tag] - 3000 * p) < 5 * math.sqrt(3000 * p * (1 - p)), tag
-    with pytest.raises(ValueError, match="at least 1"):
-        geneval_prompts.training_prompts(0, [])
-
-
 def text_of(line):
     """The prompt that the metadata asks for, composed again."""
     first, second = (line["include"] * 2)[:2]
@@ -874,10 +846,10 @@ def test_the_prompt_asks_for_what_the_metadata_has(tag):
         line = geneval_prompts.make_prompt(tag, rng)
         rules.check_metadata(line, 0)
         assert line["tag"] == tag and line["prompt"] == text_of(line)
-        names = [request["class"] for request in line["include"]]
-        colours = [request["color"] for request in line["include"] if "color" in request]
-        assert len(set(names)) == len(names) and len(set(colours)) == len(colours)
-        assert not colours or "person" not in names
+        for key in ("class", "color"):
+            values = [request[key] for request in line["include"] if key in request]
+            assert len(set(values)) == len(values)
+            assert key == "class" or not values or "person" not in line["prompt"]
         if tag == "counting":
             (request,) = line["include"]
             assert line["exclude"] == [request | {"count": request["count"] + 1}]
