@@ -2,7 +2,8 @@ r"""Seconds and memory of one Flow-OPD iteration: this code beside the way of th
 
     python experiments/benchmark.py                   # the miniature, on the device there is
     python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing \
-        --prompts_per_iteration 4 --group_size 4 --steps 4 --micro_batch 6 --label_batch 12 --repeats 2
+        --prompts_per_iteration 4 --group_size 4 --steps 4 --micro_batch 6 --label_batch 12 \
+        --repeats 2
     python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing \
         --prompts_per_iteration 4 --group_size 8 --steps 10 --micro_batch 9 --label_batch 9 \
         --lines ours --sample_every 1 --repeats 2
