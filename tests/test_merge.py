@@ -1,54 +1,55 @@
 """merge.py against dense matrices: dW = scaling B A, so every merge has a known answer."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import call
 from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
+from torch.linalg import svdvals
 from torch.testing import assert_close
 
+import merge as script
+from merge import truncate
 from support.lora import read_adapter, save_adapter
-from merge import merge, truncate
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"block.to_q": (12, 20), "block.to_k": (12, 20), "block.to_out": (20, 12)}  # (out, in)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def lora(seed, rank, scaling, layers=SHAPES):
     """A random adapter as `read_adapter` gives it: {layer: (A, B, scaling)}."""
-    g = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     adapter = {}
     for name in layers:
-        out, inside = SHAPES[name]
-        adapter[name] = (
-            torch.randn(rank, inside, generator=g),
-            torch.randn(out, rank, generator=g),
-            scaling,
-        )
+        out, into = SHAPES[name]
+        A, B = torch.randn(rank, into, generator=rng), torch.randn(out, rank, generator=rng)
+        adapter[name] = (A, B, scaling)
     return adapter
 
 
 def dense(adapter):
     """{layer: dW}, zero where the adapter leaves a layer alone."""
-    none = (torch.zeros(1, 1), torch.zeros(1, 1), 0.0)
-    found = {name: adapter.get(name, none) for name in SHAPES}
-    return {name: (scaling * B @ A).expand(SHAPES[name]) for name, (A, B, scaling) in found.items()}
+    updates = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for name, (A, B, scaling) in adapter.items():
+        updates[name] = scaling * B @ A
+    return updates
 
 
 def dense_mean(adapters, weights):
-    parts = [dense(a) for a in adapters]
-    return {
-        name: sum(w * p[name] for w, p in zip(weights, parts)) / sum(weights) for name in SHAPES
-    }
+    mean = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for adapter, weight in zip(adapters, weights):
+        for name, update in dense(adapter).items():
+            mean[name] += weight / sum(weights) * update
+    return mean
 
 
-def products(merged):
+def merge(adapters, method, weights, **how):
+    """{layer: dW} of the merged adapter."""
+    merged, _ = script.merge(adapters, method, weights, **how)
     return {name: B @ A for name, (A, B) in merged.items()}
 
 
+# Of other ranks, scalings and layers.
 UNLIKE = [
     lora(1, 2, 2.0),
     lora(2, 5, 0.5, ["block.to_q", "block.to_out"]),
@@ -56,103 +57,86 @@ UNLIKE = [
 ]
 
 
-def test_the_mean_of_equals_is_the_same_again():
-    adapter = lora(0, 4, 2.0)
-    assert_close(products(merge([adapter] * 3, "mean", [1.0, 2.0, 3.0])[0]), dense(adapter))
-
-
 @pytest.mark.parametrize("weights", ([1.0, 1.0, 1.0], [2.0, 1.0, 0.5]))
 def test_the_mean_is_the_mean_of_the_updates(weights):
-    """Whatever the ranks, scalings and layers: a teacher without a layer counts as zero there."""
-    assert_close(products(merge(UNLIKE, "mean", weights)[0]), dense_mean(UNLIKE, weights))
+    """A teacher without a layer counts as zero there."""
+    assert_close(merge(UNLIKE, "mean", weights), dense_mean(UNLIKE, weights))
+
+
+def test_the_mean_of_equals_is_the_same_again():
+    adapter = lora(0, 4, 2.0)
+    assert_close(merge([adapter] * 3, "mean", [1.0, 2.0, 3.0]), dense(adapter))
 
 
 def test_svd_loses_what_the_dropped_singular_values_say():
-    merged, kept = merge(UNLIKE, "mean", [1.0, 1.0, 1.0], rank=3)
-    for (name, whole), energy in zip(sorted(dense_mean(UNLIKE, [1.0, 1.0, 1.0]).items()), kept):
+    weights = [1.0, 1.0, 1.0]
+    merged, kept = script.merge(UNLIKE, "mean", weights, rank=3)
+    for (name, whole), energy in zip(sorted(dense_mean(UNLIKE, weights).items()), kept):
         A, B = merged[name]
-        S = torch.linalg.svdvals(whole)
+        S = svdvals(whole)
         assert A.shape[0] == B.shape[1] == 3 and energy < 0.999
-        assert_close(
-            torch.linalg.norm(whole - B @ A), torch.linalg.norm(S[3:]), rtol=1e-4, atol=1e-5
-        )
+        assert_close(torch.linalg.norm(whole - B @ A), torch.linalg.norm(S[3:]), **CLOSE)
         assert_close(energy, (S[:3].square().sum() / S.square().sum()).item(), rtol=1e-5, atol=0)
-        assert_close(
-            torch.linalg.svdvals(A), torch.linalg.svdvals(B), rtol=1e-4, atol=1e-5
-        )  # split evenly
+        assert_close(svdvals(A), svdvals(B), **CLOSE)  # split evenly
 
 
-@pytest.mark.parametrize("out, inside, rank", ((20, 20, 3), (6, 30, 8), (30, 6, 8), (6, 30, 4)))
-def test_a_rank_above_the_layers_own_is_filled_with_zeros(out, inside, rank):
+@pytest.mark.parametrize("out, into, rank", ((20, 20, 3), (6, 30, 8), (30, 6, 8), (6, 30, 4)))
+def test_a_rank_above_the_layers_own_is_filled_with_zeros(out, into, rank):
     """Less rank than the 10 asked for, or a layer narrower than 10: rank 10, nothing lost."""
-    g = torch.Generator().manual_seed(0)
-    A, B = torch.randn(rank, inside, generator=g), torch.randn(out, rank, generator=g)
-    A10, B10, energy = truncate(A, B, 10)
-    assert A10.shape == (10, inside) and B10.shape == (out, 10)
-    assert_close(B10 @ A10, B @ A, rtol=1e-4, atol=1e-5)
+    rng = torch.Generator().manual_seed(0)
+    A, B = torch.randn(rank, into, generator=rng), torch.randn(out, rank, generator=rng)
+    new_A, new_B, energy = truncate(A, B, 10)
+    assert new_A.shape == (10, into) and new_B.shape == (out, 10)
+    assert_close(new_B @ new_A, B @ A, **CLOSE)
     assert_close(energy, 1.0)
 
 
 def test_ties_and_dare_are_pefts():
-    parts, weights = [dense(a) for a in UNLIKE], torch.tensor([0.5, 0.3, 0.2])
-    merged = products(merge(UNLIKE, "ties", weights.tolist(), density=0.4)[0])
-    assert_close(merged, {n: ties([p[n] for p in parts], 3 * weights, 0.4) for n in SHAPES})
-
-    merged = products(merge(UNLIKE, "dare", weights.tolist(), density=0.4, seed=7)[0])
+    parts, weights = [dense(adapter) for adapter in UNLIKE], torch.tensor([0.5, 0.3, 0.2])
+    by_ties = merge(UNLIKE, "ties", weights.tolist(), density=0.4)
+    by_dare = merge(UNLIKE, "dare", weights.tolist(), density=0.4, seed=7)
+    other_seed = merge(UNLIKE, "dare", weights.tolist(), density=0.4, seed=8)
     torch.manual_seed(7)
-    assert_close(
-        merged, {n: dare_linear([p[n] for p in parts], weights, 0.4) for n in sorted(SHAPES)}
-    )
-    other = products(merge(UNLIKE, "dare", weights.tolist(), density=0.4, seed=8)[0])
-    assert not torch.allclose(merged["block.to_q"], other["block.to_q"])
+    for name in sorted(SHAPES):
+        updates = [part[name] for part in parts]
+        assert_close(by_ties[name], ties(updates, 3 * weights, 0.4))
+        assert_close(by_dare[name], dare_linear(updates, weights, 0.4))
+    assert not torch.allclose(by_dare["block.to_q"], other_seed["block.to_q"])
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0")
 def test_when_nothing_is_dropped_dare_is_the_mean():
     weights = [2.0, 1.0, 0.5]
-    assert_close(
-        products(merge(UNLIKE, "dare", weights, density=1.0)[0]), dense_mean(UNLIKE, weights)
-    )
+    assert_close(merge(UNLIKE, "dare", weights, density=1.0), dense_mean(UNLIKE, weights))
 
 
 def test_averaged_factors_are_not_the_average():
-    first, second = lora(1, 4, 2.0), lora(2, 4, 2.0)
-    pairs = {
-        n: sum(
-            w * u * 2.0 * b[n][1] @ a[n][0]
-            for w, b in ((0.75, first), (0.25, second))
-            for u, a in ((0.75, first), (0.25, second))
-        )
-        for n in SHAPES
-    }
-    assert_close(
-        products(merge([first, second], "factor-mean", [3.0, 1.0])[0]), pairs
-    )  # all pairs B_i A_j
+    """mean(B) mean(A) holds all pairs B_i A_j."""
+    first, second, third = adapters = [lora(seed, 4, 2.0) for seed in (1, 2, 3)]
+    pairs = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for name in SHAPES:
+        for weight_A, (A, _, _) in ((0.75, first[name]), (0.25, second[name])):
+            for weight_B, (_, B, _) in ((0.75, first[name]), (0.25, second[name])):
+                pairs[name] += weight_A * weight_B * 2.0 * B @ A
+    assert_close(merge([first, second], "factor-mean", [3.0, 1.0]), pairs)
 
-    adapters = [lora(seed, 4, 2.0) for seed in (1, 2, 3)]
-    wrong, right = (
-        products(merge(adapters, "factor-mean", [1.0] * 3)[0]),
-        dense_mean(adapters, [1.0] * 3),
-    )
-    cosine = torch.cosine_similarity(
-        *(torch.cat([d[n].flatten() for n in SHAPES]) for d in (wrong, right)), dim=0
-    )
-    assert_close(
-        cosine.item(), 3**-0.5, atol=0.1, rtol=0
-    )  # 3 of the 9 pairs belong together: 1 / sqrt(3) expected
+    wrong = merge(adapters, "factor-mean", [1.0] * 3)
+    right = dense_mean(adapters, [1.0] * 3)
+    flat = lambda updates: torch.cat([updates[name].flatten() for name in SHAPES])
+    cosine = torch.cosine_similarity(flat(wrong), flat(right), dim=0)
+    assert abs(cosine.item() - 3**-0.5) < 0.1  # 3 of the 9 pairs belong together
 
-    shared = [
-        {n: (adapters[0][n][0], B, s) for n, (_, B, s) in a.items()} for a in adapters
-    ]  # one A for all
-    assert_close(
-        products(merge(shared, "factor-mean", [1.0, 2.0, 3.0])[0]),
-        dense_mean(shared, [1.0, 2.0, 3.0]),
-    )
+    shared = []  # with one A for all it is the average
+    for adapter in adapters:
+        shared.append({name: (first[name][0], B, s) for name, (_, B, s) in adapter.items()})
+    weights = [1.0, 2.0, 3.0]
+    assert_close(merge(shared, "factor-mean", weights), dense_mean(shared, weights))
 
 
-@pytest.mark.parametrize(
-    "other", (lora(2, 3, 2.0), lora(2, 4, 1.0), lora(2, 4, 2.0, ["block.to_q"]))
-)
+ALIKE_BUT = (lora(2, 3, 2.0), lora(2, 4, 1.0), lora(2, 4, 2.0, ["block.to_q"]))
+
+
+@pytest.mark.parametrize("other", ALIKE_BUT, ids=["rank", "scaling", "layers"])
 def test_factor_mean_needs_adapters_alike(other, capsys):
     with pytest.raises(SystemExit) as stopped:
         merge([lora(1, 4, 2.0), other], "factor-mean", [1.0, 1.0])
@@ -160,42 +144,27 @@ def test_factor_mean_needs_adapters_alike(other, capsys):
     assert capsys.readouterr().err.startswith("error: --method factor-mean needs")
 
 
-def save(folder, adapter):
-    tensors, ranks, alphas = {}, {}, {}
-    for name, (A, B, scaling) in adapter.items():
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-        ranks[name], alphas[name] = len(A), scaling * len(A)
-    config = LoraConfig(
-        r=1, lora_alpha=1, target_modules=list(adapter), rank_pattern=ranks, alpha_pattern=alphas
-    )
-    save_adapter(folder, tensors, config)
-
-
-def run(folder, *flags):
-    command = [sys.executable, ROOT / "merge.py", *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(
-    "flags", ([], ["--rank", "2", "--weights", "3", "1", "--alpha_per_rank", "0.5"])
-)
-def test_the_script_on_files(tmp_path, flags):
+def test_the_script_on_files(monkeypatch, tmp_path, capsys):
     adapters = [lora(1, 2, 2.0), lora(2, 3, 0.5, ["block.to_q", "block.to_out"])]
-    save(tmp_path / "A", adapters[0])
-    save(tmp_path / "B", adapters[1])
-    done = run(tmp_path, "--adapters", "A", "B", "--out", "C", *flags)
-    assert done.returncode == 0, done.stderr
-    merged = read_adapter(tmp_path / "C", "--adapters")
-    if not flags:
-        assert_close(dense(merged), dense_mean(adapters, [1.0, 1.0]), rtol=1e-4, atol=1e-5)
-        return
+    for folder, adapter in zip("AB", adapters):
+        tensors, config = {}, LoraConfig(r=1, lora_alpha=1, target_modules=list(adapter))
+        for name, (A, B, scaling) in adapter.items():
+            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+            config.rank_pattern[name], config.alpha_pattern[name] = len(A), scaling * len(A)
+        save_adapter(tmp_path / folder, tensors, config)
+    flags = ["--adapters", tmp_path / "A", tmp_path / "B", "--out"]
+    call(monkeypatch, "merge", *flags, tmp_path / "exact")
+    merged = read_adapter(tmp_path / "exact", "--adapters")
+    assert_close(dense(merged), dense_mean(adapters, [1.0, 1.0]), **CLOSE)
+
+    cut = ["--rank", 2, "--weights", 3, 1, "--alpha_per_rank", 0.5]
+    call(monkeypatch, "merge", *flags, tmp_path / "cut", *cut)
+    merged = read_adapter(tmp_path / "cut", "--adapters")
     assert {(len(A), scaling) for A, _, scaling in merged.values()} == {(2, 0.5)}
     kept = []
     for name, whole in dense_mean(adapters, [3.0, 1.0]).items():
         U, S, V = torch.linalg.svd(whole)
-        assert_close(dense(merged)[name], U[:, :2] * S[:2] @ V[:2], rtol=1e-4, atol=1e-5)
+        assert_close(dense(merged)[name], U[:, :2] * S[:2] @ V[:2], **CLOSE)
         kept.append((S[:2].square().sum() / S.square().sum()).item())
-    assert (
-        f"retained energy {sum(kept) / 3:.1%} on average, {min(kept):.1%} in the worst layer"
-        in done.stdout
-    )
+    wanted = f"retained energy {sum(kept) / 3:.1%} on average, {min(kept):.1%} in the worst layer"
+    assert wanted in capsys.readouterr().out
