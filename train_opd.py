@@ -29,9 +29,9 @@ from rewards.pictures import draw_curves, picture_grid
 from rewards.scoring import load_scorers, report
 from sde import kl_weight, rollout, step
 from support import lora, metrics, model, run
+from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.distillation import check_distillation
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import dry_run, guarded
 

@@ -22,8 +22,8 @@ from losses import flow_matching
 from rewards.pictures import draw_curves
 from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
+from support.arguments import check_distillation
 from support.checkpoint import begin_run
-from support.distillation import check_distillation
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import guarded
 

@@ -27,9 +27,9 @@ from rewards.pictures import draw_curves, picture_grid
 from rewards.scoring import make_reward, next_command, reward_log
 from sde import kl_weight, log_prob, rollout, step
 from support import lora, metrics, model, run
+from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.distillation import check_teacher
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
 from support.memory import guarded
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from support.flags import one_line
+from support.files import prompt_files, read_prompts
+from support.flags import fail, one_line
 from support.metrics import read_log
 from support.run import rank_and_world
 
@@ -51,6 +52,55 @@ def read_pictures(files: Iterable[str | Path]) -> list[torch.Tensor]:
             raise ValueError(f"{file} cannot be decoded ({why}); make this image again") from error
         images.append(pixels.permute(2, 0, 1) / 255)
     return images
+
+
+def find_images(
+    path: str, task: str, tasks: Collection[str], model: str, file: str | None = None, number=0
+) -> tuple[list[Path], list[str], list[dict]]:
+    """A folder of images -> (files, prompts, metadata), one entry per image.
+
+    DIR/TASK (or DIR, for a single task) lists them in metadata.jsonl, or names each by its line in
+    the prompt `file`, from 0: 00000.png or 00000/samples/0000.png. number: only the first lines;
+    0 = all. Every prompt needs an image, all need equally many, and none may be left over."""
+    folder, end = Path(path, task), number or None
+    if not folder.is_dir() and len(tasks) > 1:
+        fail(f"--scores_only {path}: no folder {folder}; give with --tasks what it holds")
+    folder = folder if folder.is_dir() else Path(path)
+    if (folder / "metadata.jsonl").is_file():
+        return listed_images(folder, end)
+    given = [f"{task}={file}"] if file else []
+    file = prompt_files(given, [task], "test", model)[task]
+    prompts, metadata = (part[:end] for part in read_prompts(file))
+    images = {n: [] for n in range(len(prompts))}
+    for image in sorted([*folder.glob("*.*"), *folder.glob("*/samples/*.*")]):
+        if image.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            continue
+        name = image.relative_to(folder).parts[0].split(".")[0]
+        if not (name.isascii() and name.isdecimal()):
+            fail(f"{image}: expected a line number as its name (00000.png), or a metadata.jsonl")
+        if not number or int(name) < number:
+            images.setdefault(int(name), []).append(image)
+    files, order, wanted = [], [], max(len(images[0]), 1)
+    for n, own in images.items():
+        expected = wanted if n < len(prompts) else 0
+        if len(own) != expected:
+            has = f"{len(own)} image(s) of prompt {n:05d}, expected {expected}"
+            lines = f"{file} has {len(prompts)} prompts (--num_prompts N takes the first N)"
+            fail(f"--scores_only {folder}: {has}; {lines}")
+        files += own
+        order += [n] * len(own)
+    return files, [prompts[n] for n in order], [metadata[n] for n in order]
+
+
+def listed_images(folder: Path, end: int | None) -> tuple[list[Path], list[str], list[dict]]:
+    """The same, from the first `end` lines of the folder's metadata.jsonl."""
+    own = folder / "metadata.jsonl"
+    prompts, metadata = (part[:end] for part in read_prompts(own, "--scores_only"))
+    files = [folder / str(about.get("file_name")) for about in metadata]
+    for n, file in enumerate(files, 1):
+        if not file.is_file():
+            fail(f'{own}: line {n} needs the "file_name" of an existing image, not {file.name!r}')
+    return files, prompts, metadata
 
 
 def picture_grid(

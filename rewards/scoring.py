@@ -14,9 +14,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rewards.pictures import as_picture, is_kept, read_pictures, save_grid, save_picture
+from rewards.pictures import (
+    as_picture,
+    find_images,
+    is_kept,
+    read_pictures,
+    save_grid,
+    save_picture,
+)
 from rewards.tables import average, compare, summarise, table
-from support.files import find_images, read_json, read_prompts, save_json
+from support.files import read_json, read_prompts, save_json
 from support.flags import TASKS, fail, one_line, reason
 from support.lora import load_adapter, use
 from support.model import sample_images

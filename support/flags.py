@@ -1,22 +1,18 @@
 """Flags that several scripts share, and errors in one line. Imports the standard library only."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import re
-import shutil
 import socket
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
-
-
-# ---- Errors in one line
 
 
 def one_line(text: object) -> str:
@@ -26,7 +22,7 @@ def one_line(text: object) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line (what is wrong, which flag or file, what would be right); exit code 2."""
+    """Print one line (what is wrong, where, what would be right); exit code 2."""
     print(f"error: {one_line(message)[:2000]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -37,11 +33,13 @@ def reason(error: Exception) -> str:
     return lines[0][:300]
 
 
-# ---- The parser
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print each flag's default, and the description with its own line breaks."""
+    """The description keeps its line breaks. A flag's default is printed if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,18 +66,6 @@ class Parser(argparse.ArgumentParser):
         except UnicodeDecodeError:
             fail("@FILE: a file of flags must be UTF-8 text")
 
-    def format_help(self) -> str:
-        """The description fitted to the terminal; no "(default: None)"."""
-        width = shutil.get_terminal_size().columns - 2
-        paragraphs = re.split(r"\n(?=\n| {4}| ?\d+\. )", self.description or "")
-        for n, text in enumerate(paragraphs):
-            if not text.startswith("    "):  # commands keep their lines
-                hang = "   " if text.lstrip()[:1].isdecimal() else ""
-                filled = textwrap.fill(" ".join(text.split()), width, subsequent_indent=hang)
-                paragraphs[n] = "\n" * text.startswith("\n") + filled
-        self.description = "\n".join(paragraphs)
-        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
-
 
 def make_parser(doc: str | None) -> Parser:
     """A parser that also reads flags from a file: `@recipes/NAME.args`."""
@@ -87,15 +73,12 @@ def make_parser(doc: str | None) -> Parser:
     return Parser(description=doc, **how)
 
 
-# ---- Types of values
-
-
 def at_least(low: int) -> Callable[[str], int]:
-    """argparse type: a whole number, `low` or more, of at most 18 digits (it fits into 64 bits)."""
+    """argparse type: a whole number from `low`, of at most 18 digits (it fits into 64 bits)."""
 
     def whole(text):
         if not text.isdecimal() or len(text) > 18 or int(text) < low:
-            wanted = f"a whole number of at least {low}, of at most 18 digits"
+            wanted = f"a whole number of at least {low} and at most 18 digits"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return int(text)
 
@@ -105,37 +88,28 @@ def at_least(low: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
-def finite(text: str) -> float:
-    """argparse type: a number, neither nan nor infinite."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return number
-
-
 def within(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """argparse type: a number from `low` to `high`."""
+    """argparse type: a finite number from `low` to `high`."""
 
     def number(text):
-        value = finite(text)
-        if not low <= value <= high:
-            wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
-        return value
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if low <= value <= high and math.isfinite(value):
+                return value
+        limits = f" from {low:g} to {high:g}" if low > -math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number{limits}")
 
     return number
+
+
+finite = within(-math.inf)
 
 
 def pairs(
     items: Iterable[str] | None, flag: str, number: bool = False, overrule: bool = False
 ) -> dict[str, str | float]:
-    """["geneval=A", ...] -> {"geneval": "A", ...}; number: to finite floats.
-
-    overrule: a name may come twice and the later value counts, so that the command line overrules
-    a file of flags."""
+    """["geneval=A", ...] -> {"geneval": "A", ...}; number: to finite floats. overrule: the later
+    value of a name counts, so that the command line overrules a file of flags."""
     values = {}
     for item in items or ():
         name, _, value = item.partition("=")
@@ -148,9 +122,6 @@ def pairs(
         except argparse.ArgumentTypeError as error:
             fail(f"{flag} {item}: {error}")
     return values
-
-
-# ---- Flags of several scripts
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +154,6 @@ def run_flags(flag: Callable) -> None:
     flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
 
-# ---- Checks of flags
-
-
 def check_folder(out: str | Path) -> None:
     """--out can be created and written into: better known before the work than after it."""
     try:
@@ -199,12 +167,11 @@ def check_folder(out: str | Path) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """A run never mixes with other files: --out is new, empty, or a run to --resume or --overwrite.
-
-    If torchrun restarts a failed run (--max-restarts), the run is resumed."""
-    out = Path(args.out)
+    """--out is new, empty, or a run to --resume or --overwrite. A run that torchrun restarts
+    (--max-restarts) is resumed."""
     if int(os.environ.get("RANK", 0)):  # rank 0 checks for all
         return
+    out = Path(args.out)
     check_folder(out)
     is_run, lock = (out / "args.json").exists(), out / "lock"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -187,7 +187,9 @@ def draw_steps(args: argparse.Namespace, iteration: int) -> Tensor:
 
 
 def read_tasks(files: dict[str, str], number: int | None = None) -> dict[str, tuple[list, list]]:
-    """{task: file} -> {task: (prompts, metadata)}, the first `number` lines of each."""
+    """{task: file} -> {task: (prompts, metadata)}, the first `number` lines of each; 0: {}."""
+    if number == 0:
+        return {}
     tasks = {}
     for task, file in files.items():
         prompts, metadata = read_prompts(file)

@@ -13,15 +13,14 @@ def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
     check_model(args.model)
     args.teacher = pairs(args.teacher, "--teacher", overrule=True)
     args.teacher = args.teacher or {task: f"{args.model}/adapters/{task}" for task in TASKS}
-    tasks = list(args.teacher)
-    check_prompt_files(args, tasks, with_tests=args.eval_prompts > 0)
+    check_prompt_files(args, list(args.teacher))
     for name in ("task_mix", "teacher_guidance", "teacher_alpha"):
         values = pairs(getattr(args, name), f"--{name}", number=True)
         setattr(args, name, values)
         for task in values:
-            if task not in tasks:
+            if task not in args.teacher:
                 fail(f"--{name}: task {task!r} has no teacher; add --teacher {task}=DIR")
-    args.task_mix = args.task_mix or dict.fromkeys(tasks, 1)
+    args.task_mix = args.task_mix or dict.fromkeys(args.teacher, 1)
     check_shares(args.task_mix, "--task_mix")
     for task, path in args.teacher.items():
         if task not in args.task_mix:
@@ -33,8 +32,8 @@ def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
         check_objective(args)
     else:
         check_processes(args.batch, "--batch")
-        if args.sft_images < len(tasks):
-            fail(f"--sft_images must be at least {len(tasks)}: one for every task")
+        if args.sft_images < len(args.teacher):
+            fail(f"--sft_images must be at least {len(args.teacher)}: one for every task")
     if not getattr(args, "dry_run", False):
         check_out(args)
     return args
@@ -51,12 +50,22 @@ def check_objective(args: argparse.Namespace) -> None:
         args.clip_range = 0.2 if args.objective == "ppo" else 1e-4
     if args.objective == "ode":
         args.noise = 0.0
-    elif args.noise <= 0:
-        fail("--noise must be above 0: a step without noise has no density; or --objective ode")
     if args.objective == "trajectory" and args.train_steps == "random:1":
         fail("--train_steps random:1: --objective trajectory looks ahead; train 2 steps or more")
     check_samples(args)
-    check_train_steps(args)
+    kind, _, number = args.train_steps.partition(":")
+    where, steps = f"--train_steps {args.train_steps}", list(range(args.steps))
+    named = {"all": steps, "first": steps[:-1], "random": steps[:-1]}
+    try:
+        eligible = named.get(kind) or sorted({int(step) for step in kind.split(",")})
+        count = int(number) if kind == "random" else len(eligible)
+    except ValueError:
+        fail(f"{where}: expected first, all, random:K or a list such as 0,2,5")
+    if not 1 <= count <= len(eligible) or eligible[0] < 0 or eligible[-1] >= args.steps:
+        fail(f"{where}: there are {args.steps} steps, numbered from 0 (--steps)")
+    if args.noise_kind == "cps" and args.noise > 0 and steps[-1] in eligible:
+        fail(f"{where}: the last cps step has no noise and so no KL; leave it out")
+    args.eligible_steps, args.trained_steps = eligible, count  # an iteration trains `count` of them
 
 
 def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
@@ -68,50 +77,48 @@ def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
     if args.mix:
         args.mix = pairs(args.mix, "--mix", number=True)
         check_shares(args.mix, "--mix")
-        args.tasks = list(args.mix)
-        name = "grpo_mix"
+        args.tasks, out = list(args.mix), "runs/grpo_mix"
     else:
         weighted = [reward if "=" in reward else f"{reward}=1" for reward in args.reward]
         args.reward = pairs(weighted, "--reward", number=True)
         if min(args.reward.values()) <= 0:
             fail("--reward: weights must be above 0; to lower a reward, write its negative scorer")
         args.tasks = args.tasks or list(args.reward)[:1]
-        name = "teacher_" + "_".join(args.reward)
+        out = "runs/teacher_" + "_".join(args.reward)
     own = pairs(args.prompts, "--prompts", overrule=True)
     for task in args.tasks:
-        if task not in TASKS and task not in own:
+        if task not in (*TASKS, *own):
             known = f"{', '.join(TASKS)}, or any task with --prompts {task}=FILE"
             fail(f"unknown task {task!r} (--tasks, --mix or --reward): expected {known}")
-    check_prompt_files(args, args.tasks, with_tests=args.eval_every > 0)
+    if not args.eval_every:
+        args.eval_prompts = 0
+    check_prompt_files(args, args.tasks)
     if args.final == "best" and not args.eval_every:
         fail("--final best needs test rewards: give --eval_every")
     if args.group_size < 2:
         fail("--group_size must be at least 2: a sample is compared with its group's mean")
-    if args.noise <= 0:
-        fail("--noise must be above 0: a step without noise has no density")
     check_samples(args)
-    args.window_end = args.window_end or args.steps - 1
-    if not args.window <= args.window_end < args.steps:
+    last = args.steps - 1
+    args.window_end = args.window_end or last
+    if not args.window <= args.window_end <= last:
         fail("--window must be at most --window_end, and --window_end below --steps")
-    args.eligible_steps = list(range(args.steps - 1))
-    args.trained_steps = args.window or args.steps - 1
+    args.eligible_steps, args.trained_steps = list(range(last)), args.window or last
     check_start(args.init, "--init")
-    args.out = args.out or f"runs/{name}"
+    args.out = args.out or out
     check_out(args)
     return args
 
 
-def check_prompt_files(args: argparse.Namespace, tasks: list[str], with_tests: bool) -> None:
-    """args.prompts and args.test_prompts -> {task: file}; no test prompts without tests."""
+def check_prompt_files(args: argparse.Namespace, tasks: list[str]) -> None:
+    """args.prompts and args.test_prompts -> {task: file}. Without tests (--eval_prompts 0) only the
+    test prompts that were given: the command printed at the end names them."""
     args.prompts = prompt_files(args.prompts, tasks, "train", args.model)
-    tests = {}
-    if with_tests:
-        tests = prompt_files(args.test_prompts, tasks, "test", args.model, "--test_prompts")
-    args.test_prompts = tests
+    flag = "--test_prompts"
+    tested = tasks if args.eval_prompts else pairs(args.test_prompts, flag, overrule=True)
+    args.test_prompts = prompt_files(args.test_prompts, tested, "test", args.model, flag)
 
 
 def check_start(path: str, flag: str) -> None:
-    """Either base or an adapter."""
     if path != "base":
         check_adapter(path, flag)
 
@@ -123,8 +130,10 @@ def check_shares(shares: dict[str, float], flag: str) -> None:
 
 
 def check_samples(args: argparse.Namespace) -> None:
-    """Every update takes a part of each group, and every process has samples."""
+    """Steps have a density, updates take equal parts of a group, processes have samples."""
     G = args.group_size
+    if args.noise <= 0 and getattr(args, "objective", "") != "ode":
+        fail("--noise must be above 0: a step without noise has no density")
     if G % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {G}: each takes a part of a group")
     check_processes(args.prompts_per_iteration * G, "--prompts_per_iteration")
@@ -134,22 +143,3 @@ def check_processes(samples: int, flag: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if samples < world:
         fail(f"{world} processes for {samples} samples: raise {flag}")
-
-
-def check_train_steps(args: argparse.Namespace) -> None:
-    """--train_steps -> args.eligible_steps, a list, and args.trained_steps, how many of them an
-    iteration trains."""
-    kind, _, number = args.train_steps.partition(":")
-    where = f"--train_steps {args.train_steps}"
-    all_steps = list(range(args.steps))
-    named = {"all": all_steps, "first": all_steps[:-1], "random": all_steps[:-1]}
-    try:
-        eligible = named.get(kind) or sorted({int(step) for step in kind.split(",")})
-        count = int(number) if kind == "random" else len(eligible)
-    except ValueError:
-        fail(f"{where}: expected first, all, random:K or a list such as 0,2,5")
-    if not 1 <= count <= len(eligible) or eligible[0] < 0 or eligible[-1] >= args.steps:
-        fail(f"{where}: there are {args.steps} steps, numbered from 0 (--steps)")
-    if args.noise_kind == "cps" and args.noise > 0 and args.steps - 1 in eligible:
-        fail(f"{where}: the last cps step has no noise and so no KL; leave it out")
-    args.eligible_steps, args.trained_steps = eligible, count
