@@ -1,7 +1,6 @@
 """rewards/ without downloads: rules on hand-made cases, networks as tiny random models on the path
 of real weights, ports against a plain rewriting of their source.
 
-    python -m pytest tests/test_rewards.py
     python -m pytest tests/test_rewards.py --slow     # with the published weights, where they are
 """
 
@@ -202,20 +201,17 @@ def test_floats_become_bytes_by_rounding():
     assert np.array(picture)[1, :, 2].tolist() == [255, 128, 255, 0]
 
 
-def test_exact_float32_restores_the_callers_settings():
-    torch.set_float32_matmul_precision("high")
-    before = torch.backends.cudnn.allow_tf32
+def test_exact_float32_restores_the_callers_settings(monkeypatch):
+    settings = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
     product = lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            with exact_float32("cpu"):
-                assert torch.get_float32_matmul_precision() == "highest"
-                assert not torch.backends.cudnn.allow_tf32 and product() == torch.float32
-            assert product() == torch.bfloat16
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.backends.cudnn.allow_tf32 == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with exact_float32("cpu"):
+            inside = (*settings(), product())
+        after = (*settings(), product())
+    torch.set_float32_matmul_precision("highest")
+    assert inside == ("highest", False, torch.float32) and after == ("high", True, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -342,13 +338,15 @@ def test_aesthetic_is_the_head_on_clips_vector(make_reward, clip_folder, head_fi
 
 def test_another_head_is_refused(make_reward, head_file, pictures):
     state = torch.load(head_file, weights_only=True)
-    with pytest.raises(ValueError, match="1 weights too many .layers.1.weight"):
-        aesthetic.fold(state | {"layers.1.weight": torch.zeros(2)})
-    for key in ("layers.2.bias", "layers.7.weight"):
-        without = {k: t for k, t in state.items() if k != key}
-        for other in (without, state | {key: torch.zeros(3, 5)}):
-            with pytest.raises(ValueError, match=rf"layers\.{key[7]} is not a linear layer"):
-                aesthetic.fold(other)
+    without = {key: tensor for key, tensor in state.items() if key != "layers.2.bias"}
+    cases = [
+        (state | {"layers.1.weight": torch.zeros(2)}, "1 weights too many .layers.1.weight"),
+        (without, "layers.2 is not a linear layer"),
+        (state | {"layers.7.weight": torch.zeros(3, 5)}, "layers.7 is not a linear layer"),
+    ]
+    for other, message in cases:
+        with pytest.raises(ValueError, match=message):
+            aesthetic.fold(other)
     with pytest.raises(ValueError, match="not the published file .SHA-256.*curl -LO"):
         make_reward("aesthetic", sha256=aesthetic.SHA256)(pictures[:1])
 

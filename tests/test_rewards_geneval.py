@@ -1,7 +1,6 @@
 """rewards/geneval*.py without the weights: rules on cases worked out by hand, the detector on
 made-up logits, the converter on published names and shapes, tiny random models on the whole path.
 
-    python -m pytest tests/test_rewards_geneval.py
 """
 
 import hashlib
@@ -399,25 +398,19 @@ def random_checkpoint():
     return state
 
 
-def test_convert_full_size_is_bijective():
-    """Each tensor holds a number of its own, which must come out as often as it should."""
+def test_every_published_weight_has_its_place():
+    """Each tensor holds a number of its own: all come out, and nothing else."""
     shapes = published_shapes(**FULL)
-    learned = [shape for key, shape in shapes.items() if not key.endswith("position_index")]
-    assert round(sum(map(math.prod, learned)) / 1e6, 2) == 68.74  # Swin-S Mask2Former, 80 classes
-    number = {key: float(i) for i, key in enumerate(shapes, start=1)}
-    state = {key: torch.tensor(number[key]).expand(shape) for key, shape in shapes.items()}
-    state |= {key: window_index(7) for key in state if key.endswith("position_index")}
-    converted = geneval_convert.convert(state, geneval_convert.detector_config())
+    indices = {key: window_index(7) for key in shapes if key.endswith("position_index")}
+    learned = {key: shape for key, shape in shapes.items() if key not in indices}
+    assert round(sum(map(math.prod, learned.values())) / 1e6, 2) == 68.74  # Swin-S, 80 classes
+    state = {key: torch.tensor(i).expand(learned[key]) for i, key in enumerate(learned)}
+    converted = geneval_convert.convert(state | indices, geneval_convert.detector_config())
     new = [key for key in converted if "swin.layernorm" in key]  # transformers has it, mmdet not
-    numbers = [t.flatten()[0].item() for key, t in converted.items() if key not in new]
-    seen = Counter(numbers)
-    assert all(t.min() == t.max() for t in converted.values()) and len(new) == 2
-    for key, value in number.items():
-        times = 3 if ".qkv." in key or ".attentions.1.attn.in_proj" in key else 1
-        if key.endswith("position_index"):
-            times = 0
-        assert seen.pop(value, 0) == times, key
-    assert not seen
+    values = [tensor.unique() for key, tensor in converted.items() if key not in new]
+    counts = torch.cat(values).long().bincount()  # one value a tensor
+    several = [".qkv." in key or ".attentions.1.attn.in_proj" in key for key in learned]
+    assert len(new) == 2 and counts.tolist() == [3 if split else 1 for split in several]
 
 
 def save_tiny(folder, digest=geneval_detector.SHA256 + "0" * 56):
@@ -764,10 +757,9 @@ def test_clip_pixels_crops_where_torchvision_does():
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match="2 prompts and 3 lines"):
-        GenEval()(noise(3), ["p"] * 2, [CAT] * 3)
-    with pytest.raises(ValueError, match="3 images and 2 lines"):
-        GenEval()(noise(3), ["p"] * 2, [CAT] * 2)
+    for lines, message in ((3, "2 prompts and 3 lines"), (2, "3 images and 2 lines")):
+        with pytest.raises(ValueError, match=message):
+            GenEval()(noise(3), ["p"] * 2, [CAT] * lines)
     with pytest.raises(ValueError, match="mode 'strict'"):
         GenEval(mode="strict")
     scorer = GenEval(weights="nowhere", clip="nowhere")  # nothing is loaded for nothing
@@ -870,6 +862,8 @@ def test_prompt_file(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         geneval_prompts.main(args)
     assert not out.exists() and "is not JSON lines" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at least 1"):
+        geneval_prompts.training_prompts(0, [])
 
 
 # ---- With the real weights

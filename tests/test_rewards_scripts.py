@@ -1,7 +1,6 @@
 """The real scorers through evaluate.py and train_teacher.py, from sampling to the table: with tiny
 random weights, the miniature as the model, and prompt files as GenEval and Flow-GRPO have them.
 
-    python -m pytest tests/test_rewards_scripts.py
 """
 
 import ast
