@@ -1,27 +1,38 @@
-"""evaluate.py and its tables: images once, strangers' images, failing scorers, standard errors."""
+"""evaluate.py: images once, images made elsewhere, failing scorers, tables, the next command."""
 
+import importlib
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import call, shell
 from PIL import Image
+from pytest import approx
 
+import evaluate as script
+import rewards.scoring as scoring
+import rewards.tables as tables
+import toy
+from rewards.geneval_rules import TAGS, summary
+from rewards.pictures import picture_grid, save_grid
 from support.flags import TASKS
 
 
 def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
     """evaluate.py on three prompts a task -> (its table, the number of images that it made)."""
-    import rewards.scoring as scoring
-
     made, sample = [], scoring.sample_images
+
+    def counted(pipe, text, prompts, *more):
+        made.extend(prompts)
+        return sample(pipe, text, prompts, *more)
+
+    source = [] if "--scores_only" in flags else ["--models", *models]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            scoring, "sample_images", lambda *given: made.extend(given[2]) or sample(*given)
-        )
-        source = [] if "--scores_only" in flags else ["--models", *models]
+        patch.setattr(scoring, "sample_images", counted)
         call(patch, "evaluate", *source, "--num_prompts", 3, "--steps", 2, "--out", out, *flags)
     return (out / "table.md").read_text(), len(made)
 
@@ -29,335 +40,261 @@ def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
 def test_images_are_made_once(monkeypatch, tmp_path):
     """A later call makes what is missing, damaged or different, and nothing else."""
     out = tmp_path / "out"
+    again = lambda *flags, **given: evaluate(monkeypatch, out, "--overwrite", *flags, **given)
     first, made = evaluate(monkeypatch, out)
-    assert made == 2 * 4 * 3 and (out / "differences.png").stat().st_size > 0
-    assert evaluate(monkeypatch, out, "--overwrite", "--batch", 2) == (first, 0)
+    assert made == 2 * 4 * 3 and (out / "differences.png").exists()
+    assert again("--batch", 2) == (first, 0)
     (out / "images/base/ocr/00001.png").unlink()
     (out / "images/ocr/deqa/00002.png").write_bytes(b"not a picture")
-    assert evaluate(monkeypatch, out, "--overwrite") == (first, 2)
-    other, made = evaluate(
-        monkeypatch, out, "--overwrite", models=("base", "ocr=toy/adapters/deqa")
-    )  # another adapter
-    assert made == 4 * 3 and other != first
-    assert evaluate(monkeypatch, out, "--overwrite") == (first, 4 * 3)
-    for flags in (
-        ["--seed", 1],
-        ["--steps", 3],
-        ["--guidance", 2],
-        ["--text_length", 8],
-        ["--size", 32],
-        ["--no_t5"],
-    ):
-        assert (
-            evaluate(monkeypatch, out, "--overwrite", *flags, "--tasks", "ocr", models=["base"])[1]
-            == 3
-        ), flags
-    third = tmp_path / "prompts.txt"
-    third.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
-    assert (
-        evaluate(
-            monkeypatch,
-            out,
-            "--overwrite",
-            "--tasks",
-            "ocr",
-            "--prompts",
-            f"ocr={third}",
-            models=["base"],
-        )[1]
-        == 3
-    )
+    assert again() == (first, 2)
+    assert again(models=("base", "ocr=toy/adapters/deqa"))[1] == 4 * 3  # another of that name
+    assert again() == (first, 4 * 3)
+    own = tmp_path / "prompts.txt"
+    own.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
+    changes = "--seed 1,--steps 3,--guidance 2,--text_length 8,--size 32,--no_t5".split(",")
+    for flags in (*changes, f"--prompts ocr={own}"):
+        assert again(*flags.split(), "--tasks", "ocr", models=["base"])[1] == 3, flags
 
 
 def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
-    import rewards.scoring as scoring
-
-    save, count = scoring.save_picture, []
+    save, saved = scoring.save_picture, []
 
     def stop_at_seven(*args):
-        count.append(save(*args))
-        if len(count) == 7:
+        saved.append(save(*args))
+        if len(saved) == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(scoring, "save_picture", stop_at_seven)
         evaluate(patch, tmp_path / "a")
-    assert not (tmp_path / "a/results.json").exists()
-    assert evaluate(monkeypatch, tmp_path / "a") == (
-        evaluate(monkeypatch, tmp_path / "b")[0],
-        2 * 4 * 3 - 7,
-    )
+    table, _ = evaluate(monkeypatch, tmp_path / "b")
+    assert evaluate(monkeypatch, tmp_path / "a") == (table, 2 * 4 * 3 - 7)
+
+
+def test_two_processes_give_the_table_of_one(monkeypatch, tmp_path):
+    """Five prompts a task: the shares of two processes differ."""
+    flags = ["--tasks", "ocr", "geneval", "--num_prompts", 5, "--steps", 2, "--out"]
+    call(monkeypatch, "evaluate", *flags, tmp_path / "1")
+    done = shell("evaluate.py", *flags, tmp_path / "2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
+    one, two = (len(list((tmp_path / run).rglob("*.png"))) for run in ("1", "2"))
+    assert one == two == 2 * 5 + 1  # and the grid
+
+
+def test_evaluate_on_ones_own_prompt(monkeypatch, tmp_path):
+    flags = ["--models", "base", "toy/adapters/ocr", "--prompt", "sign reads K T in red"]
+    call(monkeypatch, "evaluate", *flags, "--steps", 2, "--out", tmp_path)
+    assert (tmp_path / "prompts.png").stat().st_size > 0
+
+
+def test_a_grid_of_nothing_is_no_file(tmp_path):
+    picture_grid(tmp_path / "none.png", {"student": []}, [], {"student": []})
+    (tmp_path / "old.png").write_bytes(b"of an earlier call")
+    save_grid(tmp_path / "old.png", {}, {}, {"ocr": (["K"], [{}])}, {"ocr": []})
+    assert not list(tmp_path.iterdir())
 
 
 def test_scores_only_gives_the_table_of_the_same_images(monkeypatch, tmp_path):
     """The three ways to hand over a folder, against the run that made its images."""
     table, _ = evaluate(monkeypatch, tmp_path / "out", models=["base"])
-    images = tmp_path / "out/images/base"
-    only = lambda folder: ["--scores_only", f"base={folder}"]
-    scored = lambda folder, *flags: evaluate(
-        monkeypatch, tmp_path / folder.name / "s", *only(folder), *flags
-    )
-    assert scored(images) == (table, 0)
     one, _ = evaluate(monkeypatch, tmp_path / "one", "--tasks", "ocr", models=["base"])
+    images = tmp_path / "out/images/base"
+
+    def scored(folder, *flags):
+        out = tmp_path / "scores" / folder.name
+        return evaluate(monkeypatch, out, "--scores_only", f"base={folder}", *flags)
+
+    assert scored(images) == (table, 0)
     assert scored(images / "ocr", "--tasks", "ocr") == (one, 0)  # a single task's folder itself
+
     prompts = Path("toy/prompts/ocr_test.txt").read_text().splitlines()
-    own, nested = tmp_path / "own", tmp_path / "nested"
-    own.mkdir()
-    for j in range(3):
-        (nested / f"{j:05d}/samples").mkdir(parents=True)
-        (nested / f"{j:05d}/grid.png").write_bytes(b"no sample")  # as GenEval's scripts leave it
+    listed, nested, lines = tmp_path / "listed", tmp_path / "nested", []
+    listed.mkdir()
+    for j in (2, 0, 1):
+        shutil.copy(images / f"ocr/{j:05d}.png", listed / f"some name {j}.png")
+        lines.append(json.dumps({"file_name": f"some name {j}.png", "prompt": prompts[j]}) + "\n")
+        samples = nested / f"{j:05d}/samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "grid.png").write_bytes(b"no sample")  # as GenEval's scripts leave it
         for k in range(2):
-            shutil.copy(images / f"ocr/{j:05d}.png", nested / f"{j:05d}/samples/{k:04d}.png")
-        shutil.copy(images / f"ocr/{j:05d}.png", own / f"some name {j}.png")
-    lines = [
-        json.dumps({"file_name": f"some name {j}.png", "prompt": prompts[j]}) for j in (2, 0, 1)
-    ]
-    (own / "metadata.jsonl").write_text("\n".join(lines))
-    assert scored(own, "--tasks", "ocr") == (one, 0)
-    assert scored(nested, "--tasks", "ocr") == (
-        one,
-        0,
-    )  # twice the images, and no more certainty than before
-    assert (
-        json.loads((nested.parent / "nested/s/results.json").read_text())["results"]["base"]["ocr"][
-            "n"
-        ]
-        == 6
-    )
+            shutil.copy(images / f"ocr/{j:05d}.png", samples / f"{k:04d}.png")
+    (listed / "metadata.jsonl").write_text("".join(lines))
+    assert scored(listed, "--tasks", "ocr") == (one, 0)
+    assert scored(nested, "--tasks", "ocr") == (one, 0)  # twice the images: equally certain
+    assert '"n": 6' in (tmp_path / "scores/nested/results.json").read_text()
 
 
-def pictures(folder, *names):
-    folder.mkdir(parents=True)
+def pictures(folder, names):
+    folder.mkdir()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(folder / name)
     return folder
 
 
-@pytest.mark.parametrize(
-    "names, says",
-    [
-        (["00000.png", "00002.png"], "0 image(s) of prompt 00001"),
-        (["00001.png", "00002.png"], "0 image(s) of prompt 00000"),
-        ([], "0 image(s) of prompt 00000"),
-        (["0.png", "1.png", "2.png", "2.jpg"], "2 image(s) of prompt 00002"),
-        (["0.png", "1.png", "2.png", "3.png"], "1 image(s) of prompt 00003"),
-        (["0.png", "1.png", "cat.png"], "cat.png: its name is no line number"),
-        (
-            ["0/samples/0.png", "0/samples/1.png", "1/samples/0.png", "2/samples/0.png"],
-            "1 image(s) of prompt 00001",
-        ),
-        (["0.png", "1.png", "2.png", "BROKEN"], "cannot be decoded"),
-        (["0.png", "LIST"], "line 2 needs"),
-        (["0.png", "1.png", "2.png", "TASKS"], "--tasks"),
-        (["0.png", "1.png", "2.png", "OTHER"], "not those of the first folder"),
-    ],
-)
-def test_a_folder_that_does_not_fit_its_prompts_gets_no_score(
-    monkeypatch, tmp_path, capsys, names, says
-):
-    prompts, folder = (
-        tmp_path / "prompts.txt",
-        pictures(tmp_path / "images", *(n for n in names if not n.isupper())),
-    )
+THREE = ["0.png", "1.png", "2.png"]
+NESTED = [f"{j}/samples/{k}.png" for j in range(3) for k in range(2)]
+LINES = "\n".join(f'{{"file_name": "{j}.png", "prompt": "a"}}' for j in range(2))
+MISFITS = [  # names of images, another change, the error
+    (["00000.png", "00002.png"], None, "0 image(s) of prompt 00001"),
+    ([], None, "0 image(s) of prompt 00000"),
+    ([*THREE, "2.jpg"], None, "2 image(s) of prompt 00002"),
+    ([*THREE, "3.png"], None, "1 image(s) of prompt 00003"),
+    ([*THREE, "cat.png"], None, "cat.png: expected a line number as its name"),
+    (NESTED[:3] + NESTED[4:], None, "1 image(s) of prompt 00001"),
+    (THREE, "damaged", "cannot be decoded"),
+    (["0.png"], "list", "line 2 needs"),
+    (THREE, "all tasks", "--tasks"),
+    (THREE, "other", "not those of the first folder"),
+]
+
+
+@pytest.mark.parametrize("names, change, error", MISFITS)
+def test_a_folder_that_does_not_fit(monkeypatch, tmp_path, capsys, names, change, error):
+    """It gets no score: one line, exit code 2, and nothing is written."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
-    folders, tasks = [folder], ["--tasks", "ocr", "--prompts", f"ocr={prompts}"]
-    if "BROKEN" in names:
-        (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
-    if "LIST" in names:
-        (folder / "metadata.jsonl").write_text(
-            '{"file_name": "0.png", "prompt": "a"}\n{"file_name": "1.png", "prompt": "a"}'
-        )
-    if "TASKS" in names:
+    folders = [pictures(tmp_path / "images", names)]
+    tasks = ["--tasks", "ocr", "--prompts", f"ocr={prompts}"]
+    if change == "damaged":
+        (folders[0] / "1.png").write_bytes(b"PNG")
+    if change == "list":
+        (folders[0] / "metadata.jsonl").write_text(LINES)
+    if change == "all tasks":
         tasks = []
-    if "OTHER" in names:
-        pictures(tmp_path / "more", *(f"{j}/samples/{k}.png" for j in range(3) for k in range(2)))
-        folders.append(tmp_path / "more")
+    if change == "other":
+        folders.append(pictures(tmp_path / "more", NESTED))
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "evaluate", "--scores_only", *folders, *tasks, "--out", tmp_path / "out")
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if "scoring:" not in line and line
-    ]
-    assert (
-        stopped.value.code == 2
-        and len(lines) == 1
-        and says in lines[0]
-        and not (tmp_path / "out").exists()
-    )
+        call(monkeypatch, "evaluate", "--scores_only", *folders, *tasks, "--out", out)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "scoring:" not in line]
+    (line,) = filter(None, lines)
+    assert stopped.value.code == 2 and error in line and not out.exists()
 
 
-def raises(error):
+FAILURES = {
+    "no weights here": ValueError("ocr: no weights here\nand a second line"),
+    "RuntimeError: out of memory": RuntimeError("out of memory"),
+    "AssertionError: no message": AssertionError(),
+    "nan": torch.full((3,), torch.nan),
+    "(4,), not a tensor of shape (3,)": torch.zeros(4),
+    "NoneType": None,
+}
+
+
+def failing(reason):
     def scorer(images, prompts, metadata=None):
-        raise error
+        if isinstance(FAILURES[reason], Exception):
+            raise FAILURES[reason]
+        return FAILURES[reason]
 
     return scorer
 
 
-FAILURES = {
-    "no weights here": raises(ValueError("ocr: no weights here\nand a second line")),
-    "RuntimeError: out of memory": raises(RuntimeError("out of memory")),
-    "KeyError": raises(KeyError("tag")),
-    "nan": lambda images, prompts, metadata=None: torch.full((len(prompts),), torch.nan),
-    "inf": lambda images, prompts, metadata=None: torch.full((len(prompts),), torch.inf),
-    "(4,), not a tensor of shape (3,)": lambda images, prompts, metadata=None: torch.zeros(
-        len(prompts) + 1
-    ),
-    "NoneType": lambda images, prompts, metadata=None: None,
-    "AssertionError: no message": raises(AssertionError()),
-}
+@pytest.mark.parametrize("reason", FAILURES)
+def test_whatever_goes_wrong_in_a_scorer_is_an_error_of_one_line(reason):
+    with pytest.raises(ValueError) as error:
+        scoring.query(failing(reason), torch.zeros(3, 3, 32, 32), ["a", "b", "c"], [{}] * 3)
+    assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("says", FAILURES)
-def test_whatever_goes_wrong_in_a_scorer_is_not_scored(monkeypatch, tmp_path, capsys, says):
-    """Never a 0, for any model: the metric is left out of every row, with its reason."""
-    import toy
-
-    good = toy.REWARDS["ocr"]
-
-    def broken(
-        images, prompts, metadata=None
-    ):  # right on the base's images, so that there is something to withdraw
-        broken.calls += 1
-        return good(images, prompts) if broken.calls == 1 else FAILURES[says](images, prompts)
-
-    broken.calls = 0
-    monkeypatch.setitem(toy.REWARDS, "ocr", broken)
+def test_a_failed_metric_is_left_out_of_every_row(monkeypatch, tmp_path, capsys):
+    """Never a 0, for any model: the base's scores, which were good, are withdrawn too."""
+    scorers = iter([toy.REWARDS["ocr"], failing("no weights here")])  # for the base, for the LoRA
+    monkeypatch.setitem(toy.REWARDS, "ocr", lambda *given: next(scorers)(*given))
     table, _ = evaluate(monkeypatch, tmp_path / "out", "--tasks", "ocr", "geneval")
-    assert (
-        "not scored: ocr: " in table
-        and says in table
-        and "second line" not in table
-        and "OCR" not in table
-    )
-    assert "not scored: ocr: " in capsys.readouterr().out and broken.calls == 2
+    assert table.splitlines()[-1] == "not scored: ocr: no weights here" and "OCR" not in table
+    assert "not scored: ocr: no weights here" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert says in results["not_scored"]["ocr"]
-    assert all(
-        "ocr" not in row and "geneval" in row and "average" not in row
-        for row in results["results"].values()
-    )
+    assert results["not_scored"] == {"ocr": "no weights here"}
+    assert ["ocr" in row for row in results["results"].values()] == [False, False]
 
 
 def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, tmp_path, capsys):
     """The real scorers without weights: a line each with the command that fetches them, exit 2."""
-    (tmp_path / "g.jsonl").write_text(
-        json.dumps(
-            {
-                "prompt": "a photo of a cat",
-                "tag": "single_object",
-                "include": [{"class": "cat", "count": 1}],
-            }
-        )
-    )
+    line = {"prompt": "a photo of a cat", "tag": "single_object"}
+    line["include"] = [{"class": "cat", "count": 1}]
+    (tmp_path / "g.jsonl").write_text(json.dumps(line))
     (tmp_path / "o.txt").write_text('a sign that says "Hi"\n')
-    tasks = [f"{task}={tmp_path}/{'g.jsonl' if task == 'geneval' else 'o.txt'}" for task in TASKS]
-    toy = Path("toy").resolve()
+    prompts = {task: f"{task}={tmp_path}/o.txt" for task in TASKS}
+    prompts["geneval"] = f"geneval={tmp_path}/g.jsonl"
+    flags = ["--model", Path("toy").resolve(), "--rewards", "rewards", "--published"]
+    flags += ["--prompts", *prompts.values(), "--steps", 1, "--out", "out"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit) as stopped:
-        flags = [
-            "--model",
-            toy,
-            "--rewards",
-            "rewards",
-            "--prompts",
-            *tasks,
-            "--steps",
-            1,
-            "--published",
-            "--out",
-            "out",
-        ]
         call(monkeypatch, "evaluate", *flags)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and "nothing was scored" in err.splitlines()[-1]
     missing = [line for line in out.splitlines() if line.startswith("not scored: ")]
-    assert len(missing) == 5 and all(
-        "hf download" in line or "curl -LO" in line for line in missing
-    )
-    assert (
-        len(list(Path("out/images").rglob("*.png"))) == 4 and not Path("out/results.json").exists()
-    )
+    assert ["hf download" in line or "curl -LO" in line for line in missing] == [True] * 5
+    assert len(list(Path("out/images").rglob("*.png"))) == 4
+    assert not Path("out/results.json").exists()
 
 
-def test_tables_standard_errors_and_the_names_of_geneval():
-    import rewards.tables as tables
-    from rewards.geneval_rules import TAGS, summary
-
-    scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    distinct = [str(n) for n in range(20)]
-    assert tables.standard_error(scores, distinct) == pytest.approx(scores.std().item() / 20**0.5)
-    assert tables.standard_error(scores.repeat(4), distinct * 4) == pytest.approx(
-        scores.std().item() / 20**0.5
-    )
+def test_standard_errors_and_the_four_names_of_geneval():
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.rand(20, generator=rng, dtype=torch.float64)
+    distinct, error = [str(n) for n in range(20)], scores.std().item() / 20**0.5
+    assert tables.standard_error(scores, distinct) == approx(error)
+    assert tables.standard_error(scores.repeat(4), distinct * 4) == approx(error)
     groups = scores.view(5, 4).mean(1)  # five prompts of four images: as sure as five numbers
-    assert tables.standard_error(scores, [n for n in "abcde" for _ in range(4)]) == pytest.approx(
-        groups.std().item() / 5**0.5
-    )
+    error = groups.std().item() / 5**0.5
+    assert tables.standard_error(scores, list("aaaabbbbccccddddeeee")) == approx(error)
 
-    rng = torch.Generator().manual_seed(1)
     tags = [tag for n, tag in enumerate(TAGS) for _ in range(4 + n)]
-    soft = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)[
-        torch.randint(3, (len(tags),), generator=rng)
-    ]
+    values = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)
+    soft = values[torch.randint(3, (len(tags),), generator=rng)]
     official = torch.randint(2, (len(tags),), generator=rng).double()
-    values = zip(tags, official.tolist(), soft.tolist())
-    rows = [{"tag": tag, "correct": bool(c), "soft": s, "strict": s == 1} for tag, c, s in values]
+    rows = []
+    for tag, correct, score in zip(tags, official.tolist(), soft.tolist()):
+        rows.append({"tag": tag, "correct": bool(correct), "soft": score, "strict": score == 1})
     tests = {"geneval": ([str(n) for n in range(len(tags))], [{"tag": tag} for tag in tags])}
     row = tables.summarise({"base": {"geneval": soft, "geneval_official": official}}, tests)["base"]
     wanted = summary(rows)
     for metric, name in zip(tables.GENEVAL, ["official", "official_images", "strict", "softened"]):
-        assert row[metric]["mean"] == pytest.approx(wanted[name]), name
-    squares = [official[[t == tag for t in tags]].var().item() / tags.count(tag) for tag in TAGS]
-    assert row["geneval_tasks"]["se"] == pytest.approx(sum(squares) ** 0.5 / 6)
+        assert row[metric]["mean"] == approx(wanted[name]), name
+    squares = [part.var().item() / len(part) for part in official.split([4, 5, 6, 7, 8, 9])]
+    assert row["geneval_tasks"]["se"] == approx(sum(squares) ** 0.5 / 6)
     assert "| strict | softened |" in tables.table({"base": row}, columns=tables.GENEVAL)
 
 
 def test_published_rows_have_the_published_average():
-    import rewards.tables as tables
-
     rows = tables.published()
     for row in rows.values():
         parts = [row[task]["mean"] / scale for task, scale in tables.SCALES.items()]
-        assert row["average"]["mean"] == pytest.approx(sum(parts) / 4, abs=1e-4)
+        assert row["average"]["mean"] == approx(sum(parts) / 4, abs=1e-4)
     assert "| SD3.5-M | 0.63 | 0.59 | 4.07 | 21.64 | 0.7165 |" in tables.table(rows)
 
 
-def test_evaluate_on_ones_own_prompt(monkeypatch, tmp_path):
-    call(
-        monkeypatch,
-        "evaluate",
-        "--models",
-        "base",
-        "toy/adapters/ocr",
-        "--prompt",
-        "sign reads K T in red",
-        "--steps",
-        2,
-        "--out",
-        tmp_path,
-    )
-    assert (tmp_path / "prompts.png").stat().st_size > 0
+LOOK = {"prompt": ["red circle"]}  # there is no scorer of the task's name
+RUNS = [  # script, its flags, what evaluate.py must be given
+    ("train_opd", "", {"tasks": list(TASKS)}),
+    ("train_opd", "--eval_prompts 0 --eval_steps 2 --student_guidance 2", {"steps": 2}),
+    ("train_sft", "--no_t5 --size 16 --dtype bf16", {"batch": 128}),
+    ("train_teacher", "--reward ocr --guidance 2 --text_length 8", {"tasks": ["ocr"]}),
+    ("train_teacher", "--reward ocr --test_prompts ocr=RED", {"tasks": ["ocr"]}),
+    ("train_teacher", "--reward red --prompts red=RED --eval_every 0", {"tasks": ["red"]}),
+    ("train_teacher", "--reward ocr --tasks new --prompts new=RED --eval_every 0", LOOK),
+]
 
 
-def test_two_processes_give_the_table_of_one(tmp_path):
-    for processes in (1, 2):
-        done = shell(
-            "evaluate.py",
-            "--num_prompts",
-            5,
-            "--steps",
-            2,
-            "--out",
-            tmp_path / str(processes),
-            processes=processes,
-        )
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
-    images = [
-        sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.png"))
-        for n in ("1", "2")
-    ]
-    assert (
-        images[0] == images[1] and len(images[0]) == 4 * 5 + 1
-    )  # none twice, none left out, and the grid
+@pytest.mark.parametrize("trainer, flags, wanted", RUNS)
+def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
+    """It repeats what the run was given. test_scripts.py runs such commands after real runs."""
+    (tmp_path / "red.txt").write_text("red circle\n")
+    monkeypatch.setitem(toy.REWARDS, "red", toy.REWARDS["ocr"])
+    words = flags.replace("RED", f"{tmp_path}/red.txt").split()
+    monkeypatch.setattr(sys, "argv", [trainer, *words, "--out", f"{tmp_path}/a run"])
+    args = importlib.import_module(trainer).parse_args()
+    printed = scoring.next_command(args, ["base", "student=toy/adapters/ocr"])
+    monkeypatch.setattr(sys, "argv", shlex.split(printed.removeprefix("next: python ")))
+    given = vars(script.parse_args())
+    for name in ("model", "rewards", "dtype", "guidance", "size", "no_t5", "text_length"):
+        assert given[name] == vars(args)[name], name
+    scale = getattr(args, "student_guidance", args.guidance)
+    assert given["model_guidance"].get("student", args.guidance) == scale
+    assert given["out"] == f"{tmp_path}/a run/evaluate" and given["models"]["student"]
+    assert given | wanted == given
+    if args.test_prompts and not given["prompt"]:
+        assert given["prompts"] == args.test_prompts
