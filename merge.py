@@ -18,6 +18,7 @@ and layers: a teacher without a layer counts as zero there.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import support  # noqa: F401  first: it quiets the notices of transformers
@@ -56,8 +57,8 @@ def parse_args() -> argparse.Namespace:
     args.weights = args.weights or [1.0] * number
     if len(args.weights) != number:
         fail(f"--weights: {len(args.weights)} for {number} adapters; give one each")
-    if not sum(args.weights) > 0:
-        fail("--weights must not all be 0")
+    if not 0 < sum(args.weights) < float("inf"):
+        fail("--weights must not all be 0, and their sum must be finite")
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: give a rank, for example --rank 32")
     check_folder(args.out)
@@ -162,8 +163,10 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
     if energies:
         mean = sum(energies) / len(energies)
         print(f"retained energy {mean:.1%} on average, {min(energies):.1%} in the worst layer")
-    start = f"--init {args.out} --out runs/opd_{Path(args.out).name}"
-    print(f"-> {args.out}\nnext: python train_opd.py {start}")
+    print(f"-> {args.out}")
+    if {Path(path).parent for path in args.adapters} == {Path("toy/adapters")}:
+        start = ["--init", str(args.out), "--out", f"runs/opd_{Path(args.out).name}"]
+        print("next:", shlex.join(["python", "train_opd.py", *start]))
 
 
 def main(args: argparse.Namespace) -> None:
