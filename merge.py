@@ -48,15 +48,13 @@ def parse_args() -> argparse.Namespace:
     flag("--out", default="runs/merged", help="folder of the adapter or the fused transformer")
     flag("--overwrite", action="store_true", help="replace the adapter in --out")
     args = parser.parse_args()
-
     for path in args.adapters:
         check_adapter(path, "--adapters")
-    number = len(args.adapters)
-    if not args.fuse and number < 2:
+    args.weights = args.weights or [1.0] * len(args.adapters)
+    if not args.fuse and len(args.adapters) < 2:
         fail("--adapters: merging needs at least two")
-    args.weights = args.weights or [1.0] * number
-    if len(args.weights) != number:
-        fail(f"--weights: {len(args.weights)} for {number} adapters; give one each")
+    if len(args.weights) != len(args.adapters):
+        fail(f"--weights: {len(args.weights)} for {len(args.adapters)} adapters; give one each")
     if not 0 < sum(args.weights) < float("inf"):
         fail("--weights must not all be 0, and their sum must be finite")
     if args.method in ("ties", "dare") and not args.rank:
@@ -129,19 +127,18 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     try:
         with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
             dtype = file.get_tensor(min(file.keys())).dtype
-        how = {"dtype": dtype, "use_safetensors": True}
-        transformer = SD3Transformer2DModel.from_pretrained(folder, **how)
-        check_weights(transformer)
+        base = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        check_weights(base)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--fuse {model}: its transformer cannot be loaded ({reason(error)})")
     for layer, (A, B) in merged.items():
         try:
-            weight = transformer.get_submodule(layer).weight
+            weight = base.get_submodule(layer).weight
             weight.data = (weight.float() + B @ A).to(dtype)
         except (AttributeError, RuntimeError):
             fail(f"--fuse {model}: its transformer has no layer {layer} of this size")
     with written_beside(out) as beside:
-        transformer.save_pretrained(beside)
+        base.save_pretrained(beside)
         written = {file.name for file in beside.iterdir()}
     for old in {file.name for file in Path(out).glob("diffusion_pytorch_model*")} - written:
         Path(out, old).unlink()  # of an earlier, larger model
@@ -164,9 +161,9 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
         mean = sum(energies) / len(energies)
         print(f"retained energy {mean:.1%} on average, {min(energies):.1%} in the worst layer")
     print(f"-> {args.out}")
-    if {Path(path).parent for path in args.adapters} == {Path("toy/adapters")}:
-        start = ["--init", str(args.out), "--out", f"runs/opd_{Path(args.out).name}"]
-        print("next:", shlex.join(["python", "train_opd.py", *start]))
+    if all(Path(path).parent == Path("toy/adapters") for path in args.adapters):
+        words = ["python", "train_opd.py", "--init", args.out]  # elsewhere, model and tasks too
+        print("next:", shlex.join([*words, "--out", f"runs/opd_{Path(args.out).name}"]))
 
 
 def main(args: argparse.Namespace) -> None:
