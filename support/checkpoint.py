@@ -310,6 +310,6 @@ class Saver:
 
 
 def second_ctrl_c(number: int, _frame) -> None:
-    """The first one is saving; let the second one end the process at once."""
+    """While the first one saves, the second one ends the process at once."""
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)

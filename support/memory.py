@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from support.files import check_model, fetch
 from support.lora import add_student, load_adapter, load_anchor, use
-from support.model import backbone_dtype, precision, velocity
+from support.model import ENCODERS, backbone_dtype, precision, velocity
 from support.run import print_batch, start_processes, stop_processes
 
 
@@ -65,8 +64,7 @@ def size_of(module: torch.nn.Module) -> int:
 
 
 def peak_of(transformer, rows, side, tokens, guidance, device, backward=False) -> int:
-    """Peak bytes of one guided velocity (with `backward`: and of its gradient) on top of what was
-    there. It also measures a real model."""
+    """Peak bytes of one guided velocity, with `backward` and its gradient, of any transformer."""
     config, dtype = transformer.config, backbone_dtype(transformer)
     x = torch.zeros(rows, config.in_channels, side, side, device=device)
     embeds = torch.zeros(1, tokens, config.joint_attention_dim, dtype=dtype)
@@ -91,7 +89,7 @@ def largest_batch(args: argparse.Namespace, world: int = 1) -> dict[str, int]:
 
 def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[str, int]]:
     """({what is held all the time: bytes}, {phase: bytes on top at its peak})."""
-    read = lambda name: json.loads((Path(folder) / name).read_text())
+    about = lambda part: json.loads(Path(folder, part, "tokenizer_config.json").read_text())
     to_dtype = torch.nn.Module.to  # diffusers' own warns
     with torch.device("meta"):
         config = SD3Transformer2DModel.load_config(f"{folder}/transformer")
@@ -111,12 +109,12 @@ def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[s
     side, tokens = transformer.config.sample_size, args.text_length
     if args.size:
         side = args.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    encoders = dict(ENCODERS)
     if args.no_t5:
-        encoders.pop()
+        del encoders["text_encoder_3"]
     else:
-        tokens = min(tokens, read("tokenizer_3/tokenizer_config.json")["model_max_length"])
-    tokens += read("tokenizer/tokenizer_config.json")["model_max_length"]
+        tokens = min(tokens, about("tokenizer_3")["model_max_length"])
+    tokens += about("tokenizer")["model_max_length"]
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
     latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32
@@ -130,8 +128,7 @@ def phases(args, folder, device, dtype, world=1) -> tuple[dict[str, int], dict[s
         "states, means and labels, float32": (2 * steps + 2 + 6 * S) * b * latent,
     }
     extra = {"text encoders": 0}
-    for part in encoders:
-        kind = getattr(transformers, read("model_index.json")[part][1])
+    for part, kind in encoders.items():
         with torch.device("meta"):
             encoder = kind(kind.config_class.from_pretrained(f"{folder}/{part}"))
         extra["text encoders"] += size_of(encoder.to(dtype))
@@ -163,7 +160,7 @@ def dry_run(args: argparse.Namespace) -> None:
     rank, world, device = start_processes()
     folder = fetch(args.model, "--model", ("model_index.json", "*/*config.json"))
     check_model(folder)
-    print_batch(args, args.trained_steps)
+    print_batch(args)
     if rank == 0:
         held, extra = phases(args, folder, device, precision(args.dtype, device), world)
         total, rows = sum(held.values()), largest_batch(args, world)
@@ -177,20 +174,18 @@ def dry_run(args: argparse.Namespace) -> None:
         # Student, average and two moments in float32, and the average in two formats.
         disk = 3 * held["Adam's two moments"] / 1e9
         print(f"\na checkpoint takes {disk:.3f} GB of disk; at most {args.keep + 1} exist at once")
-        print("An estimate: nothing was measured. It leaves out the CUDA context, workspaces of\n"
-              "libraries, temporaries inside an operation, fragmentation and the text encoders'\n"
-              "activations.")  # fmt: skip
+        print("An estimate, not measured. It leaves out the CUDA context, libraries' workspaces,")
+        print("temporaries inside an operation, fragmentation and the text encoders' activations.")
     stop_processes()
 
 
 # What helps where memory ran out: in the outermost of these functions, or else in the update.
 LABEL_BATCH = "a smaller --label_batch (evaluate.py: --batch)"
 CURES = {"load_pipeline": "--dtype bf16", "embed_prompts": "--no_t5, or --cache_embeddings"}
-CURES |= dict.fromkeys(("rollout", "predict", "sample_latents", "decode"), LABEL_BATCH)
+CURES |= dict.fromkeys(("rollout", "predict", "decode", "score_files"), LABEL_BATCH)
 CURES["update"] = "a smaller --micro_batch, or --checkpointing"
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "CUDA out of memory",
-                 "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
-PEER_GONE = ("closed by peer", "remote process exit")  # the words of gloo and nccl
+OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+PEER_GONE = ("by peer", "Broken pipe", "remote process exit")  # the words of gloo and nccl
 
 
 def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -211,6 +206,9 @@ def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Na
             else:
                 raise
             tqdm.write(f"error: {line}", file=sys.stderr)  # below the progress bar
+            saver = getattr(sys.excepthook, "__self__", None)  # of a run that has begun
+            if hasattr(saver, "stop"):
+                saver.stop()
             if dist.is_initialized():
                 os._exit(2)  # at once: a tidy end would wait for the other processes
             raise SystemExit(2) from None
