@@ -44,22 +44,32 @@ SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1
 def written(run: Path, name: str) -> Iterator[Path]:
     """Gives a folder to write into, which becomes run/name. Its contents reach the disk before its
     name: after a power cut it is complete or absent. A full disk ends the run in one line."""
-    final, beside = run / name, (run / name).with_name("tmp")
+    final = run / name
+    beside, old = final.with_name("tmp"), final.with_name("tmp_old")
     shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
         yield beside
-        for path in (*beside.rglob("*"), beside):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)  # a folder cannot be renamed onto another
+        sync(*beside.rglob("*"), beside)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():  # a folder cannot be renamed onto another
+            os.replace(final, old)
         os.replace(beside, final)
+        sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         newest = ["none", *(c.name for c in checkpoints(run))][-1]
         print(file=sys.stderr)  # ends the progress bar's line
         fail(f"--out {run}: cannot save {final.name} ({error}); "
              f"the newest checkpoint is {newest}; make room, then --resume")  # fmt: skip
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def checksums(folder: Path) -> dict[str, str]:
