@@ -112,8 +112,9 @@ def prompt_files(
 
 
 # What is downloaded: the parts of a diffusers pipeline (not the single files beside them), a LoRA.
-PARTS = ("transformer/*", "vae/*", "scheduler/*", "tokenizer*/*", "text_encoder*/*")
-PIPELINE = ("model_index.json", *PARTS)
+TEXT_PARTS = "tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3"
+PARTS = f"transformer vae scheduler {TEXT_PARTS}".split()  # --no_t5 leaves out those with _3
+PIPELINE = ("model_index.json", *(f"{part}/*" for part in PARTS))
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 ADAPTER = ("adapter_config.json", *WEIGHTS)
 
