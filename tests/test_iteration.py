@@ -67,7 +67,9 @@ OPD = {
         ["--train_steps", "random:2", "--anchor", "base"],
     ),
     "cps, some steps": (
-        SMALL | TWO_TASKS | {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1},
+        SMALL
+        | TWO_TASKS
+        | {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1, "updates": 1},
         ["--train_steps", "0,2", "--anchor", "toy/adapters/ocr"],
     ),
     "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),

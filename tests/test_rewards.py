@@ -667,7 +667,12 @@ def test_edit_distance_against_its_definition():
 def test_the_quoted_text(pictures):
     assert ocr.quoted('a sign "Hi there" and "another"') == "Hi there"
     for prompt in ["", 'one quote " only', 'an empty "" one', 'only "  " spaces', "“typographic”"]:
-        for refuse in (lambda: ocr.OCR()(pictures[:1], [prompt]), lambda: ocr.OCR().check([prompt])):
+        reader = ocr.OCR()
+        calls = (
+            lambda prompt=prompt: reader(pictures[:1], [prompt]),
+            lambda prompt=prompt: reader.check([prompt]),
+        )
+        for refuse in calls:
             with pytest.raises(ValueError, match="quotes no text"):
                 refuse()
 
