@@ -1,8 +1,7 @@
 """Stage 2, a cold start: merge the teachers' LoRAs in parameter space, without training.
 
     python merge.py                                        # the miniature's teachers -> runs/merged
-    python merge.py --adapters A B C --method mean         # exact mean; the rank grows to the sum
-    python merge.py --adapters A B C --rank 32             # the same, cut back to rank 32 by SVD
+    python merge.py --adapters A B C --rank 32             # exact mean, cut to rank 32 by SVD
     python merge.py --adapters A B C --weights 2 1 1 --method ties --rank 32
     python merge.py --adapters runs/opd/adapter --fuse toy --out runs/fused   # base + update
 
@@ -33,11 +32,13 @@ from support.flags import TASKS, at_least, check_folder, fail, make_parser, reas
 from support.lora import read_adapter, save_adapter
 from support.model import check_weights
 
+TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
+
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    flag, teachers = parser.add_argument, [f"toy/adapters/{task}" for task in TASKS]
-    flag("--adapters", nargs="+", default=teachers, metavar="DIR|HUB", help="what to merge")
+    flag = parser.add_argument
+    flag("--adapters", nargs="+", default=TEACHERS, metavar="DIR|HUB", help="what to merge")
     flag("--method", choices=("mean", "ties", "dare", "factor-mean"), default="mean", help="above")
     flag("--weights", nargs="+", type=within(0), help="one per adapter, relative; default equal")
     flag("--rank", type=at_least(0), default=0, help="rank of the result; 0 = the exact sum")
@@ -161,8 +162,8 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
         mean = sum(energies) / len(energies)
         print(f"retained energy {mean:.1%} on average, {min(energies):.1%} in the worst layer")
     print(f"-> {args.out}")
-    if all(Path(path).parent == Path("toy/adapters") for path in args.adapters):
-        words = ["python", "train_opd.py", "--init", args.out]  # elsewhere, model and tasks too
+    if args.adapters == TEACHERS:  # of others, model and tasks are not known here
+        words = ["python", "train_opd.py", "--init", args.out]
         print("next:", shlex.join([*words, "--out", f"runs/opd_{Path(args.out).name}"]))
 
 

@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of samples (40 in the paper)")
     flag("--test_prompts", **several, metavar="TASK=FILE", help="default .../TASK_test.txt")
-    flag("--dry_run", action="store_true", help="print memory and batch sizes; load nothing")
+    flag("--dry_run", action="store_true", help="print memory and batch sizes; no training")
     run_flags(flag)
     return check_distillation(parser.parse_args())
 

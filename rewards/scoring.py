@@ -138,12 +138,12 @@ def make_reward(args: argparse.Namespace, device, train: dict, tests: dict) -> C
         return total / sum(weights.values())
 
     def reward(images, slots):
-        rewards = torch.zeros(len(slots), dtype=torch.float64)
+        values = torch.zeros(len(slots), dtype=torch.float64)
         for task in sorted({task for task, *_ in slots}):
             own = [n for n, slot in enumerate(slots) if slot[0] == task]
             prompts, metadata = [slots[n][1] for n in own], [slots[n][2] for n in own]
-            rewards[own] = reward_of_task(task, images[own], prompts, metadata)
-        return rewards
+            values[own] = reward_of_task(task, images[own], prompts, metadata)
+        return values
 
     return reward
 
@@ -329,8 +329,9 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
             mix = results["grpo_mix"]["average"]
             error = math.hypot(se, mix["se"])
             lines.append(f"student - grpo_mix: {mean - mix['mean']:+.4f} ± {error:.4f}")
-        if "average" in results.get("oracle", ()) and not changed:
-            lines.append(f"student / oracle: {mean / results['oracle']['average']['mean']:.1%}")
+        oracle = results.get("oracle", {}).get("average", {}).get("mean")
+        if oracle and not changed:  # a stranger's file may hold 0
+            lines.append(f"student / oracle: {mean / oracle:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/: {list_made(run)}")
