@@ -168,9 +168,8 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
 
 
 def main(args: argparse.Namespace) -> None:
-    adapters = [read_adapter(path, "--adapters") for path in args.adapters]
-    how = (args.method, args.weights, args.rank, args.density, args.seed)
-    merged, energies = merge(adapters, *how)
+    loras = [read_adapter(path, "--adapters") for path in args.adapters]
+    merged, energies = merge(loras, args.method, args.weights, args.rank, args.density, args.seed)
     try:
         fuse(args.fuse, merged, args.out) if args.fuse else save(args, merged, energies)
     except (OSError, SafetensorError) as error:  # no space, for example
