@@ -27,7 +27,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from support.files import check_adapter, check_model, fetch, written_beside
+from support.files import check_adapter, check_model, fetch, new_folder
 from support.flags import TASKS, at_least, check_folder, fail, make_parser, reason, within
 from support.lora import read_adapter, save_adapter
 from support.model import check_weights
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     flag("--seed", type=at_least(0), default=0, help="of dare's dropping")
     flag("--fuse", metavar="MODEL", help="write this pipeline's transformer plus the result")
     flag("--out", default="runs/merged", help="folder of the adapter or the fused transformer")
-    flag("--overwrite", action="store_true", help="replace the adapter in --out")
+    flag("--overwrite", action="store_true", help="replace an earlier result in --out")
     args = parser.parse_args()
     for path in args.adapters:
         check_adapter(path, "--adapters")
@@ -61,8 +61,10 @@ def parse_args() -> argparse.Namespace:
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: give a rank, for example --rank 32")
     check_folder(args.out)
-    if any(Path(args.out).glob("*")) and not args.overwrite:
-        fail(f"--out {args.out} is not empty: choose another folder, or --overwrite it")
+    held = {file.name for file in Path(args.out).glob("*")}
+    earlier = held & {"adapter_config.json", "config.json"}  # what this script has written
+    if held and not (args.overwrite and earlier):
+        fail(f"--out {args.out} is not empty: choose another, or --overwrite an earlier result")
     return args
 
 
@@ -138,11 +140,8 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
             weight.data = (weight.float() + B @ A).to(dtype)
         except (AttributeError, RuntimeError):
             fail(f"--fuse {model}: its transformer has no layer {layer} of this size")
-    with written_beside(out) as beside:
-        base.save_pretrained(beside)
-        written = {file.name for file in beside.iterdir()}
-    for old in {file.name for file in Path(out).glob("diffusion_pytorch_model*")} - written:
-        Path(out, old).unlink()  # of an earlier, larger model
+    with new_folder(out) as folder:
+        base.save_pretrained(folder)
     print(f"-> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
 
 
@@ -156,7 +155,8 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
     config = LoraConfig(r=rank, lora_alpha=max(alphas.values()), target_modules=sorted(merged))
     if set(ranks.values()) != {rank}:
         config.rank_pattern, config.alpha_pattern = ranks, alphas
-    save_adapter(args.out, tensors, config)
+    with new_folder(args.out) as folder:
+        save_adapter(folder, tensors, config)
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:
         mean = sum(energies) / len(energies)

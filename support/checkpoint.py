@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.files import ADAPTER, fetch, read_json, save_json
+from support.files import ADAPTER, fetch, new_folder, read_json, save_json
 from support.flags import fail, launcher
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
@@ -37,39 +37,7 @@ HARMLESS = """
 """.split()
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
-# ---- Folders that are complete or absent
-
-
-@contextlib.contextmanager
-def written(run: Path, name: str) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes run/name. Its contents reach the disk before its
-    name: after a power cut it is complete or absent. A full disk ends the run in one line."""
-    final = run / name
-    beside, old = final.with_name("tmp"), final.with_name("tmp_old")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    try:
-        yield beside
-        sync(*beside.rglob("*"), beside)
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():  # a folder cannot be renamed onto another
-            os.replace(final, old)
-        os.replace(beside, final)
-        sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        newest = ["none", *(c.name for c in checkpoints(run))][-1]
-        print(file=sys.stderr)  # ends the progress bar's line
-        fail(f"--out {run}: cannot save {final.name} ({error}); "
-             f"the newest checkpoint is {newest}; make room, then --resume")  # fmt: skip
-
-
-def sync(*paths: Path) -> None:
-    """Wait until files and folders are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+# ---- Which checkpoints there are
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -102,7 +70,7 @@ def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tu
         run.mkdir(parents=True, exist_ok=True)
         saver.lock, saver.origin = lock_run(run), origin_of(args, pipe)
         if args.resume:
-            start = choose_checkpoint(run, args.resume, saver.origin)
+            start = newest_checkpoint(run, saver.origin)
         if args.overwrite:
             for path in set(run.iterdir()) - {run / "lock", run / "args.json"}:  # those mark a run
                 remove = shutil.rmtree if path.is_dir() else os.unlink
@@ -145,36 +113,30 @@ def origin_of(args: argparse.Namespace, pipe) -> dict:
     return origin | {"the order of the tasks": list(args.prompts)}
 
 
-def choose_checkpoint(run: Path, wanted: str, origin: dict) -> int:
-    """The iterations of the checkpoint named, or of the newest complete one; 0 if there is none
-    yet. Fails, and changes nothing, if it is damaged or was made from something else."""
-    found = everything = checkpoints(run)
-    if wanted != "newest":
-        found = [c for c in everything if c.resolve() == Path(wanted).resolve()]
-        if not found:
-            fail(f"--resume {wanted}: not a checkpoint of this run ({run}/checkpoints/step_N)")
-    elif not found:
+def newest_checkpoint(run: Path, origin: dict) -> int:
+    """The iterations of the newest complete checkpoint; 0 if there is none yet. Fails, and changes
+    nothing, if all are damaged or it was made from something else."""
+    found = checkpoints(run)
+    complete = [checkpoint for checkpoint in found if whole(checkpoint)]
+    if not found:
         print(f"{run} has no checkpoint yet: starting from the beginning")
         return 0
-    checkpoint = next((c for c in reversed(found) if whole(c)), None)
-    if checkpoint is None:
-        names = ", ".join(c.name for c in found)
+    if not complete:
+        names = ", ".join(checkpoint.name for checkpoint in found)
         fail(f"--resume: damaged (checksums differ): {names}; nothing was changed")
+    newest = complete[-1]
     try:
-        saved = {**read_json((checkpoint / "state.json").read_text())["origin"]}
+        saved = {**read_json((newest / "state.json").read_text())["origin"]}
     except (ValueError, KeyError, TypeError):
-        fail(f"--resume: {checkpoint}/state.json was not written by this version of the code")
+        fail(f"--resume: {newest}/state.json was not written by this version of the code")
     changed = [what for what in {**origin, **saved} if origin.get(what, "") != saved.get(what, "")]
     if changed:
         names = ", ".join(changed)
-        fail(f"--resume: {names} changed since {checkpoint} was saved; resume with the same")
-    for newer in everything[everything.index(checkpoint) + 1 :]:
-        if not whole(newer):
-            print(f"warning: {newer} is damaged (checksums differ)", file=sys.stderr)
-        unused = newer.with_name(f"unused_{newer.name}")
-        shutil.rmtree(unused, ignore_errors=True)  # of an earlier --resume
-        os.replace(newer, unused)
-    return int(checkpoint.name[5:])
+        fail(f"--resume: {names} changed since {newest} was saved; resume with the same")
+    for newer in found[found.index(newest) + 1 :]:
+        print(f"warning: {newer} is damaged (checksums differ)", file=sys.stderr)
+        shutil.rmtree(newer)
+    return int(newest.name[5:])
 
 
 # ---- Saving
@@ -234,7 +196,7 @@ class Saver:
             name = f"checkpoints/step_{iterations}"
             if whole(self.run / name):
                 return
-            with written(self.run, name) as beside:
+            with self.written(name) as beside:
                 average = {name: tensors[f"average.{name}"] for name in self.average}
                 save_adapter(beside / "adapter", average, self.config)
                 save_file(tensors, beside / "state.safetensors")
@@ -243,12 +205,24 @@ class Saver:
             for old in checkpoints(self.run)[: -self.args.keep]:
                 shutil.rmtree(old)  # half deleted, it no longer matches its checksums
 
+    @contextlib.contextmanager
+    def written(self, name: str) -> Iterator[Path]:
+        """Gives a folder that becomes run/name when it is complete. A full disk ends the run."""
+        try:
+            with new_folder(self.run / name) as folder:
+                yield folder
+        except (OSError, SafetensorError) as error:
+            newest = ["none", *(checkpoint.name for checkpoint in checkpoints(self.run))][-1]
+            print(file=sys.stderr)  # ends the progress bar's line
+            fail(f"--out {self.run}: cannot save {name} ({error}); the newest checkpoint is "
+                 f"{newest}; make room, then --resume")  # fmt: skip
+
     def keep_best(self, score: float) -> None:
         """Write the average as best/ if it scores higher than every "test" in the log."""
         if self.rank == 0:
             scores = [line["test"] for line in read_log(self.run) if line.get("test") is not None]
             if score > max(scores, default=-math.inf):
-                with written(self.run, "best") as beside:
+                with self.written("best") as beside:
                     save_adapter(beside, self.average, self.config)
 
     # ---- The end of a run
@@ -263,8 +237,8 @@ class Saver:
             source = self.run / "best"
             if getattr(self.args, "final", "last") == "last" or not source.is_dir():
                 source = checkpoints(self.run)[-1] / "adapter"
-            with written(self.run, "adapter") as beside:
-                shutil.copytree(source, beside)
+            with self.written("adapter") as beside:
+                shutil.copytree(source, beside, dirs_exist_ok=True)
 
     def give_up(self, message: str) -> NoReturn:
         """Save the last good state and stop, on every process."""
@@ -281,7 +255,7 @@ class Saver:
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once
-        self.handlers = {number: signal.signal(number, second_ctrl_c) for number in SIGNALS}
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.thread = threading.Thread(target=self.wait_for_signals, daemon=True)
         self.thread.start()
         sys.excepthook = self.report_error  # after the thread, which would keep it for good
@@ -317,9 +291,3 @@ class Saver:
         signal.set_wakeup_fd(self.wakeup)
         os.close(self.write)  # the thread reads the end and stops
         self.thread.join()
-
-
-def second_ctrl_c(number: int, _frame) -> None:
-    """While the first one saves, the second one ends the process at once."""
-    if number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)

@@ -34,12 +34,7 @@ def reason(error: Exception) -> str:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description keeps its line breaks. A flag's default is printed if it has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+    """The description keeps its line breaks; every flag shows its default."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +47,9 @@ class Parser(argparse.ArgumentParser):
             near += difflib.get_close_matches(typed[1], flags, 1)
             message += "".join(f"; did you mean {flag}?" for flag in near[:1])
         fail(message)
+
+    def format_help(self) -> str:
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         words = line.split("#")[0].split()
@@ -150,7 +148,7 @@ def run_flags(flag: Callable) -> None:
     flag("--save_every", type=positive, default=20, help="iterations between checkpoints")
     flag("--keep", type=positive, default=2, help="number of newest checkpoints to keep")
     flag("--max_bad_steps", type=positive, default=10, help="stop after so many NaN updates")
-    flag("--resume", nargs="?", const="newest", metavar="DIR", help="continue from checkpoint DIR")
+    flag("--resume", action="store_true", help="continue from the newest checkpoint")
     flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
 
@@ -176,8 +174,7 @@ def check_out(args: argparse.Namespace) -> None:
     is_run, lock = (out / "args.json").exists(), out / "lock"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if restarted and lock.exists() and lock.read_text() == launcher():  # our own earlier attempt
-        args.overwrite = False
-        args.resume = "newest" if is_run else None
+        args.overwrite, args.resume = False, is_run
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: choose one")
     if args.resume and not is_run:

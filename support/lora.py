@@ -16,10 +16,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support.files import ADAPTER, check_adapter, fetch, read_json, written_beside
+from support.files import ADAPTER, check_adapter, fetch, read_json
 from support.flags import fail, one_line, reason
 
 # What the published teachers adapt: the joint attention of every block (Flow-GRPO, Flow-OPD).
@@ -86,20 +87,14 @@ def pair_up(tensors: dict[str, torch.Tensor], where: str) -> dict[str, dict[str,
 
 
 def alpha_of(layer: str, config: dict, where: str) -> object:
-    """alpha in adapter_config.json, None where it has none.
-
-    peft takes the keys of alpha_pattern as regular expressions; the first that matches a layer's
-    name or its end counts. Here a key is plain text: a stranger's expression may never finish."""
+    """alpha of a layer in adapter_config.json, as peft reads it; None where it has none."""
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict) or config.get("use_rslora") not in (None, True, False):
         fail(f"{where}: alpha_pattern must be a JSON object and use_rslora true or false")
-    for key, alpha in pattern.items():
-        name = key.removeprefix("^").removesuffix("$").replace(r"\.", ".")
-        if not re.fullmatch(r"[\w.]+", name):
-            fail(f"{where}: alpha_pattern {key!r} is an expression; expected the name of a layer")
-        if layer == name or (layer.endswith("." + name) and not key.startswith("^")):
-            return alpha
-    return config.get("lora_alpha")
+    try:
+        return pattern.get(get_pattern_key(pattern, layer), config.get("lora_alpha"))
+    except re.error as error:
+        fail(f"{where}: alpha_pattern holds a faulty expression ({error})")
 
 
 def add_adapter(
@@ -210,8 +205,8 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: L
     tensors = {key: t.detach().float().cpu().contiguous().clone() for key, t in tensors.items()}
     metadata = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     peft_names = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
-    with written_beside(folder) as beside:
-        save_file(peft_names, beside / "adapter_model.safetensors")
-        config.save_pretrained(beside)
-        about = {"transformer_lora_adapter_metadata": metadata}
-        StableDiffusion3Pipeline.save_lora_weights(beside, tensors, **about)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(peft_names, Path(folder, "adapter_model.safetensors"))
+    config.save_pretrained(folder)
+    about = {"transformer_lora_adapter_metadata": metadata}
+    StableDiffusion3Pipeline.save_lora_weights(folder, tensors, **about)
