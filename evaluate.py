@@ -36,7 +36,6 @@ from support.files import ADAPTER, check_adapter, check_model, check_prompt, fet
 from support.files import prompt_files, save_json
 from support.flags import TASKS, at_least, check_folder, fail, make_parser, model_flags, pairs
 from support.flags import positive, reward_flags, within
-from support.memory import guarded
 
 
 def parse_args() -> argparse.Namespace:
@@ -183,7 +182,7 @@ def generate(args: argparse.Namespace, tests: dict, device: torch.device) -> dic
 # ---- The evaluation
 
 
-@guarded
+@run.guarded
 def main(args: argparse.Namespace) -> None:
     rank, _, device = run.start_processes()
     out = Path(args.out)

@@ -25,6 +25,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from losses import OBJECTIVES, kl_of, mar
+from recipes.memory import dry_run
 from rewards.pictures import draw_curves, picture_grid
 from rewards.scoring import load_scorers, report
 from sde import kl_weight, rollout, step
@@ -33,7 +34,6 @@ from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
-from support.memory import dry_run, guarded
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",
@@ -99,9 +99,20 @@ def load_loras(args: argparse.Namespace, transformer: torch.nn.Module) -> tuple:
         name, alpha = f"teacher_{task}", args.teacher_alpha.get(task)
         lora.load_adapter(transformer, name, path, f"--teacher {task}", alpha)
         guidance[name] = args.teacher_guidance.get(task, args.guidance)
-    anchor = lora.load_anchor(transformer, args)  # "teacher_deqa" by default
+    anchor = load_anchor(transformer, args)  # "teacher_deqa" by default
     student, average = lora.add_student(transformer, args)
     return student, average, anchor, guidance
+
+
+def load_anchor(transformer: torch.nn.Module, args: argparse.Namespace) -> str | None:
+    """The LoRA of MAR's anchor: None for the base, "teacher_TASK" if they are one, or "anchor"."""
+    if args.anchor == "base" or not args.mar_weight:
+        return None
+    for task, path in args.teacher.items():
+        if path == args.anchor and task not in args.teacher_guidance:
+            return f"teacher_{task}"
+    lora.load_adapter(transformer, "anchor", args.anchor, "--anchor")
+    return "anchor"
 
 
 def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
@@ -119,10 +130,17 @@ def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
     return schedule, tests, shown, model.embed_prompts(pipe, used + shown, args)
 
 
-@guarded
+def draw_steps(args: argparse.Namespace, iteration: int) -> torch.Tensor:
+    """The trained steps of an iteration (S,), ascending. --train_steps random:K draws them anew."""
+    own = run.generator(args.seed, "steps", iteration)
+    order = torch.randperm(len(args.eligible_steps), generator=own)[: args.trained_steps]
+    return torch.tensor(args.eligible_steps)[order].sort().values
+
+
+@run.guarded
 def main(args: argparse.Namespace) -> None:
     if args.dry_run:
-        return dry_run(args)
+        return dry_run(args, load_loras)
     rank, world, device = run.start_processes()
     tasks, objective = list(args.teacher), OBJECTIVES[args.objective]
     scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)
@@ -149,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
         #    row n is step step_of[n] of sample sample_of[n]; N = S b rows.
-        trained = run.draw_steps(args, iteration)  # (S,)
+        trained = draw_steps(args, iteration)  # (S,)
         step_of = trained.repeat_interleave(b)  # (N,)
         sample_of = torch.arange(b).repeat(S)  # (N,)
         t, t_next = times[step_of], times[step_of + 1]  # (N, 1, 1, 1)

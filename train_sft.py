@@ -25,7 +25,6 @@ from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
-from support.memory import guarded
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     return check_distillation(parser.parse_args())
 
 
-@guarded
+@run.guarded
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
     scorers = load_scorers(args.rewards, args.test_prompts, args.reward_device or device)

@@ -31,7 +31,6 @@ from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
 from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
-from support.memory import guarded
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",
@@ -87,7 +86,16 @@ def parse_args() -> argparse.Namespace:
     return check_teacher(parser.parse_args())
 
 
-@guarded
+def draw_window(args: argparse.Namespace, iteration: int) -> torch.Tensor:
+    """The trained steps of an iteration (S,): all but the last; or --window of them in a row
+    before --window_end, drawn anew (Flow-GRPO-Fast)."""
+    own, first = run.generator(args.seed, "window", iteration), 0
+    if args.window:
+        first = torch.randint(args.window_end - args.window + 1, (), generator=own)
+    return torch.arange(args.trained_steps) + first
+
+
+@run.guarded
 def main(args: argparse.Namespace) -> None:
     rank, world, device = run.start_processes()
     pipe = model.load_pipeline(args, device)
@@ -122,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
         #    row n is step step_of[n] of sample sample_of[n]; N = S b rows.
-        trained = run.draw_window(args, iteration)  # (S,)
+        trained = draw_window(args, iteration)  # (S,)
         step_of = trained.repeat_interleave(b)  # (N,)
         sample_of = torch.arange(b).repeat(S)  # (N,)
         t, t_next = times[step_of], times[step_of + 1]  # (N, 1, 1, 1)

@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_opd
-from support import lora, memory
+from recipes import memory
+from support import lora
 from support.files import save_json
 from support.flags import TASKS
 

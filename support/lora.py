@@ -142,17 +142,6 @@ def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> No
     add_adapter(transformer, name, read_adapter(path, flag, alpha), where=f"{flag} {path}")
 
 
-def load_anchor(transformer: torch.nn.Module, args: argparse.Namespace) -> str | None:
-    """The LoRA of MAR's anchor: None for the base, "teacher_TASK" if they are one, or "anchor"."""
-    if args.anchor == "base" or not args.mar_weight:
-        return None
-    for task, path in args.teacher.items():
-        if path == args.anchor and task not in args.teacher_guidance:
-            return f"teacher_{task}"
-    load_adapter(transformer, "anchor", args.anchor, "--anchor")
-    return "anchor"
-
-
 def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple[dict, dict]:
     """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
 

@@ -59,10 +59,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
         check_weights(pipe.vae)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--model {args.model}: cannot be loaded as Stable Diffusion 3 ({reason(error)})")
-    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    largest = unit * pipe.transformer.config.pos_embed_max_size
-    if args.size and (args.size % unit or args.size > largest):
-        fail(f"--size {args.size}: this model makes multiples of {unit} pixels, up to {largest}")
+    check_size(args.size, pipe.transformer, pipe.vae)
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
     if args.checkpointing:
@@ -75,6 +72,14 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
         for block in pipe.transformer.transformer_blocks:
             block.compile(backend=COMPILER)
     return pipe
+
+
+def check_size(size: int | None, transformer: torch.nn.Module, vae: torch.nn.Module) -> None:
+    """--size, in pixels, is a whole number of the transformer's patches."""
+    unit = 2 ** (len(vae.config.block_out_channels) - 1) * transformer.config.patch_size
+    largest = unit * transformer.config.pos_embed_max_size
+    if size and (size % unit or size > largest):
+        fail(f"--size {size}: this model makes multiples of {unit} pixels, up to {largest}")
 
 
 def check_weights(module: torch.nn.Module) -> None:

@@ -1,10 +1,12 @@
 """What every training run needs and no paper describes: processes, gradients, randomness."""
 
 import argparse
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.files import read_prompts
+from support.flags import fail, reason
 
 # ---- Processes: one or many, on CPU or GPU
 
@@ -27,6 +30,8 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     elif world > 1:  # processes on one machine share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        fail(f"WORLD_SIZE is {world}, but torchrun did not start this: `torchrun train_opd.py ...`")
     if world > 1:
         store, *_ = next(dist.rendezvous("env://"))
         if local_world == world:
@@ -169,23 +174,6 @@ def draw_schedule(
     return schedule
 
 
-def draw_window(args: argparse.Namespace, iteration: int) -> Tensor:
-    """The trained steps (S,): --window steps in a row before --window_end, drawn anew in each
-    iteration; without a window all but the last."""
-    if not args.window:
-        return torch.arange(args.steps - 1)
-    own = generator(args.seed, "window", iteration)
-    first = torch.randint(args.window_end - args.window + 1, (), generator=own)
-    return torch.arange(args.window) + first
-
-
-def draw_steps(args: argparse.Namespace, iteration: int) -> Tensor:
-    """The trained steps of an iteration (S,), ascending: --train_steps, random:K anew each time."""
-    own = generator(args.seed, "steps", iteration)
-    order = torch.randperm(len(args.eligible_steps), generator=own)[: args.trained_steps]
-    return torch.tensor(args.eligible_steps)[order].sort().values
-
-
 def read_tasks(files: dict[str, str], number: int | None = None) -> dict[str, tuple[list, list]]:
     """{task: file} -> {task: (prompts, metadata)}, the first `number` lines of each; 0: {}."""
     if number == 0:
@@ -235,3 +223,36 @@ def sha256(path: str | Path) -> str:
         with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+# ---- Errors that end a run
+
+OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+CURES = "--micro_batch, --label_batch or --batch; --checkpointing; --no_t5; --dtype bf16"
+PEER_GONE = ("by peer", "Broken pipe", "remote process exit")  # the words of gloo and nccl
+
+
+def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """main(args), where running out of memory is one line and exit code 2, on every process."""
+
+    @functools.wraps(main)
+    def run(args):
+        try:
+            return main(args)
+        except (MemoryError, RuntimeError) as error:
+            message = reason(error)
+            if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
+                line = f"out of memory: try a smaller {CURES} ({message})"
+            elif any(sign in message for sign in PEER_GONE):
+                line = "another process has stopped; its own message says why"
+            else:
+                raise
+            tqdm.write(f"error: {line}", file=sys.stderr)  # below the progress bar
+            saver = getattr(sys.excepthook, "__self__", None)  # of a run that has begun
+            if hasattr(saver, "stop"):
+                saver.stop()
+            if dist.is_initialized():
+                os._exit(2)  # at once: a tidy end would wait for the other processes
+            raise SystemExit(2) from None
+
+    return run
