@@ -34,25 +34,25 @@ from rewards.tables import GENEVAL, most_different, published, summarise, table
 from support import lora, model, run
 from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
 from support.files import prompt_files, save_json
-from support.flags import TASKS, at_least, check_folder, fail, make_parser, model_flags, pairs
-from support.flags import positive, reward_flags, within
+from support.flags import TASKS, Pairs, at_least, check_folder, fail, finite, make_parser
+from support.flags import model_flags, positive, reward_flags, within
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)  # --model, --dtype, --size, ...: as in the training scripts
     flag = parser.add_argument_group("evaluation").add_argument
-    several = {"nargs": "+", "action": "extend"}
     flag("--models", nargs="+", metavar="[NAME=]PATH", help="base or adapters; default base")
     flag("--prompt", action="append", help="images of this prompt, no scores; may be repeated")
     flag("--scores_only", nargs="+", metavar="[NAME=]DIR", help="score the images of a folder")
     flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to use")
-    flag("--prompts", "--test_prompts", **several, metavar="TASK=FILE", help="the test prompts")
+    flag("--prompts", "--test_prompts", action=Pairs, metavar="TASK=FILE", help="the test prompts")
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all")
     flag("--published", action="store_true", help="add the paper's rows (SD3.5-M, 512 pixels)")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
     flag("--guidance", type=within(0), default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
-    flag("--model_guidance", nargs="+", metavar="NAME=SCALE", help="another scale for one model")
+    scale = {"action": Pairs, "kind": finite, "metavar": "NAME=SCALE"}
+    flag("--model_guidance", **scale, help="another guidance scale for one model")
     flag("--seed", type=at_least(0), default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass")
     flag("--out", default="runs/evaluate", help="folder of the results, the images and the grids")
@@ -89,25 +89,21 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     if not args.scores_only:
         check_model(args.model)
     # A guidance scale of its own: for a student that was distilled to need none, for example.
-    args.model_guidance = pairs(args.model_guidance, "--model_guidance", number=True)
     for name in args.model_guidance:
         if name not in args.models:
             fail(f"--model_guidance: no model {name!r}; there are {', '.join(args.models)}")
     # A task outside the paper's four needs prompts, and a scorer of its name in --rewards.
-    own = pairs(args.prompts, "--prompts", overrule=True)
     for task in args.tasks:
-        known = task in TASKS or task in own or args.scores_only
+        known = task in TASKS or task in args.prompts or args.scores_only
         if Path(task).name != task or not known:
             fail(f"unknown task {task!r}: {', '.join(TASKS)}, or any with --prompts {task}=FILE")
-    for task in own:
+    for task in args.prompts:
         if task not in args.tasks:
             fail(f"--prompts: unknown task {task!r}: this run has {', '.join(args.tasks)}")
     for prompt in args.prompt or ():
         check_prompt(prompt, "--prompt")
-    args.prompts = own
     if not (args.prompt or args.scores_only):
-        items = [f"{task}={file}" for task, file in own.items()]
-        args.prompts = prompt_files(items, args.tasks, "test", args.model)
+        args.prompts = prompt_files(args.prompts, args.tasks, "test", args.model)
     # Nothing is overwritten by accident: not a run, and an evaluation only when asked to.
     check_folder(args.out)
     results = Path(args.out, "prompts.png" if args.prompt else "results.json")

@@ -33,7 +33,8 @@ from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
+from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
+from support.flags import run_flags, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",
@@ -46,12 +47,12 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    several = {"nargs": "+", "action": "extend"}
-    flag("--teacher", **several, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
-    flag("--teacher_guidance", **several, metavar="TASK=SCALE", help="guidance of one teacher")
-    flag("--teacher_alpha", **several, metavar="TASK=ALPHA", help="alpha where its file has none")
-    flag("--prompts", **several, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **several, metavar="TASK=SHARE", help="share of the prompts; default equal")
+    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
+    flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
+    flag("--teacher_guidance", **numbered, metavar="TASK=SCALE", help="guidance of one teacher")
+    flag("--teacher_alpha", **numbered, metavar="TASK=ALPHA", help="alpha where its file has none")
+    flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
+    flag("--task_mix", **numbered, metavar="TASK=SHARE", help="share of the prompts; default equal")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")
     flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or default MODEL/adapters/deqa")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student with --init base")
@@ -83,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     flag("--sample_every", type=at_least(0), default=10, help="iterations per picture; 0 = none")
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of samples (40 in the paper)")
-    flag("--test_prompts", **several, metavar="TASK=FILE", help="default .../TASK_test.txt")
+    flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")
     flag("--dry_run", action="store_true", help="print memory and batch sizes; no training")
     run_flags(flag)
     return check_distillation(parser.parse_args())

@@ -24,19 +24,20 @@ from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
-from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
+from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
+from support.flags import run_flags, within
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    several = {"nargs": "+", "action": "extend"}
-    flag("--teacher", **several, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
-    flag("--teacher_guidance", **several, metavar="TASK=SCALE", help="guidance of one teacher")
-    flag("--teacher_alpha", **several, metavar="TASK=ALPHA", help="alpha where its file has none")
-    flag("--prompts", **several, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **several, metavar="TASK=SHARE", help="share of the images; default equal")
+    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
+    flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
+    flag("--teacher_guidance", **numbered, metavar="TASK=SCALE", help="guidance of one teacher")
+    flag("--teacher_alpha", **numbered, metavar="TASK=ALPHA", help="alpha where its file has none")
+    flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
+    flag("--task_mix", **numbered, metavar="TASK=SHARE", help="share of the images; default equal")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student with --init base")
     flag("--alpha", type=within(0), default=64, help="its LoRA alpha: scale is alpha / rank")
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     flag("--out", default="runs/sft", help="folder of the run")
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of all samples (paper: 40)")
-    flag("--test_prompts", **several, metavar="TASK=FILE", help="default .../TASK_test.txt")
+    flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")
     run_flags(flag)
     return check_distillation(parser.parse_args())
 

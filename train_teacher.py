@@ -30,7 +30,8 @@ from support import lora, metrics, model, run
 from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import at_least, make_parser, model_flags, positive, run_flags, within
+from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
+from support.flags import run_flags, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",
@@ -44,14 +45,14 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    several = {"nargs": "+", "action": "extend"}
-    flag("--reward", nargs="+", metavar="NAME[=WEIGHT]", help="a reward, or a weighted sum")
-    flag("--mix", nargs="+", metavar="TASK=SHARE", help="GRPO-Mix: each task by its own reward")
+    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
+    flag("--reward", **numbered, bare="1", metavar="NAME[=WEIGHT]", help="or their weighted sum")
+    flag("--mix", **numbered, metavar="TASK=SHARE", help="GRPO-Mix: each task by its own reward")
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in rewards of --mix")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="skip: no update")
     flag("--tasks", nargs="+", help="whose prompts to use; default: named like the reward")
-    flag("--prompts", **several, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--test_prompts", **several, metavar="TASK=FILE", help="default .../TASK_test.txt")
+    flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
+    flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
     flag("--rank", type=positive, default=16, help="LoRA rank with --init base (32 in the paper)")
     flag("--alpha", type=within(0), default=32, help="its LoRA alpha (64 in the paper)")
@@ -150,8 +151,7 @@ def main(args: argparse.Namespace) -> None:
         watch.lap("rollout")
 
         # 3. Rewards (no gradient): every process scores its own images, all share the numbers.
-        images = [model.decode(pipe.vae, part).cpu() for part in path.x[-1].split(args.label_batch)]
-        images = torch.cat(images)  # (b, 3, H, W)
+        images = model.decode(pipe.vae, path.x[-1], args.label_batch)  # (b, 3, H, W)
         rewards = torch.cat(run.gather(reward_of(images, slots)))  # (B,) in 0..1
         advantage = torch.zeros(B)
         of_slot = [task for task, *_ in schedule[iteration]]

@@ -142,7 +142,7 @@ class AsPublished:
         noise = model.initial_noise(self.pipe, generators, self.args.size)
         policy = lambda x, t: self.velocity(self.student, x, t, text)
         path = sde.rollout(policy, noise, self.grid, NOISE, "flow", generators)
-        images = model.decode(self.pipe.vae, path.x[-1]).cpu()
+        images = model.decode(self.pipe.vae, path.x[-1])
         if self.args.arch == "toy":
             REWARDS[task](images, prompts)
         return text, path

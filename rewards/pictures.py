@@ -68,8 +68,7 @@ def find_images(
     folder = folder if folder.is_dir() else Path(path)
     if (folder / "metadata.jsonl").is_file():
         return listed_images(folder, end)
-    given = [f"{task}={file}"] if file else []
-    file = prompt_files(given, [task], "test", model)[task]
+    file = prompt_files({task: file} if file else {}, [task], "test", model)[task]
     prompts, metadata = (part[:end] for part in read_prompts(file))
     images = {n: [] for n in range(len(prompts))}
     for image in sorted([*folder.glob("*.*"), *folder.glob("*/samples/*.*")]):

@@ -4,20 +4,16 @@ import argparse
 import os
 
 from support.files import check_adapter, check_model, prompt_files
-from support.flags import TASKS, check_out, fail, pairs
+from support.flags import TASKS, check_out, fail
 
 
 def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
-    """For train_opd.py and train_sft.py. Afterwards teacher, prompts, test_prompts, task_mix,
-    teacher_guidance and teacher_alpha are {task: value}, and every file they name is there."""
+    """For train_opd.py and train_sft.py. Afterwards every file that a flag names is there."""
     check_model(args.model)
-    args.teacher = pairs(args.teacher, "--teacher", overrule=True)
     args.teacher = args.teacher or {task: f"{args.model}/adapters/{task}" for task in TASKS}
     check_prompt_files(args, list(args.teacher))
     for name in ("task_mix", "teacher_guidance", "teacher_alpha"):
-        values = pairs(getattr(args, name), f"--{name}", number=True)
-        setattr(args, name, values)
-        for task in values:
+        for task in getattr(args, name):
             if task not in args.teacher:
                 fail(f"--{name}: task {task!r} has no teacher; add --teacher {task}=DIR")
     args.task_mix = args.task_mix or dict.fromkeys(args.teacher, 1)
@@ -69,25 +65,20 @@ def check_objective(args: argparse.Namespace) -> None:
 
 
 def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
-    """For train_teacher.py. Afterwards reward or mix, prompts and test_prompts are {name: value},
-    and every file they name is there."""
+    """For train_teacher.py. Afterwards every file that a flag names is there."""
     check_model(args.model)
     if bool(args.reward) == bool(args.mix):
         fail("give --reward NAME (a teacher) or --mix TASK=SHARE ... (GRPO-Mix), one of the two")
     if args.mix:
-        args.mix = pairs(args.mix, "--mix", number=True)
         check_shares(args.mix, "--mix")
         args.tasks, out = list(args.mix), "runs/grpo_mix"
     else:
-        weighted = [reward if "=" in reward else f"{reward}=1" for reward in args.reward]
-        args.reward = pairs(weighted, "--reward", number=True)
         if min(args.reward.values()) <= 0:
             fail("--reward: weights must be above 0; to lower a reward, write its negative scorer")
         args.tasks = args.tasks or list(args.reward)[:1]
         out = "runs/teacher_" + "_".join(args.reward)
-    own = pairs(args.prompts, "--prompts", overrule=True)
     for task in args.tasks:
-        if task not in (*TASKS, *own):
+        if task not in (*TASKS, *args.prompts):
             known = f"{', '.join(TASKS)}, or any task with --prompts {task}=FILE"
             fail(f"unknown task {task!r} (--tasks, --mix or --reward): expected {known}")
     if not args.eval_every:
@@ -113,9 +104,8 @@ def check_prompt_files(args: argparse.Namespace, tasks: list[str]) -> None:
     """args.prompts and args.test_prompts -> {task: file}. Without tests (--eval_prompts 0) only the
     test prompts that were given: the command printed at the end names them."""
     args.prompts = prompt_files(args.prompts, tasks, "train", args.model)
-    flag = "--test_prompts"
-    tested = tasks if args.eval_prompts else pairs(args.test_prompts, flag, overrule=True)
-    args.test_prompts = prompt_files(args.test_prompts, tested, "test", args.model, flag)
+    how = (tasks if args.eval_prompts else args.test_prompts, "test", args.model, "--test_prompts")
+    args.test_prompts = prompt_files(args.test_prompts, *how)
 
 
 def check_start(path: str, flag: str) -> None:

@@ -21,11 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.files import ADAPTER, fetch, new_folder, read_json, save_json
+from support.files import ADAPTER, TEXT, fetch, new_folder, read_json, save_json
 from support.flags import fail, launcher
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
-from support.model import TEXT
 from support.run import gather, rank_and_world, sha256
 
 # Flags that do not change the weights: --resume compares all others. Where a flag names a file it

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from losses import log_ratio_of
 from sde import kl_weight, rollout, step
 from support.flags import fail
 from support.model import Backbone, backbone_dtype, initial_noise
@@ -61,8 +62,7 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     objective = getattr(args, "objective", "grpo")
     if objective not in ("kl", "ode"):
         mean, std = step(x, v["student"], t, t_next, *sde)
-        mean_old = path.mean[steps].flatten(0, 1)
-        log_ratio = ((x_next - mean_old) ** 2 - (x_next - mean) ** 2) / (2 * std**2)
+        log_ratio = log_ratio_of(x_next, mean, path.mean[steps].flatten(0, 1), std)
         ratio_of = "coordinate" if objective == "ppo" else "image"
         if ratio_of == "image":
             log_ratio = log_ratio.flatten(1).mean(1)

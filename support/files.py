@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from support.flags import fail, pairs, reason
+from support.flags import fail, reason
 
 FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of a file's contents
 
@@ -101,13 +101,11 @@ def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], 
 
 
 def prompt_files(
-    given: Iterable[str] | None, tasks: Collection[str], split: str, model: str, flag="--prompts"
+    given: dict[str, str], tasks: Collection[str], split: str, model: str, flag="--prompts"
 ) -> dict[str, str]:
-    """["geneval=A", ...] -> {task: file}; default the model's. split: "train" or "test".
-
-    A may be a folder of Flow-GRPO's dataset/."""
-    own = pairs(given, flag, overrule=True)
-    for task in own:
+    """{task: file}, given or else the model's. split: "train" or "test". What is given may be a
+    folder of Flow-GRPO's dataset/."""
+    for task in given:
         if task not in tasks:
             fail(f"{flag}: unknown task {task!r}: this run has {', '.join(tasks)}")
     names = [f"{split}_metadata.jsonl", f"{split}.txt"]
@@ -116,7 +114,7 @@ def prompt_files(
     for task in tasks:
         if not re.fullmatch(r"[\w-]+", task):  # images and adapters are named after it
             fail(f"task {task!r}: a task's name is made of letters, digits, _ and -")
-        file = own.get(task, f"{model}/prompts/{task}_{split}.txt")
+        file = given.get(task, f"{model}/prompts/{task}_{split}.txt")
         candidates = [str(Path(file, name)) for name in names] + [file]
         files[task] = next(filter(os.path.isfile, candidates), None)
         if files[task] is None:
@@ -125,8 +123,8 @@ def prompt_files(
 
 
 # What is downloaded: the parts of a diffusers pipeline (not the single files beside them), a LoRA.
-TEXT_PARTS = "tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3"
-PARTS = f"transformer vae scheduler {TEXT_PARTS}".split()  # --no_t5 leaves out those with _3
+TEXT = "tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3".split()
+PARTS = ("transformer", "vae", "scheduler", *TEXT)  # --no_t5 leaves out those with _3
 PIPELINE = ("model_index.json", *(f"{part}/*" for part in PARTS))
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 ADAPTER = ("adapter_config.json", *WEIGHTS)
@@ -152,10 +150,8 @@ def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
         return snapshot_download(name, revision=revision or None, allow_patterns=list(files))
     except errors.GatedRepoError:
         fail(f"{where}: gated; accept its licence on huggingface.co, then run `hf auth login`")
-    except errors.RevisionNotFoundError:
-        fail(f"{where}: the hub has no revision {revision!r} of {name}")
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        fail(f"{where}: neither a folder nor a model on the hub (if private: `hf auth login`)")
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        fail(f"{where}: neither a folder nor on the hub (if private: `hf auth login`)")
     except (OSError, errors.HfHubHTTPError) as error:
         fail(f"{where}: no folder, and no answer ({reason(error)}); try `hf download {name}`")
 

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,20 +49,16 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
     def format_help(self) -> str:
-        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
+        return re.sub(r"\s+\(default:\s+(None|False|{})\)", "", super().format_help())
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        words = line.split("#")[0].split()
-        for word in words:
-            if word.startswith("@"):  # a file that names itself would never end
-                fail(f"{word}: a file of flags cannot name another; name both in the command")
-        return words
+        return line.split("#")[0].split()
 
     def parse_args(self, *given) -> argparse.Namespace:
         try:
             return super().parse_args(*given)
-        except UnicodeDecodeError:
-            fail("@FILE: a file of flags must be UTF-8 text")
+        except (UnicodeDecodeError, RecursionError):
+            fail("@FILE: a file of flags must be UTF-8 text and must not name itself")
 
 
 def make_parser(doc: str | None) -> Parser:
@@ -103,23 +99,28 @@ def within(low: float, high: float = math.inf) -> Callable[[str], float]:
 finite = within(-math.inf)
 
 
-def pairs(
-    items: Iterable[str] | None, flag: str, number: bool = False, overrule: bool = False
-) -> dict[str, str | float]:
-    """["geneval=A", ...] -> {"geneval": "A", ...}; number: to finite floats. overrule: the later
-    value of a name counts, so that the command line overrules a file of flags."""
-    values = {}
-    for item in items or ():
-        name, _, value = item.partition("=")
-        if not (name and value):
-            fail(f"{flag} {item}: expected NAME={'NUMBER' if number else 'VALUE'}")
-        if name in values and not overrule:
-            fail(f"{flag}: {name} is given twice")
-        try:
-            values[name] = finite(value) if number else value
-        except argparse.ArgumentTypeError as error:
-            fail(f"{flag} {item}: {error}")
-    return values
+class Pairs(argparse.Action):
+    """NAME=VALUE ... -> {NAME: VALUE}, each value of this `kind`; `bare`: that of a NAME alone. A
+    later flag overrules an earlier one by name, as the command line does with a file of flags."""
+
+    def __init__(self, *how, kind: Callable = str, bare: str = "", **more) -> None:
+        super().__init__(*how, nargs="+", default={}, **more)
+        self.kind, self.bare = kind, bare
+
+    def __call__(self, parser, args, items, flag=None) -> None:
+        values = {}
+        for item in items:
+            name, equals, value = item.partition("=")
+            value = value if equals else self.bare
+            if not (name and value):
+                fail(f"{flag} {item}: expected NAME={'VALUE' if self.kind is str else 'NUMBER'}")
+            if name in values:
+                fail(f"{flag}: {name} is given twice")
+            try:
+                values[name] = self.kind(value)
+            except argparse.ArgumentTypeError as error:
+                fail(f"{flag} {item}: {error}")
+        setattr(args, self.dest, getattr(args, self.dest) | values)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:

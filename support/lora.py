@@ -91,10 +91,10 @@ def alpha_of(layer: str, config: dict, where: str) -> object:
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict) or config.get("use_rslora") not in (None, True, False):
         fail(f"{where}: alpha_pattern must be a JSON object and use_rslora true or false")
-    try:
-        return pattern.get(get_pattern_key(pattern, layer), config.get("lora_alpha"))
-    except re.error as error:
-        fail(f"{where}: alpha_pattern holds a faulty expression ({error})")
+    for key in pattern:  # a stranger's expression may never finish
+        if not re.fullmatch(r"(\w|\\?\.|[$^])+", key):
+            fail(f"{where}: alpha_pattern {key!r} is an expression; expected the name of a layer")
+    return pattern.get(get_pattern_key(pattern, layer), config.get("lora_alpha"))
 
 
 def add_adapter(

@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from sde import rollout
-from support.files import PIPELINE, check_model, fetch
+from support.files import PIPELINE, TEXT, check_model, fetch
 from support.flags import fail, reason
 from support.lora import use
 from support.run import chunks, generator, sha256
@@ -33,7 +33,6 @@ ENCODERS = {
     "text_encoder_2": CLIPTextModelWithProjection,
     "text_encoder_3": T5EncoderModel,
 }
-TEXT = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def precision(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -235,11 +234,15 @@ def initial_noise(
 
 
 @torch.no_grad()
-def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    images = vae.to(latents.device).decode(latents.to(vae.dtype)).sample.float()
-    return (images / 2 + 0.5).clamp(0, 1)
+def decode(vae: torch.nn.Module, latents: Tensor, batch: int = 128) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], on the CPU."""
+    if not len(latents):
+        return torch.empty(0, 3, 1, 1)
+    vae, config, images = vae.to(latents.device), vae.config, []
+    for part in latents.split(batch):
+        scaled = part / config.scaling_factor + config.shift_factor
+        images.append(vae.decode(scaled.to(vae.dtype)).sample.float().cpu())
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -258,11 +261,8 @@ def sample_latents(
 
 
 def sample_images(
-    pipe: StableDiffusion3Pipeline, text: dict, prompts: Sequence[str], keys: Sequence[tuple],
-    steps: int, guidance: float, batch: int = 128, size: int | None = None,
-) -> Tensor:  # fmt: skip
+    pipe, text, prompts, keys, steps, guidance, batch: int = 128, size: int | None = None
+) -> Tensor:
     """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
     latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch, size)
-    if not prompts:
-        return torch.empty(0, 3, 1, 1)
-    return torch.cat([decode(pipe.vae, part).cpu() for part in latents.split(batch)])
+    return decode(pipe.vae, latents, batch)

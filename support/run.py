@@ -228,7 +228,6 @@ def sha256(path: str | Path) -> str:
 # ---- Errors that end a run
 
 OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
-CURES = "--micro_batch, --label_batch or --batch; --checkpointing; --no_t5; --dtype bf16"
 PEER_GONE = ("by peer", "Broken pipe", "remote process exit")  # the words of gloo and nccl
 
 
@@ -242,7 +241,8 @@ def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Na
         except (MemoryError, RuntimeError) as error:
             message = reason(error)
             if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
-                line = f"out of memory: try a smaller {CURES} ({message})"
+                line = f"out of memory: lower --micro_batch or --label_batch (evaluate.py: --batch), "
+                line += f"or give --checkpointing, --no_t5 or --dtype bf16 ({message})"
             elif any(sign in message for sign in PEER_GONE):
                 line = "another process has stopped; its own message says why"
             else:
