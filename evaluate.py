@@ -33,7 +33,7 @@ from rewards.scoring import sample_missing, score_files
 from rewards.tables import GENEVAL, most_different, published, summarise, table
 from support import lora, model, run
 from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
-from support.files import prompt_files, save_json
+from support.files import prompt_files, save_json, sha256
 from support.flags import TASKS, Pairs, at_least, check_folder, fail, finite, make_parser
 from support.flags import model_flags, positive, reward_flags, within
 
@@ -149,7 +149,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     if rank == 0:  # 15 GB of SD3.5: read once
         parts = ("transformer", "vae", "scheduler", *model.TEXT)
         folders = [Path(pipe.name_or_path, part) for part in parts]
-        base = [run.sha256(folder) for folder in folders if folder.is_dir()]
+        base = [sha256(folder) for folder in folders if folder.is_dir()]
     dtype = str(model.backbone_dtype(pipe.transformer))
     how = {"base": run.gather(base)[0], "dtype": dtype, "no_t5": args.no_t5, "seed": args.seed}
     how |= {"text_length": args.text_length, "steps": args.steps, "size": args.size}
@@ -158,7 +158,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     for name, path in args.models.items():
         marks[name] = how | {"adapter": path, "guidance": guidance[name]}
         if path != "base":
-            marks[name]["adapter"] = run.sha256(fetch(path, "--models", ADAPTER))
+            marks[name]["adapter"] = sha256(fetch(path, "--models", ADAPTER))
     return marks
 
 

@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
     start, saver = begin_run(args, pipe, student, average, optimizer)
 
     bad_updates = 0  # in a row, for NaN or infinity
-    bar = run.progress(start, args.iterations)
+    bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
         bar.set_postfix({task: f"{log[f'kl/{task}']:.3f}" for task in prompts_of})
 
         # 6. Samples: the averaged student, always on the same prompts and noise.
-        if rank == 0 and run.is_due(iteration, args.sample_every, args.iterations):
+        if rank == 0 and metrics.is_due(iteration, args.sample_every, args.iterations):
             keys = [(args.seed, "sample", words) for words in shown]
             how = (args.eval_steps, args.student_guidance, args.label_batch, args.size)
             with lora.use(pipe.transformer, "average"):

@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     latents = sample_teachers(args, pipe, text, slots, Path(args.out, "teachers.safetensors"))
     bad_updates = 0  # in a row, for NaN or infinity
 
-    bar = run.progress(start, args.iterations)
+    bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Images: shuffled passes through the teachers' samples.

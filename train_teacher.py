@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     start, saver = begin_run(args, pipe, student, average, optimizer)
     bad_updates = 0  # in a row, for NaN or infinity
 
-    bar = run.progress(start, args.iterations)
+    bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
@@ -203,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
         bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
 
         # 6. Samples: the averaged student on the test prompts, always with the same noise.
-        if run.is_due(iteration, args.eval_every, args.iterations):
+        if metrics.is_due(iteration, args.eval_every, args.iterations):
             log |= test(args, pipe, text, tests, reward_of, iteration + 1)
             saver.keep_best(log["test"])  # for --final best
         metrics.log_line(args.out, iteration, log, schedule[iteration])

@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.files import ADAPTER, TEXT, fetch, new_folder, read_json, save_json
+from support.files import ADAPTER, TEXT, fetch, new_folder, read_json, save_json, sha256
 from support.flags import fail, launcher
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
-from support.run import gather, rank_and_world, sha256
+from support.run import gather, rank_and_world
 
 # Flags that do not change the weights: --resume compares all others. Where a flag names a file it
 # compares the contents of the file.
@@ -121,8 +121,7 @@ def newest_checkpoint(run: Path, origin: dict) -> int:
         print(f"{run} has no checkpoint yet: starting from the beginning")
         return 0
     if not complete:
-        names = ", ".join(checkpoint.name for checkpoint in found)
-        fail(f"--resume: damaged (checksums differ): {names}; nothing was changed")
+        fail(f"--resume: all in {run}/checkpoints are damaged (checksums differ); nothing changed")
     newest = complete[-1]
     try:
         saved = {**read_json((newest / "state.json").read_text())["origin"]}
@@ -130,8 +129,8 @@ def newest_checkpoint(run: Path, origin: dict) -> int:
         fail(f"--resume: {newest}/state.json was not written by this version of the code")
     changed = [what for what in {**origin, **saved} if origin.get(what, "") != saved.get(what, "")]
     if changed:
-        names = ", ".join(changed)
-        fail(f"--resume: {names} changed since {newest} was saved; resume with the same")
+        what = ", ".join(changed)
+        fail(f"--resume: {what} changed since {newest} was saved; resume with the same")
     for newer in found[found.index(newest) + 1 :]:
         print(f"warning: {newer} is damaged (checksums differ)", file=sys.stderr)
         shutil.rmtree(newer)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -59,6 +60,18 @@ def sync(*paths: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file, or of the model files in a folder: contents count, names do not."""
+    files, kinds = [Path(path)], (".safetensors", ".json", ".txt", ".model")
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].rglob("*") if file.suffix in kinds)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_prompt(prompt: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, a line per iteration."""
+"""The progress bar and the log of a run: metrics.jsonl, a line per iteration."""
 
 import contextlib
 import json
@@ -8,8 +8,21 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from support.run import gather, rank_and_world
+
+
+def progress(start: int, iterations: int) -> tqdm:
+    """The bar over the iterations start .. iterations - 1, with the time left (rank 0)."""
+    rank, _ = rank_and_world()
+    how = {"initial": start, "unit": "it", "disable": rank > 0}
+    return tqdm(range(start, iterations), "training", iterations, **how)
+
+
+def is_due(iteration: int, every: int, iterations: int) -> bool:
+    """After every `every`-th iteration and after the last; never where `every` is 0."""
+    return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == iterations)
 
 
 class Stopwatch:

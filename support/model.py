@@ -18,10 +18,10 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from sde import rollout
-from support.files import PIPELINE, TEXT, check_model, fetch
+from support.files import PIPELINE, TEXT, check_model, fetch, sha256
 from support.flags import fail, reason
 from support.lora import use
-from support.run import chunks, generator, sha256
+from support.run import chunks, generator
 
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity_error()  # our own errors are one line; theirs would stand around it
@@ -37,9 +37,8 @@ ENCODERS = {
 
 def precision(dtype: str | None, device: torch.device) -> torch.dtype:
     """--dtype -> dtype of the frozen backbone. Default: bf16 on a GPU, fp32 on a CPU."""
-    if dtype is None:
-        dtype = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {None: default, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffusion3Pipeline:

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -198,36 +197,10 @@ def test_prompts_used(tests: dict[str, tuple]) -> list[str]:
     return [prompts[i] for prompts, _ in tests.values() for i in share(len(prompts), rank, world)]
 
 
-# ---- The loop
-
-
-def progress(start: int, iterations: int) -> tqdm:
-    """The bar over the iterations start .. iterations - 1, with the time left (rank 0)."""
-    rank, _ = rank_and_world()
-    how = {"initial": start, "unit": "it", "disable": rank > 0}
-    return tqdm(range(start, iterations), "training", iterations, **how)
-
-
-def is_due(iteration: int, every: int, iterations: int) -> bool:
-    """After every `every`-th iteration and after the last; never where `every` is 0."""
-    return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == iterations)
-
-
-def sha256(path: str | Path) -> str:
-    """Of a file, or of the model files in a folder: contents count, names do not."""
-    files, kinds = [Path(path)], (".safetensors", ".json", ".txt", ".model")
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].rglob("*") if file.suffix in kinds)
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:  # streamed: a text encoder has 10 GB
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
 # ---- Errors that end a run
 
 OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+CURES = "the batch flags, or give --checkpointing, --no_t5 or --dtype bf16"
 PEER_GONE = ("by peer", "Broken pipe", "remote process exit")  # the words of gloo and nccl
 
 
@@ -241,8 +214,7 @@ def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Na
         except (MemoryError, RuntimeError) as error:
             message = reason(error)
             if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
-                line = f"out of memory: lower --micro_batch or --label_batch (evaluate.py: --batch), "
-                line += f"or give --checkpointing, --no_t5 or --dtype bf16 ({message})"
+                line = f"out of memory: lower {CURES} ({message})"
             elif any(sign in message for sign in PEER_GONE):
                 line = "another process has stopped; its own message says why"
             else:
