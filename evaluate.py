@@ -34,8 +34,8 @@ from rewards.tables import GENEVAL, most_different, published, summarise, table
 from support import lora, model, run
 from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
 from support.files import prompt_files, save_json, sha256
-from support.flags import TASKS, Pairs, at_least, check_folder, fail, finite, make_parser
-from support.flags import model_flags, positive, reward_flags, within
+from support.flags import TASKS, Pairs, at_least, check_folder, fail, make_parser
+from support.flags import model_flags, positive, reward_flags, scale
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,9 +50,8 @@ def parse_args() -> argparse.Namespace:
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all")
     flag("--published", action="store_true", help="add the paper's rows (SD3.5-M, 512 pixels)")
     flag("--steps", type=positive, default=16, help="ODE steps (40 in the paper)")
-    flag("--guidance", type=within(0), default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
-    scale = {"action": Pairs, "kind": finite, "metavar": "NAME=SCALE"}
-    flag("--model_guidance", **scale, help="another guidance scale for one model")
+    flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
+    flag("--model_guidance", action=Pairs, kind=scale, metavar="NAME=SCALE", help="of one model")
     flag("--seed", type=at_least(0), default=0, help="of the initial noise")
     flag("--batch", type=positive, default=128, help="images per forward pass")
     flag("--out", default="runs/evaluate", help="folder of the results, the images and the grids")

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import support  # noqa: F401  first: it quiets the notices of transformers
 import torch
-from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -43,7 +42,6 @@ def parse_args() -> argparse.Namespace:
     flag("--weights", nargs="+", type=within(0), help="one per adapter, relative; default equal")
     flag("--rank", type=at_least(0), default=0, help="rank of the result; 0 = the exact sum")
     flag("--density", type=within(0.001, 1), default=0.5, help="share that ties and dare keep")
-    flag("--alpha_per_rank", type=within(0.001), default=2.0, help="alpha / rank (paper: 64 / 32)")
     flag("--seed", type=at_least(0), default=0, help="of dare's dropping")
     flag("--fuse", metavar="MODEL", help="write this pipeline's transformer plus the result")
     flag("--out", default="runs/merged", help="folder of the adapter or the fused transformer")
@@ -147,16 +145,13 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
 
 def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[float]) -> None:
     """Write the merged adapter and print what the cut to --rank retained."""
-    ranks = {layer: len(A) for layer, (A, _) in merged.items()}
-    rank, root, tensors = max(ranks.values()), args.alpha_per_rank**0.5, {}
-    for layer, (A, B) in merged.items():  # loaders multiply by alpha / rank: divide, half each
-        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A / root, B / root
-    alphas = {layer: args.alpha_per_rank * r for layer, r in ranks.items()}
-    config = LoraConfig(r=rank, lora_alpha=max(alphas.values()), target_modules=sorted(merged))
-    if set(ranks.values()) != {rank}:
-        config.rank_pattern, config.alpha_pattern = ranks, alphas
+    rank, tensors = max(len(A) for A, _ in merged.values()), {}
+    root = 2**0.5  # a student of scale 2 divides B by 2: then A and B are as large as each other
+    for layer, (A, B) in merged.items():
+        tensors[f"{layer}.lora_A.weight"] = A / root
+        tensors[f"{layer}.lora_B.weight"] = B * root
     with new_folder(args.out) as folder:
-        save_adapter(folder, tensors, config)
+        save_adapter(folder, tensors)
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:
         mean = sum(energies) / len(energies)

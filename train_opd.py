@@ -19,6 +19,7 @@ Deviations from the paper (numbered as in README.md, which has the whole list):
 
 import argparse
 from collections import Counter
+from math import inf
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
-from support.flags import run_flags, within
+from support.flags import Pairs, above_0, at_least, finite, lora_alpha, make_parser
+from support.flags import model_flags, positive, run_flags, scale, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",
@@ -47,19 +48,19 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
+    named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
-    flag("--teacher_guidance", **numbered, metavar="TASK=SCALE", help="guidance of one teacher")
-    flag("--teacher_alpha", **numbered, metavar="TASK=ALPHA", help="alpha where its file has none")
+    flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=ALPHA", help="or =rank")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **numbered, metavar="TASK=SHARE", help="share of the prompts; default equal")
+    flag("--task_mix", **named, kind=finite, metavar="TASK=SHARE", help="of the prompts (equal)")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")
     flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or default MODEL/adapters/deqa")
-    flag("--rank", type=positive, default=32, help="LoRA rank of the student with --init base")
-    flag("--alpha", type=within(0), default=64, help="its LoRA alpha: scale is alpha / rank")
+    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
+    flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="see the table in losses.py")
-    flag("--clip_range", type=within(0), help="of PPO; default 0.2 for ppo, 1e-4 for the others")
+    flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for the others")
     flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, as the paper; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
@@ -68,13 +69,13 @@ def parse_args() -> argparse.Namespace:
     flag("--train_steps", default="first", help="first = all but the last; all; 0,2,5; random:K")
     flag("--noise", type=within(0), default=0.7, help="SDE noise level a; --objective ode takes 0")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
-    flag("--guidance", type=within(0), default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
-    flag("--student_guidance", type=within(0), help="of the student; default --guidance")
+    flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
+    flag("--student_guidance", type=scale, help="of the student; default --guidance")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=80, help="rollouts, each with --updates steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per rollout")
     flag("--lr", type=within(0), default=1e-3, help="AdamW's (public code: 1e-4, a larger model)")
-    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to this norm")
+    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
     flag("--ema_every", type=positive, default=1, help="steps between averages (public code: 8)")
     flag("--micro_batch", type=positive, default=128, help="rows in a pass with gradient")
@@ -223,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
                 gradients.append(run.take_gradients(parameters))  # (P,), and leave none behind
             gradients = run.all_reduce(torch.stack(gradients))  # (tasks, P), on all processes
             run.set_gradients(parameters, gradients.sum(0))
-            norm = clip_grad_norm_(parameters, args.grad_norm)
+            norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():
                 optimizer.step()
             else:  # NaN or infinity: every process skips this update, rank 0 counts it

@@ -12,6 +12,7 @@ teachers' images, not at states that it visits itself (off-policy).
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 import torch
@@ -24,30 +25,30 @@ from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
-from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
-from support.flags import run_flags, within
+from support.flags import Pairs, above_0, at_least, finite, lora_alpha, make_parser
+from support.flags import model_flags, positive, run_flags, scale, within
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
+    named = {"action": Pairs}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
-    flag("--teacher_guidance", **numbered, metavar="TASK=SCALE", help="guidance of one teacher")
-    flag("--teacher_alpha", **numbered, metavar="TASK=ALPHA", help="alpha where its file has none")
+    flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=ALPHA", help="or =rank")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **numbered, metavar="TASK=SHARE", help="share of the images; default equal")
+    flag("--task_mix", **named, kind=finite, metavar="TASK=SHARE", help="of the images (equal)")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
-    flag("--rank", type=positive, default=32, help="LoRA rank of the student with --init base")
-    flag("--alpha", type=within(0), default=64, help="its LoRA alpha: scale is alpha / rank")
+    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
+    flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
     flag("--sft_images", type=positive, default=2048, help="images of all teachers together")
-    flag("--guidance", type=within(0), default=1.0, help="of the teachers (4.5 for SD3.5)")
+    flag("--guidance", type=scale, default=1.0, help="of the teachers (4.5 for SD3.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch", type=positive, default=64, help="images per iteration, over all processes")
     flag("--iterations", type=positive, default=160, help="optimizer steps")
     flag("--lr", type=within(0), default=1e-3, help="AdamW's learning rate")
-    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to this norm")
+    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
     flag("--ema_every", type=positive, default=1, help="steps between averages")
     flag("--micro_batch", type=positive, default=128, help="images in a pass with gradient")
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
             (fraction * loss).backward()
             metrics.add_to_log(log, values | {"loss": loss.item()}, fraction)
         run.set_gradients(parameters, run.all_reduce(run.take_gradients(parameters)))
-        norm = clip_grad_norm_(parameters, args.grad_norm)
+        norm = clip_grad_norm_(parameters, args.grad_norm or inf)
         if norm.isfinite():
             optimizer.step()
         else:  # NaN or infinity: every process skips this update, rank 0 counts it

@@ -16,6 +16,7 @@ Deviations from Flow-GRPO and from the paper's GRPO-Mix:
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ from support import lora, metrics, model, run
 from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import Pairs, at_least, finite, make_parser, model_flags, positive
-from support.flags import run_flags, within
+from support.flags import Pairs, above_0, at_least, finite, make_parser
+from support.flags import model_flags, positive, run_flags, scale, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",
@@ -45,17 +46,17 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
-    named, numbered = {"action": Pairs}, {"action": Pairs, "kind": finite}
-    flag("--reward", **numbered, bare="1", metavar="NAME[=WEIGHT]", help="or their weighted sum")
-    flag("--mix", **numbered, metavar="TASK=SHARE", help="GRPO-Mix: each task by its own reward")
+    named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
+    flag("--reward", **named, kind=finite, bare="1", metavar="NAME[=WEIGHT]", help="a weighted sum")
+    flag("--mix", **named, kind=finite, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in rewards of --mix")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="skip: no update")
     flag("--tasks", nargs="+", help="whose prompts to use; default: named like the reward")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
     flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
-    flag("--rank", type=positive, default=16, help="LoRA rank with --init base (32 in the paper)")
-    flag("--alpha", type=within(0), default=32, help="its LoRA alpha (64 in the paper)")
+    flag("--rank", type=positive, default=16, help="LoRA rank (32 in the paper; --init: its own)")
+    flag("--alpha", type=above_0, default=32, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
     flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
@@ -64,15 +65,15 @@ def parse_args() -> argparse.Namespace:
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag("--window", type=at_least(0), default=0, help="train only so many steps in a row; 0 = all")
     flag("--window_end", type=at_least(0), default=0, help="the window ends before this step")
-    flag("--guidance", type=within(0), default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
+    flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts, each with --updates steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per rollout")
     flag("--lr", type=within(0), default=1e-3, help="AdamW's (public code: 3e-4, a larger model)")
-    flag("--clip_range", type=within(0), default=1e-2, help="of PPO, on a ratio of mean log-probs")
+    flag("--clip_range", type=above_0, default=1e-2, help="of PPO, on a ratio of mean log-probs")
     flag("--beta", type=within(0), default=0.0, help="weight of KL(student, base); 0 = off")
     flag("--std", choices=("global", "group"), default="global", help="divisor of an advantage")
-    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to this norm")
+    flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
     flag("--ema_every", type=positive, default=1, help="steps between averages (public code: 8)")
     flag("--micro_batch", type=positive, default=128, help="rows in a pass with gradient")
@@ -182,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
                 metrics.add_to_log(log, values, fraction / args.updates)
             gradient = run.all_reduce(run.take_gradients(parameters))  # (P,), on all processes
             run.set_gradients(parameters, gradient)
-            norm = clip_grad_norm_(parameters, args.grad_norm)
+            norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():
                 optimizer.step()
             else:  # NaN or infinity: every process skips this update, rank 0 counts it

@@ -45,7 +45,7 @@ def save_random_lora(folder, transformer, name):
     lora.add_adapter(transformer, name, rank=32, alpha=64)
     shapes = lora.adapter_parameters(transformer, name)
     tensors = {key: 0.01 * torch.randn(shape.shape) for key, shape in shapes.items()}
-    lora.save_adapter(folder, tensors, transformer.peft_config[name])
+    lora.save_adapter(folder, tensors, 64 / 32)
 
 
 def dry_run(recipe):

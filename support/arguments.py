@@ -124,6 +124,8 @@ def check_samples(args: argparse.Namespace) -> None:
     G = args.group_size
     if args.noise <= 0 and getattr(args, "objective", "") != "ode":
         fail("--noise must be above 0: a step without noise has no density")
+    if args.noise_kind == "cps" and args.noise > 1:
+        fail("--noise_kind cps: --noise is at most 1, where all noise of a step is new")
     if G % args.updates:
         fail(f"--updates {args.updates} must divide --group_size {G}: each takes a part of a group")
     check_processes(args.prompts_per_iteration * G, "--prompts_per_iteration")

@@ -147,7 +147,7 @@ class Saver:
     def __init__(self, args, pipe, student, average, optimizer) -> None:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
         self.student, self.average, self.optimizer = student, average, optimizer
-        self.config = pipe.transformer.peft_config["student"]
+        self.scale = args.alpha / args.rank  # of the student's LoRA
         self.kept = None  # (iterations, tensors) of the last completed iteration
         self.saving = threading.RLock()
 
@@ -196,7 +196,7 @@ class Saver:
                 return
             with self.written(name) as beside:
                 average = {name: tensors[f"average.{name}"] for name in self.average}
-                save_adapter(beside / "adapter", average, self.config)
+                save_adapter(beside / "adapter", average, self.scale)
                 save_file(tensors, beside / "state.safetensors")
                 save_json(beside / "state.json", {"iteration": iterations, "origin": self.origin})
                 save_json(beside / "checksums.json", checksums(beside))
@@ -221,7 +221,7 @@ class Saver:
             scores = [line["test"] for line in read_log(self.run) if line.get("test") is not None]
             if score > max(scores, default=-math.inf):
                 with self.written("best") as beside:
-                    save_adapter(beside, self.average, self.config)
+                    save_adapter(beside, self.average, self.scale)
 
     # ---- The end of a run
 

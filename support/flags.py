@@ -96,7 +96,13 @@ def within(low: float, high: float = math.inf) -> Callable[[str], float]:
     return number
 
 
-finite = within(-math.inf)
+finite, above_0 = within(-math.inf), within(1e-9)
+scale = within(1)  # of guidance
+
+
+def lora_alpha(text: str) -> float | str:
+    """argparse type: a LoRA's alpha; "rank" is that of loaders that read no alpha."""
+    return text if text == "rank" else above_0(text)
 
 
 class Pairs(argparse.Action):

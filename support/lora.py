@@ -6,6 +6,7 @@ alpha or an adapter of zeros would teach nothing.
 
 import argparse
 import contextlib
+import functools
 import re
 import sys
 import warnings
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -27,11 +28,21 @@ from support.flags import fail, one_line, reason
 PROJECTIONS = "add_q_proj add_k_proj add_v_proj to_add_out to_q to_k to_v to_out.0".split()
 LORA_TARGETS = [f"attn.{projection}" for projection in PROJECTIONS]
 
+# adapter_config.json: initialisations of A and B that leave the base as it is (peft 0.21.2), and
+# keys that do not change what A, B and alpha mean. PiSSA, OLoRA and others change the base too.
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_KEYS = """
+    alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode
+    init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout peft_version
+    qalora_group_size r rank_pattern revision target_modules task_type use_rslora
+""".split()
 
-def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dict[str, tuple]:
+
+def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> dict[str, tuple]:
     """A folder or hub id in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}.
 
-    float32, finite. Reads safetensors and JSON, never a pickle. `alpha` replaces the folder's."""
+    float32, finite. Reads safetensors and JSON, never a pickle. alpha, a number or "rank", replaces
+    the folder's. model: a path; if the adapter was made for another model, that is printed."""
     folder, where = Path(fetch(str(path), flag, ADAPTER)), f"{flag} {path}"
     check_adapter(str(folder), flag)
     file = next(folder / name for name in ADAPTER[1:] if (folder / name).is_file())
@@ -40,6 +51,10 @@ def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dic
         config = read_config(folder, file)
     except Exception as error:  # each library raises its own kind for a damaged file
         fail(f"{where}: damaged adapter ({reason(error)})")
+    check_config(config, where)
+    base = config.get("base_model_name_or_path")
+    if base and model and Path(str(base)).name.lower() not in model.lower():
+        print(one_line(f"notice: {path} was made for {base}; here it is used with {model}"))
     layers = {}
     for layer, pair in pair_up(tensors, where).items():
         A, B = pair.get("A"), pair.get("B")
@@ -48,8 +63,12 @@ def read_adapter(path: str | Path, flag: str, alpha: float | None = None) -> dic
         if not A.double().norm() * B.double().norm() < 1e8:  # so written, nan fails too
             fail(f"{where}: layer {layer} holds nan, infinity or numbers far too large")
         own = alpha_of(layer, config, where) if alpha is None else alpha
+        if own == "rank":
+            own = len(A)
         if own is None:
-            cure = "--teacher_alpha TASK=ALPHA" if flag.startswith("--teacher") else ADAPTER[0]
+            cure = ADAPTER[0]
+            if flag.startswith("--teacher"):
+                cure = "--teacher_alpha TASK=ALPHA (TASK=rank is the custom without it)"
             fail(f"{where}: the file does not say its alpha; give {cure}")
         if type(own) not in (int, float) or not 0 < own < 1e6:
             fail(f"{where}: alpha {own!r} of layer {layer} is not a number from 0 to 1e6")
@@ -71,17 +90,44 @@ def read_config(folder: Path, file: Path) -> dict:
     return {key.removeprefix("transformer."): value for key, value in read_json(header).items()}
 
 
+def check_config(config: dict, where: str) -> None:
+    """Refuse all but plain LoRA: A and B of other kinds load without a word and mean something
+    else. What this code does not know must be at peft's default, or off."""
+    init, default = config.get("init_lora_weights"), LoraConfig().to_dict()
+    if init not in PLAIN_INIT:
+        cure = "save it with peft's path_initial_model_for_weight_conversion"
+        fail(f"{where}: init_lora_weights {init!r} has changed the base model too; {cure}")
+    for key, value in config.items():
+        if value and key not in PLAIN_KEYS and value != default.get(key):
+            fail(f"{where}: {key} {value!r} in its config: only plain LoRA can be read")
+
+
+@functools.cache
+def sd3_layers() -> set[str]:
+    """The linear layers of an SD3 transformer, with N for the number of a block."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(num_layers=2, dual_attention_layers=(0,))
+    linear = [name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    return {re.sub(r"(?<=transformer_blocks\.)\d+", "N", name) for name in linear}
+
+
 def pair_up(tensors: dict[str, torch.Tensor], where: str) -> dict[str, dict[str, torch.Tensor]]:
-    """{"PREFIX.LAYER.lora_A.weight": tensor, ...} -> {layer: {"A": tensor, "B": tensor}}."""
+    """{"PREFIX.LAYER.lora_A.weight": tensor, ...} -> {layer: {"A": tensor, "B": tensor}}. Without
+    the prefixes of peft, diffusers, DDP and torch.compile, a layer must be one of SD3's."""
     pairs = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.").removeprefix("transformer.")
-        layer, _, end = name.replace(".default.", ".").rpartition(".lora_")
+        if re.search(r"lora_(up|down|unet)", key):
+            fail(f"{where}: {key!r} is in kohya's format; only peft's and diffusers' can be read")
+        name = key.replace("_orig_mod.", "").replace(".default.", ".")
+        name = re.sub(r"^((base_model\.)?model\.|transformer\.|module\.)+", "", name)
+        layer, _, end = name.rpartition(".lora_")
         pair = pairs.setdefault(layer, {})
         known = end in ("A.weight", "B.weight") and end[0] not in pair
         if not known or tensor.ndim != 2 or not tensor.is_floating_point():
             wanted = "LAYER.lora_A.weight and LAYER.lora_B.weight, once each"
             fail(f"{where}: unexpected tensor {key!r}; expected {wanted}")
+        if re.sub(r"(?<=transformer_blocks\.)\d+", "N", layer) not in sd3_layers():
+            fail(f"{where}: {key!r}: {layer} is not a linear layer of an SD3 transformer")
         pair[end[0]] = tensor.float()
     return pairs
 
@@ -107,11 +153,7 @@ def add_adapter(
         config.target_modules = set(LORA_TARGETS)
     else:
         check_layers(transformer, layers, where)
-        ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
-        alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
-        first = next(iter(layers))
-        config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=[*layers])
-        config.rank_pattern, config.alpha_pattern = ranks, alphas
+        config = config_of(layers)
     with warnings.catch_warnings():  # peft warns of a second adapter; here there are many
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         transformer.add_adapter(config, name)
@@ -121,6 +163,17 @@ def add_adapter(
         module.lora_B[name].weight.data.copy_(B)
     for parameter in adapter_parameters(transformer, name).values():
         parameter.requires_grad_(False)
+
+
+def config_of(layers: dict[str, tuple]) -> LoraConfig:
+    """peft's configuration of {layer: (A, B, scaling)}."""
+    ranks = {layer: len(A) for layer, (A, _, _) in layers.items()}
+    alphas = {layer: scaling * len(A) for layer, (A, _, scaling) in layers.items()}
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers))
+    config.rank_pattern = {layer: r for layer, r in ranks.items() if r != rank}
+    config.alpha_pattern = {layer: own for layer, own in alphas.items() if own != alpha}
+    return config
 
 
 def check_layers(transformer: torch.nn.Module, layers: dict[str, tuple], where: str) -> None:
@@ -139,17 +192,21 @@ def check_layers(transformer: torch.nn.Module, layers: dict[str, tuple], where: 
 
 def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> None:
     """Read an adapter and put it on the backbone under `name`."""
-    add_adapter(transformer, name, read_adapter(path, flag, alpha), where=f"{flag} {path}")
+    layers = read_adapter(path, flag, alpha, transformer.config.get("_name_or_path", ""))
+    add_adapter(transformer, name, layers, where=f"{flag} {path}")
 
 
 def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple[dict, dict]:
     """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
 
-    Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. Returns
-    {"LAYER.lora_A.weight": parameter} of each. The student stays active; it alone has gradients."""
-    layers, where = None, f"--init {args.init}"
+    Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. They have the
+    scale alpha / rank of the flags, whatever --init has: B is divided by it, so that a learning
+    rate always means the same. Returns {"LAYER.lora_A.weight": parameter} of each. The student
+    stays active; it alone has gradients."""
+    layers, where, scale = None, f"--init {args.init}", args.alpha / args.rank
     if args.init != "base":
-        layers = read_adapter(args.init, "--init")
+        layers = read_adapter(args.init, "--init", model=args.model)
+        layers = {layer: (A, B * (own / scale), scale) for layer, (A, B, own) in layers.items()}
     torch.manual_seed(args.seed)
     for name in ("average", "student"):
         add_adapter(transformer, name, layers, args.rank, args.alpha, where)
@@ -187,15 +244,21 @@ def use(transformer: torch.nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
-    """{"LAYER.lora_A.weight": tensor} -> a folder that peft and `pipe.load_lora_weights` load.
+def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], scale: float = 1) -> None:
+    """{"LAYER.lora_A.weight": tensor} of this scale -> a folder that peft and diffusers load.
 
-    Two files: diffusers loads nothing from a PEFT folder, and without metadata alpha = rank."""
-    tensors = {key: t.detach().float().cpu().contiguous().clone() for key, t in tensors.items()}
+    The scale is multiplied into B and alpha = rank: a loader that reads no alpha is right too. Two
+    files, because `pipe.load_lora_weights` finds nothing in peft's."""
+    saved, layers = {}, {}
+    for key, tensor in tensors.items():
+        layer, _, half = key.rpartition(".lora_")
+        saved[key] = (tensor.detach().float() * (scale if half == "B.weight" else 1)).cpu()
+        layers[layer] = (saved[f"{layer}.lora_A.weight"], None, 1)
+    config = config_of(layers)
     metadata = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    peft_names = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    peft_names = {f"base_model.model.{key}": tensor for key, tensor in saved.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(peft_names, Path(folder, "adapter_model.safetensors"))
     config.save_pretrained(folder)
     about = {"transformer_lora_adapter_metadata": metadata}
-    StableDiffusion3Pipeline.save_lora_weights(folder, tensors, **about)
+    StableDiffusion3Pipeline.save_lora_weights(folder, saved, **about)

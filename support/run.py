@@ -118,12 +118,11 @@ def set_gradients(parameters: Sequence[Tensor], flat: Tensor) -> None:
 def update_average(
     average: dict[str, Tensor], student: dict[str, Tensor], updates: int, args: argparse.Namespace
 ) -> None:
-    """Every --ema_every updates, for the n-th time: average += (1 - d) (student - average) with
+    """Every --ema_every updates, after n of them: average += (1 - d) (student - average) with
     d = min((1 + n) / (10 + n), --ema_decay). The warm-up (Flow-GRPO's code) is for short runs."""
-    number, between = divmod(updates, args.ema_every)
-    if between:
+    if updates % args.ema_every:
         return
-    d = min((1 + number) / (10 + number), args.ema_decay)
+    d = min((1 + updates) / (10 + updates), args.ema_decay)
     for name, parameter in student.items():
         average[name].lerp_(parameter, 1 - d)
 
