@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported. The scripts that tests start inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -23,7 +23,6 @@ from conftest import ROOT, call, model_args
 from diffusers import SD3Transformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save, save_file
 
 from rewards import deqa, pictures, scoring, tables
@@ -99,8 +98,8 @@ LAYER = LAYERS[0]  # linear, 8 x 8, as all of them
 ODD_LAYERS = ["", BLOCK, f"{BLOCK}.attn.norm_q", "pos_embed.proj", "proj_out", "a\nb", "x" * 9999]
 ODD_LAYERS += [f"{LAYER}.base_layer", f"{LAYER}.lora_A.other", "__class__", "to_q"]
 DTYPES = "float32 float16 bfloat16 float64 int8 int64 bool uint8 float8_e4m3fn float8_e5m2".split()
-ENDLESS = ["(a+)+$", "(.*)*x", ".*.*.*.*.*.*.*.*.*b", "to_q|(x+x+)+y", "[", "(?P<", "\\", "*"]
-EXPRESSIONS = [*ENDLESS, "^to_q", r"attn\.to_q$"]
+FAULTY = ["[", "(?P<", "*", "(to_q"]  # no regular expressions
+EXPRESSIONS = [*FAULTY, "^to_q", r"attn\.to_q$", "to_(q|k)", ".*"]
 FAULTS = ["nothing"] * 4 + ["config"] * 4 + ["value", "shape", "dtype", "key", "half", "layer"]
 
 
@@ -216,15 +215,15 @@ def test_values_and_alphas_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_alpha_pattern_is_read_as_peft_reads_it(tmp_path):
-    """For plain names. An expression, which may never finish, is not tried."""
-    keys = ["to_q", "attn.to_q", LAYER, f"^{LAYER}", f"^{LAYER}$", r"attn\.to_q", "o_q", "^to_q"]
-    for key in keys:
+    """A key is an expression for a whole name or for the end of one, from a dot on."""
+    named = ["to_q", "attn.to_q", LAYER, f"^{LAYER}", f"^{LAYER}$", r"attn\.to_(q|k)", ".*"]
+    for key in (*named, "o_q", "^to_q", "attn", f"{LAYER}x"):
         config = json.dumps({"lora_alpha": 8, "alpha_pattern": {key: 2}})
-        alpha = {key: 2}.get(get_pattern_key([key], LAYER), 8)
-        assert lora.read_adapter(*write_adapter(tmp_path, config))[LAYER][2] == alpha / 2
-    for key in ENDLESS:
+        alpha = 2 if key in named else 8
+        assert lora.read_adapter(*write_adapter(tmp_path, config))[LAYER][2] == alpha / 2, key
+    for key in FAULTY:
         config = json.dumps({"lora_alpha": 8, "alpha_pattern": {key: 4}})
-        assert "expression" in refused(lora.read_adapter, *write_adapter(tmp_path, config))
+        assert "faulty expression" in refused(lora.read_adapter, *write_adapter(tmp_path, config))
 
 
 def test_pickles_pipes_and_circular_links_are_not_opened(tmp_path):
@@ -402,17 +401,6 @@ def test_a_damaged_model_is_refused(copy, part, fault):
         torch.save(tensors, copy / part / f"{name}.bin")
         file.unlink()
     assert "error: --model" in refused(load_all, copy)
-
-
-@pytest.mark.parametrize("part", ["transformer", "text_encoder_3"])
-def test_an_index_leads_to_no_file_outside(copy, part):
-    (file,) = (copy / part).glob("*.safetensors")
-    outside = copy.parent / "outside.safetensors"
-    file.rename(outside)
-    for name in ("../../outside.safetensors", str(outside)):
-        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(outside), name)}
-        (copy / part / f"{file.name}.index.json").write_text(json.dumps(index))
-        assert "outside" in refused(load_all, copy)
 
 
 def test_a_tokenizer_config_leads_to_no_file_outside(copy):

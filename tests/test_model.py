@@ -15,6 +15,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.testing import assert_close
 
 import merge
+import train_opd
+import train_teacher
 from support import files, lora, model, run
 
 STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}  # flags of add_student
@@ -187,11 +189,11 @@ def test_the_schedule_of_prompts():
 
 
 def test_trained_steps_are_drawn_anew_each_iteration():
-    args = argparse.Namespace(seed=0, steps=6, window=2, window_end=5)
-    args.eligible_steps, args.trained_steps = [0, 2, 3, 4], 3
-    windows = {tuple(run.draw_window(args, n).tolist()) for n in range(50)}
+    args = argparse.Namespace(seed=0, window=2, window_end=5, trained_steps=2)
+    windows = {tuple(train_teacher.draw_window(args, n).tolist()) for n in range(50)}
     assert windows == {(0, 1), (1, 2), (2, 3), (3, 4)}
-    drawn = {tuple(run.draw_steps(args, n).tolist()) for n in range(50)}
+    args.eligible_steps, args.trained_steps = [0, 2, 3, 4], 3
+    drawn = {tuple(train_opd.draw_steps(args, n).tolist()) for n in range(50)}
     assert drawn == {(0, 2, 3), (0, 2, 4), (0, 3, 4), (2, 3, 4)}
 
 
