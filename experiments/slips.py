@@ -29,9 +29,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 GUARD = "tests/test_flags.py::test_every_slip_can_still_be_made"  # any slip would fail this test
 FIRST = {  # file: the tests that run first
-    "train_opd.py": "test_iteration.py::test_opd test_iteration.py test_flags.py test_scripts.py",
-    "train_teacher.py": "test_iteration.py::test_grpo test_iteration.py test_flags.py",
-    "train_sft.py": "test_iteration.py::test_sft test_iteration.py test_flags.py",
+    "train_opd.py": "test_iteration.py::test_opd test_iteration.py::test_two_processes test_flags.py",
+    "train_teacher.py": "test_iteration.py::test_grpo test_iteration.py::test_two_processes test_flags.py",
+    "train_sft.py": "test_iteration.py::test_sft test_iteration.py::test_two_processes test_flags.py",
     "evaluate.py": "test_evaluate.py test_flags.py",
     "merge.py": "test_merge.py",
     "sde.py": "test_sde.py",
@@ -40,10 +40,10 @@ FIRST = {  # file: the tests that run first
     "rewards/tables.py": "test_evaluate.py",
     "rewards/pictures.py": "test_evaluate.py",
     "toy/scorers.py": "test_toy.py",
-    "support/run.py": "test_model.py test_iteration.py",
+    "support/run.py": "test_iteration.py test_model.py",
     "support/lora.py": "test_adapters.py test_iteration.py",
-    "support/model.py": "test_model.py test_iteration.py",
-    "support/checkpoint.py": "test_resume.py test_iteration.py",
+    "support/model.py": "test_iteration.py test_model.py",
+    "support/checkpoint.py": "test_iteration.py test_resume.py",
     "support/metrics.py": "test_iteration.py test_resume.py",
     "support/arguments.py": "test_flags.py test_errors.py test_iteration.py",
 }
@@ -444,7 +444,8 @@ def copy_project(folder: str) -> Path:
 
 def noticed_by(root: Path, tests: list[str], others_than: list[str] = ()) -> str:
     """The first of these tests that fails, or ""."""
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    words += ["-p", "no:randomly", *tests]
     for name in (GUARD, *others_than):
         words += ["--deselect", name]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

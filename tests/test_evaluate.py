@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, shell
+from conftest import call
 from PIL import Image
 from pytest import approx
 
@@ -69,17 +69,6 @@ def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
         evaluate(patch, tmp_path / "a")
     table, _ = evaluate(monkeypatch, tmp_path / "b")
     assert evaluate(monkeypatch, tmp_path / "a") == (table, 2 * 4 * 3 - 7)
-
-
-def test_two_processes_give_the_table_of_one(monkeypatch, tmp_path):
-    """Five prompts a task: the shares of two processes differ."""
-    flags = ["--tasks", "ocr", "geneval", "--num_prompts", 5, "--steps", 2, "--out"]
-    call(monkeypatch, "evaluate", *flags, tmp_path / "1")
-    done = shell("evaluate.py", *flags, tmp_path / "2", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
-    one, two = (len(list((tmp_path / run).rglob("*.png"))) for run in ("1", "2"))
-    assert one == two == 2 * 5 + 1  # and the grid
 
 
 def test_evaluate_on_ones_own_prompt(monkeypatch, tmp_path):
