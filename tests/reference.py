@@ -58,7 +58,7 @@ class Models:
         self.average, self.best = dict(self.start), None
         config = self.pipe.transformer.config
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.text = {}
+        self.text, self.active = {}, "none yet"
         self.pipe.scheduler.set_timesteps(1)
 
     def grid(self, steps):
@@ -76,13 +76,15 @@ class Models:
 
     def velocity(self, lora, x, t, prompt, guidance):
         transformer = self.pipe.transformer
-        if lora:
-            transformer.enable_lora()
-            transformer.set_adapters(lora)
-        else:
-            transformer.disable_lora()
-        for name, p in transformer.named_parameters():  # the calls above change it
-            p.requires_grad_(".student." in name)
+        if lora != self.active:  # switching takes longer than a velocity
+            if lora:
+                transformer.enable_lora()
+                transformer.set_adapters(lora)
+            else:
+                transformer.disable_lora()
+            for name, p in transformer.named_parameters():  # the calls above change it
+                p.requires_grad_(".student." in name)
+            self.active = lora
 
         def at(words):
             embeds, pooled = self.embed(words)
@@ -291,6 +293,20 @@ def opd(**flags):
                         ratio, reward, f.clip_range
                     )
                     loss = -low.mean()
+                elif f.objective.startswith("ppo-"):  # one ratio and one reward per image
+                    log_old = log_density(row.x_next, row.old, std).mean()
+                    ratio = (log_density(row.x_next, mean, std).mean() - log_old).exp()
+                    reward, factor = log_density(row.x_next, row.to, std).mean() - log_old, 1
+                    if f.objective == "ppo-scalar":
+                        factor = mean.numel()
+                    else:
+                        reward = -((mean - row.to) ** 2).mean() / (2 * std**2)
+                    if f.objective == "ppo-published":
+                        reward = reward.detach()
+                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
+                        ratio, reward, f.clip_range
+                    )
+                    loss = -factor * low
                 elif f.objective == "kl":
                     loss = ((mean - row.to) ** 2).mean() / (2 * std**2)
                 elif f.objective == "ode":

@@ -19,6 +19,13 @@ import toy
 from support.flags import TASKS
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take longer than the training."""
+    for script in ("train_opd", "train_teacher", "train_sft"):
+        monkeypatch.setattr(importlib.import_module(script), "draw_curves", lambda *given: None)
+
+
 def flags_of(values):
     """{"teacher_guidance": {"ocr": 1.5}, "lr": 1e-3} -> ["--teacher_guidance", "ocr=1.5", ...]."""
     words = []
@@ -88,6 +95,7 @@ def compare(run, models, log, skip=()):
 
 SMALL = {"prompts_per_iteration": 2, "group_size": 2, "steps": 4, "iterations": 2}
 TWO_TASKS = {"tasks": ("ocr", "deqa")}
+SHORT = SMALL | {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
 DECAY = {"lr": 1.0, "grad_norm": 1e-10}  # AdamW's epsilon and weight decay outweigh such gradients
 OPD = {  # flags of the reference and of the script, and flags of the script alone
     "ppo": (
@@ -118,6 +126,10 @@ OPD = {  # flags of the reference and of the script, and flags of the script alo
         [],
     ),
     "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),
+    **{
+        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
+        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
+    },
     "trajectory": (SMALL | TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, []),
 }
 
