@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from rewards.monitors import colour_entropy, diversity, edge_density
+from toy import REWARDS
+
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "toy"
 
@@ -52,8 +55,10 @@ class Models:
             if ".student." in name:
                 self.named[name.replace(".student.", ".")] = parameter
         self.start = {name: p.detach().clone() for name, p in self.named.items()}
-        self.average = dict(self.start)
-        self.text = {}
+        self.average, self.best = dict(self.start), None
+        config = self.pipe.transformer.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.text, self.active = {}, "none yet"
         self.pipe.scheduler.set_timesteps(1)
 
     def grid(self, steps):
@@ -71,13 +76,15 @@ class Models:
 
     def velocity(self, lora, x, t, prompt, guidance):
         transformer = self.pipe.transformer
-        if lora:
-            transformer.enable_lora()
-            transformer.set_adapters(lora)
-        else:
-            transformer.disable_lora()
-        for name, p in transformer.named_parameters():  # the calls above change it
-            p.requires_grad_(".student." in name)
+        if lora != self.active:  # switching takes longer than a velocity
+            if lora:
+                transformer.enable_lora()
+                transformer.set_adapters(lora)
+            else:
+                transformer.disable_lora()
+            for name, p in transformer.named_parameters():  # the calls above change it
+                p.requires_grad_(".student." in name)
+            self.active = lora
 
         def at(words):
             embeds, pooled = self.embed(words)
@@ -88,6 +95,33 @@ class Models:
             return at(prompt)
         empty = at("")
         return empty + guidance * (at(prompt) - empty)
+
+
+def euler(models, lora, prompt, key, steps, guidance):
+    """The latent that an ODE of so many steps leads to from the noise of this key."""
+    x, grid = torch.randn(models.shape, generator=generator(*key)), models.grid(steps)
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        with torch.no_grad():
+            x = x - (t - t_next) * models.velocity(lora, x, t, prompt, guidance)
+    return x
+
+
+def picture(models, latent):
+    """The decoded image: (3, H, W) in 0..1."""
+    vae = models.pipe.vae.float()
+    with torch.no_grad():
+        z = latent / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(z[None]).sample[0] / 2 + 0.5).clamp(0, 1)
+
+
+def pictures(models, weights, items, steps, guidance):
+    """Of ODE samples of the student with other weights; items: (prompt, key of its noise)."""
+    now = {name: p.detach().clone() for name, p in models.named.items()}
+    put = lambda new: [p.data.copy_(new[name]) for name, p in models.named.items()]
+    put(weights)
+    latents = [euler(models, "student", *item, steps, guidance) for item in items]
+    put(now)
+    return [picture(models, latent) for latent in latents]
 
 
 def policy(x, v, t, t_next, a, t_1, kind):
@@ -118,17 +152,31 @@ def clipped(ratio, reward, clip):
 
 
 class Descent:
-    """AdamW, the clipping of the gradient and the average, by hand."""
+    """AdamW, the clipping of the gradient and the average, by hand. Updates whose number, from 1,
+    is in f.skip are counted as if their gradient were infinite: the average is updated alone."""
 
     def __init__(self, models, f):
-        self.models, self.f, self.steps = models, f, 0
+        self.models, self.f, self.updates, self.steps, self.skipped = models, f, 0, 0, 0
         self.m = {name: torch.zeros_like(p) for name, p in models.named.items()}
         self.s = {name: torch.zeros_like(p) for name, p in models.named.items()}
 
     def step(self, gradients):
         """gradients {name: tensor}. Returns their norm before clipping."""
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
-        shrink = min(1.0, self.f.grad_norm / (norm + 1e-6))
+        self.updates += 1
+        if self.updates in self.f.skip:
+            norm, self.skipped = None, self.skipped + 1
+        else:
+            self.descend(gradients, min(1.0, self.f.grad_norm / (norm + 1e-6)))
+        if self.updates % self.f.ema_every == 0:
+            n = self.updates // self.f.ema_every
+            keep = min((1 + n) / (10 + n), self.f.ema_decay)
+            for name, p in self.models.named.items():
+                old = self.models.average[name]
+                self.models.average[name] = keep * old + (1 - keep) * p.detach()
+        return norm
+
+    def descend(self, gradients, shrink):
         self.steps += 1
         for name, p in self.models.named.items():
             g = gradients[name] * shrink
@@ -138,13 +186,14 @@ class Descent:
             with torch.no_grad():
                 p.mul_(1 - self.f.lr * 1e-4)
                 p.sub_(self.f.lr * m / (s.sqrt() + 1e-8))
-        if self.steps % self.f.ema_every == 0:
-            n = self.steps // self.f.ema_every
-            keep = min((1 + n) / (10 + n), self.f.ema_decay)
-            for name, p in self.models.named.items():
-                old = self.models.average[name]
-                self.models.average[name] = keep * old + (1 - keep) * p.detach()
-        return norm
+
+    def log(self, line, slots):
+        """The line, with what it says of updates that were skipped in its iteration."""
+        if self.skipped:
+            prompts = [prompt for _, prompt in slots]
+            line |= {"skipped_updates": self.skipped, "skipped_prompts": prompts}
+        self.skipped = 0
+        return line
 
 
 def gradient_of(loss, models):
@@ -174,7 +223,7 @@ def opd(**flags):
         objective="ppo", mar_weight=0.02, clip_range=0.2, prompts_per_iteration=4, group_size=2,
         steps=4, trained=None, random_steps=0, noise=0.7, noise_kind="flow", guidance=1.0,
         student_guidance=None, teacher_guidance={}, task_mix={}, iterations=2, updates=2, lr=1e-3,
-        grad_norm=1.0, ema_decay=0.9, ema_every=1, seed=0, anchor="deqa", init="merged",
+        grad_norm=1.0, ema_decay=0.9, ema_every=1, seed=0, anchor="deqa", init="merged", skip=(),
         tasks=("geneval", "ocr", "deqa", "pickscore"),
     )  # fmt: skip
     f.__dict__.update(flags)
@@ -187,7 +236,7 @@ def opd(**flags):
     shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
     prompts = {task: read(task) for task in f.tasks}
     slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
-    B, shape = f.prompts_per_iteration * f.group_size, None
+    B = f.prompts_per_iteration * f.group_size
     for iteration in range(f.iterations):
         eligible = list(range(f.steps - 1)) if f.trained is None else f.trained
         trained = eligible
@@ -199,9 +248,7 @@ def opd(**flags):
         for i in range(B):
             task, prompt = slots[iteration][i // f.group_size]
             own = generator(f.seed, "rollout", iteration, i)
-            config = models.pipe.transformer.config
-            shape = (config.in_channels, config.sample_size, config.sample_size)
-            x = torch.randn(shape, generator=own)
+            x = torch.randn(models.shape, generator=own)
             for j in range(max(trained) + 1):
                 t, t_next = grid[j], grid[j + 1]
                 with torch.no_grad():
@@ -209,7 +256,7 @@ def opd(**flags):
                     mean, std = policy(x, v, t, t_next, f.noise, grid[1], f.noise_kind)
                     x_next = mean
                     if std > 0:
-                        x_next = mean + std * torch.randn(shape, generator=own)
+                        x_next = mean + std * torch.randn(models.shape, generator=own)
                     if j in trained:
                         scale = f.teacher_guidance.get(task, f.guidance)
                         label = models.velocity(f"t_{task}", x, t, prompt, scale)
@@ -246,6 +293,20 @@ def opd(**flags):
                         ratio, reward, f.clip_range
                     )
                     loss = -low.mean()
+                elif f.objective.startswith("ppo-"):  # one ratio and one reward per image
+                    log_old = log_density(row.x_next, row.old, std).mean()
+                    ratio = (log_density(row.x_next, mean, std).mean() - log_old).exp()
+                    reward, factor = log_density(row.x_next, row.to, std).mean() - log_old, 1
+                    if f.objective == "ppo-scalar":
+                        factor = mean.numel()
+                    else:
+                        reward = -((mean - row.to) ** 2).mean() / (2 * std**2)
+                    if f.objective == "ppo-published":
+                        reward = reward.detach()
+                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
+                        ratio, reward, f.clip_range
+                    )
+                    loss = -factor * low
                 elif f.objective == "kl":
                     loss = ((mean - row.to) ** 2).mean() / (2 * std**2)
                 elif f.objective == "ode":
@@ -276,29 +337,33 @@ def opd(**flags):
                 both = math.sqrt(dot(per_task[task], per_task[task]))
                 both *= math.sqrt(dot(per_task[other], per_task[other]))
                 line[f"cosine/{task}-{other}"] = dot(per_task[task], per_task[other]) / both
-        log.append(line)
+        log.append(descent.log(line, slots[iteration]))
     return models, log
 
 
-def score(models, name, latent, prompt):
-    """The miniature's scorer on one decoded sample, put on 0..1 by its range."""
-    from toy import REWARDS
-
-    vae = models.pipe.vae.float()
-    with torch.no_grad():
-        z = latent / vae.config.scaling_factor + vae.config.shift_factor
-        image = (vae.decode(z[None]).sample / 2 + 0.5).clamp(0, 1)
-    low, high = REWARDS[name].range
-    return (REWARDS[name](image, [prompt], [{}]).double().item() - low) / (high - low)
+def reward_of(image, task, prompt, f):
+    """Of one image (3, H, W): the miniature's scorers, each put on 0..1 by its range, weighted."""
+    weights = f.reward
+    if f.mix:
+        weights = {task: 1 - f.mix_quality, "deqa": f.mix_quality}
+        if task == "deqa":
+            weights = {"deqa": 1.0}
+    total = 0.0
+    for name, weight in weights.items():
+        low, high = REWARDS[name].range
+        own = REWARDS[name](image[None], [prompt], [{}]).double().item()
+        total += weight * (own - low) / (high - low)
+    return total / sum(weights.values())
 
 
 def grpo(**flags):
-    """train_teacher.py: (models, log) without its tests and monitors."""
+    """train_teacher.py: (models, log). models.best: the average with the best test."""
     f = SimpleNamespace(
         reward={"ocr": 1.0}, mix=None, mix_quality=0.2, tasks=("ocr",), prompts_per_iteration=4,
         group_size=3, steps=4, noise=0.7, noise_kind="flow", window=0, window_end=0, guidance=1.0,
         iterations=2, updates=1, lr=1e-3, clip_range=1e-2, beta=0.0, std="global", grad_norm=1.0,
-        ema_decay=0.9, ema_every=1, seed=0, init="merged",
+        ema_decay=0.9, ema_every=1, seed=0, init="merged", skip=(), eval_every=0, eval_prompts=2,
+        eval_steps=2,
     )  # fmt: skip
     f.__dict__.update(flags)
     models = Models({}, TOY / "adapters" / f.init)
@@ -308,8 +373,6 @@ def grpo(**flags):
     prompts = {task: read(task) for task in tasks}
     slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
     B = f.prompts_per_iteration * f.group_size
-    config = models.pipe.transformer.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
     for iteration in range(f.iterations):
         trained = list(range(f.steps - 1))
         if f.window:
@@ -317,11 +380,11 @@ def grpo(**flags):
             own = generator(f.seed, "window", iteration)
             first = torch.randint(end - f.window + 1, (), generator=own).item()
             trained = list(range(first, first + f.window))
-        rows, rewards = {}, []
+        rows, rewards, images = {}, [], []
         for i in range(B):
             task, prompt = slots[iteration][i // f.group_size]
             own = generator(f.seed, "rollout", iteration, i)
-            x = torch.randn(shape, generator=own)
+            x = torch.randn(models.shape, generator=own)
             for j in range(f.steps):
                 t, t_next = grid[j], grid[j + 1]
                 a = f.noise if not f.window or j in trained else 0.0
@@ -331,19 +394,13 @@ def grpo(**flags):
                     mean, std = policy(x, v, t, t_next, a, grid[1], kind)
                     x_next = mean
                     if std > 0:
-                        x_next = mean + std * torch.randn(shape, generator=own)
+                        x_next = mean + std * torch.randn(models.shape, generator=own)
                 if j in trained:
                     old = log_density(x_next, mean, std).mean()
                     rows[i, j] = (x, x_next, t, t_next, old, std)
                 x = x_next
-            if f.mix:
-                weights = {task: 1 - f.mix_quality, "deqa": f.mix_quality}
-                if task == "deqa":
-                    weights = {"deqa": 1.0}
-            else:
-                weights = f.reward
-            own = sum(w * score(models, name, x, prompt) for name, w in weights.items())
-            rewards.append(own / sum(weights.values()))
+            images.append(picture(models, x))
+            rewards.append(reward_of(images[-1], task, prompt, f))
         advantage = [0.0] * B
         for task in tasks:
             mine = [i for i in range(B) if slots[iteration][i // f.group_size][0] == task]
@@ -360,6 +417,12 @@ def grpo(**flags):
             own = [rewards[i] for i in range(B) if slots[iteration][i // f.group_size][0] == task]
             if own:
                 line[f"reward/{task}"] = sum(own) / len(own)
+        groups = [rewards[i : i + f.group_size] for i in range(0, B, f.group_size)]
+        flat = [max(group) - min(group) < 1e-6 for group in groups]
+        line["flat_groups"] = sum(flat) / len(flat)
+        words = [slots[iteration][i // f.group_size][1] for i in range(B)]
+        for monitor in (edge_density, colour_entropy, diversity):
+            line[f"monitor/{monitor.name}"] = monitor(torch.stack(images), words).mean().item()
         for update in range(f.updates):
             own, total = [key for key in rows if key[0] % f.updates == update], {}
             for i, j in own:
@@ -380,7 +443,19 @@ def grpo(**flags):
                     means[name] = means.get(name, 0.0) + value / len(own) / f.updates
                 add(total, gradient_of(loss / len(own), models))
             norm = descent.step(total)
-        log.append(line | means | {"grad_norm": norm})
+        line |= means | {"grad_norm": norm}
+        done = iteration + 1
+        if f.eval_every and (done % f.eval_every == 0 or done == f.iterations):
+            for task in tasks:
+                words = read(task, "test")[: f.eval_prompts]
+                items = [(words[i], (f.seed, "test", task, i)) for i in range(len(words))]
+                images = pictures(models, models.average, items, f.eval_steps, f.guidance)
+                own = [reward_of(image, task, item[0], f) for image, item in zip(images, items)]
+                line[f"test/{task}"] = sum(own) / len(own)
+            line["test"] = sum(line[f"test/{task}"] for task in tasks) / len(tasks)
+            if line["test"] > max((old.get("test", -1) for old in log), default=-1):
+                models.best = dict(models.average)
+        log.append(descent.log(line, slots[iteration]))
     return models, log
 
 
@@ -389,7 +464,7 @@ def sft(**flags):
     f = SimpleNamespace(
         tasks=("ocr", "deqa"), task_mix={}, sft_images=5, batch=3, eval_steps=2, iterations=3,
         guidance=1.0, teacher_guidance={}, lr=1e-3, grad_norm=1.0, ema_decay=0.9, ema_every=1,
-        seed=0, init="merged",
+        seed=0, init="merged", skip=(),
     )  # fmt: skip
     f.__dict__.update(flags)
     adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks}
@@ -397,16 +472,10 @@ def sft(**flags):
     shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
     prompts = {task: read(task) for task in f.tasks}
     slots = schedule(prompts, shares, f.seed, f.sft_images, 1)[0]
-    config, grid = models.pipe.transformer.config, models.grid(f.eval_steps)
-    shape = (config.in_channels, config.sample_size, config.sample_size)
     images = []
     for i, (task, prompt) in enumerate(slots):
-        x = torch.randn(shape, generator=generator(f.seed, "sft", i))
-        for t, t_next in zip(grid[:-1], grid[1:]):
-            scale = f.teacher_guidance.get(task, f.guidance)
-            with torch.no_grad():
-                x = x - (t - t_next) * models.velocity(f"t_{task}", x, t, prompt, scale)
-        images.append(x)
+        scale = f.teacher_guidance.get(task, f.guidance)
+        images.append(euler(models, f"t_{task}", prompt, (f.seed, "sft", i), f.eval_steps, scale))
     numbers = {"image": list(range(f.sft_images))}
     order = schedule(numbers, {"image": 1}, f.seed, f.batch, f.iterations)
     descent, log = Descent(models, f), []
@@ -415,11 +484,12 @@ def sft(**flags):
         for i in range(f.batch):
             number = order[iteration][i][1]
             own = generator(f.seed, "sft", iteration, i)
-            noise, t = torch.randn(shape, generator=own), torch.rand(1, generator=own).item()
+            noise, t = torch.randn(models.shape, generator=own), torch.rand(1, generator=own).item()
             x = (1 - t) * images[number] + t * noise
             v = models.velocity("student", x, t, slots[number][1], 1)
             loss = ((v - (noise - images[number])) ** 2).mean()
             mean += loss.item() / f.batch
             add(total, gradient_of(loss / f.batch, models))
-        log.append({"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)})
+        line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
+        log.append(descent.log(line, order[iteration]))  # an image's number stands for its prompt
     return models, log

@@ -6,10 +6,11 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, shell
+from conftest import call
 from PIL import Image
 from pytest import approx
 
@@ -18,7 +19,7 @@ import rewards.scoring as scoring
 import rewards.tables as tables
 import toy
 from rewards.geneval_rules import TAGS, summary
-from rewards.pictures import picture_grid, save_grid
+from rewards.pictures import picture_grid, read_pictures, save_grid, save_picture
 from support.flags import TASKS
 
 
@@ -26,15 +27,36 @@ def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
     """evaluate.py on three prompts a task -> (its table, the number of images that it made)."""
     made, sample = [], scoring.sample_images
 
-    def counted(pipe, text, prompts, *more):
-        made.extend(prompts)
-        return sample(pipe, text, prompts, *more)
+    def counted(pipe, text, prompts, keys, steps, scale, *more):
+        made.extend((key, scale) for key in keys)
+        return sample(pipe, text, prompts, keys, steps, scale, *more)
 
     source = [] if "--scores_only" in flags else ["--models", *models]
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "sample_images", counted)
         call(patch, "evaluate", *source, "--num_prompts", 3, "--steps", 2, "--out", out, *flags)
+    evaluate.made = made  # [(key of the noise, guidance scale)] in turn, model by model
     return (out / "table.md").read_text(), len(made)
+
+
+def test_models_differ_in_adapter_and_guidance_alone(monkeypatch, tmp_path):
+    """All get the same prompts and noise; no two images of a model share their noise."""
+    grids, flags = [], ["--model_guidance", "ocr=1.5", "--seed", 7, "--guidance", 1.25]
+    monkeypatch.setattr(script, "save_grid", lambda *given: grids.append(given))
+    evaluate(monkeypatch, tmp_path / "out", *flags)
+    keys = [(7, "evaluate", task, j) for task in TASKS for j in range(3)]
+    assert evaluate.made == [(key, scale) for scale in (1.25, 1.5) for key in keys]
+    (_, scores, _, tests, first), (*_, differences) = grids
+    assert first == {task: range(2) for task in TASKS}
+    assert differences == tables.most_different(scores, tests)
+    monkeypatch.setattr(script, "picture_grid", lambda _, columns, prompts: grids.append(columns))
+    models = ["a=base", "b=base", "c=base", "ocr=toy/adapters/ocr"]
+    flags = ["--models", *models, "--model_guidance", "c=2", "--steps", 2, "--out", tmp_path / "b"]
+    call(monkeypatch, "evaluate", *flags, "--prompt", "red circle", "--prompt", "red circle")
+    columns = grids[-1]
+    same = {name: torch.equal(columns["a"], images) for name, images in columns.items()}
+    assert same == {"a": True, "b": True, "c": False, "ocr": False}
+    assert not torch.equal(*columns["a"])  # the same prompt twice: other noise
 
 
 def test_images_are_made_once(monkeypatch, tmp_path):
@@ -47,11 +69,14 @@ def test_images_are_made_once(monkeypatch, tmp_path):
     (out / "images/base/ocr/00001.png").unlink()
     (out / "images/ocr/deqa/00002.png").write_bytes(b"not a picture")
     assert again() == (first, 2)
-    assert again(models=("base", "ocr=toy/adapters/deqa"))[1] == 4 * 3  # another of that name
-    assert again() == (first, 4 * 3)
+    for task in ("deqa", "ocr"):  # the same name and folder, trained again
+        shutil.copytree(f"toy/adapters/{task}", tmp_path / "lora/ocr", dirs_exist_ok=True)
+        table, made = again(models=("base", tmp_path / "lora/ocr"))
+        assert (table == first, made) == (task == "ocr", 4 * 3)
     own = tmp_path / "prompts.txt"
     own.write_text("".join(f"sign reads {x} in red\n" for x in ("K T", "T K", "K K")))
     changes = "--seed 1,--steps 3,--guidance 2,--text_length 8,--size 32,--no_t5".split(",")
+    changes.append("--model_guidance base=2")
     for flags in (*changes, f"--prompts ocr={own}"):
         assert again(*flags.split(), "--tasks", "ocr", models=["base"])[1] == 3, flags
 
@@ -71,21 +96,27 @@ def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path):
     assert evaluate(monkeypatch, tmp_path / "a") == (table, 2 * 4 * 3 - 7)
 
 
-def test_two_processes_give_the_table_of_one(monkeypatch, tmp_path):
-    """Five prompts a task: the shares of two processes differ."""
-    flags = ["--tasks", "ocr", "geneval", "--num_prompts", 5, "--steps", 2, "--out"]
-    call(monkeypatch, "evaluate", *flags, tmp_path / "1")
-    done = shell("evaluate.py", *flags, tmp_path / "2", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "1/table.md").read_text() == (tmp_path / "2/table.md").read_text()
-    one, two = (len(list((tmp_path / run).rglob("*.png"))) for run in ("1", "2"))
-    assert one == two == 2 * 5 + 1  # and the grid
+def test_prompts_that_cannot_be_scored_cost_no_image(monkeypatch, tmp_path, capsys):
+    def check(prompts, metadata):
+        raise ValueError(f"{len(prompts)} prompts without a sign")
+
+    monkeypatch.setattr(toy.REWARDS["ocr"], "check", check, raising=False)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, tmp_path / "out")
+    assert "3 prompts without a sign" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_on_ones_own_prompt(monkeypatch, tmp_path):
-    flags = ["--models", "base", "toy/adapters/ocr", "--prompt", "sign reads K T in red"]
-    call(monkeypatch, "evaluate", *flags, "--steps", 2, "--out", tmp_path)
-    assert (tmp_path / "prompts.png").stat().st_size > 0
+def test_pictures_are_rounded_and_stand_in_their_rows(tmp_path):
+    exact = (torch.arange(256) / 255).view(1, 16, 16).expand(3, 16, 16)
+    for shift in (-0.4, 0.4):
+        save_picture(tmp_path / "a.png", (exact + shift / 255).clamp(0, 1), "mark")
+        assert torch.equal(*read_pictures([tmp_path / "a.png"]), exact)
+    flat = [torch.full((3, 112, 112), value / 255) for value in (50, 200)]
+    picture_grid(tmp_path / "grid.png", {"a": flat, "b": flat[::-1]}, ["x", "y"])
+    page = Image.open(tmp_path / "grid.png")
+    centres = [page.getpixel((x, y))[0] for y in (96, 232) for x in (64, 184)]
+    assert centres == [50, 200, 200, 50]
 
 
 def test_a_grid_of_nothing_is_no_file(tmp_path):
@@ -259,12 +290,83 @@ def test_standard_errors_and_the_four_names_of_geneval():
     assert "| strict | softened |" in tables.table({"base": row}, columns=tables.GENEVAL)
 
 
+FOUR = {  # three prompts a task
+    "student": {"geneval": [1, 0, 0.5], "ocr": [1, 1, 1], "deqa": [5, 4, 3]},
+    "start": {"geneval": [0.5, 0, 0], "ocr": [1, 1, 1], "deqa": [5, 4, 3]},
+}
+TESTS = {task: (["a", "b", "c"], [{}] * 3) for task in TASKS}
+
+
+def four(name):
+    values = FOUR[name] | {"pickscore": [26, 13, 0]}
+    return {task: torch.tensor(values[task]).double() for task in TASKS}
+
+
+def test_average_oracle_and_differences_by_hand():
+    """Average: (.5 + 1 + 4 / 5 + 13 / 26) / 4. Its error: the roots of 1/12, 0, 1/75 and 1/12 are
+    the standard errors of the four parts, together the root of .18 / 16."""
+    student, start = four("student"), four("start")
+    assert tables.average(student, TESTS) == approx((0.7, (0.18 / 16) ** 0.5))
+    # Paired: GenEval differs by .5, 0, .5, whose error is 1/6; the other three cancel.
+    assert tables.compare(student, start, TESTS) == approx((1 / 12, 1 / 24))
+    rows = {"student": student, "start": start}
+    assert tables.most_different(rows, TESTS) == {
+        "geneval": [0, 2], "ocr": [], "deqa": [], "pickscore": []
+    }  # fmt: skip
+    rows["other"] = four("start") | {"geneval": torch.tensor([0.5, 0.9, 0.75]).double()}
+    assert tables.most_different(rows, TESTS)["geneval"] == [1, 2, 0]
+    assert tables.most_different(rows, TESTS, 1)["geneval"] == [1]
+    teachers = {task: {name: (n + 1) * values for name, values in student.items()}
+                for n, task in enumerate(TASKS)}  # fmt: skip
+    summary = tables.summarise(teachers | {"student": student}, TESTS)
+    assert [summary["oracle"][task]["mean"] for task in TASKS] == approx([0.5, 2, 12, 52])
+    parts = ["0.500 ± 0.289", "1.000 ± 0.000", "4.00 ± 0.58", "13.00 ± 7.51", "0.7000 ± 0.1061"]
+    lines = tables.table({"student": summary["student"]}, {"student": "ours"}).splitlines()
+    assert lines[0] == "| model | GenEval | OCR | DeQA | PickScore | Average |"
+    assert lines[2] == " | ".join(["| student (ours)", *parts]) + " |"
+
+
+@pytest.mark.parametrize("changed", ["", "steps", "number of prompts"])
+def test_the_last_lines_of_a_run(monkeypatch, tmp_path, changed):
+    """Paired with the start; beside recorded rows only if those have the same settings."""
+    recorded = {
+        "grpo_mix": {"average": {"mean": 0.65, "se": 0.08, "n": None}},
+        "oracle": {"ocr": {"mean": 0.9, "se": 0.1, "n": 3 + (changed == "number of prompts")}},
+    }
+    recorded["oracle"]["average"] = {"mean": 0.875, "se": 0.1, "n": None}
+    flags = {"guidance": 1.0, "steps": 16 + (changed == "steps"), "prompts": {"ocr": "file"}}
+    monkeypatch.setattr(scoring, "read_recorded", lambda model: (flags, recorded))
+    scores = {"merged start": four("start"), "student": four("student")}
+    monkeypatch.setattr(scoring, "score_files", lambda *_: (scores, {}))
+    for name in ("sample_missing", "load_adapter", "save_grid", "save_json"):
+        monkeypatch.setattr(scoring, name, lambda *_: None)
+    monkeypatch.setattr(scoring, "next_command", lambda *_: "")
+    args = {"out": tmp_path, "init": "x/merged", "guidance": 1.0, "model": "toy", "size": None}
+    args |= {"eval_steps": 16, "label_batch": 1, "test_prompts": {"ocr": "file"}}
+    scoring.report(SimpleNamespace(**args), SimpleNamespace(transformer=None), {}, TESTS, {})
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    gain = "student - merged start: +0.0833 ± 0.0417 in Average (paired: same prompts, same noise)"
+    error = (0.18 / 16 + 0.08**2) ** 0.5
+    last = [gain, f"student - grpo_mix: +0.0500 ± {error:.4f}", "student / oracle: 80.0%"]
+    if changed:
+        warning = f"The recorded rows have other settings ({changed}): not comparable."
+        assert lines[0] == warning and lines[-1] == gain
+    else:
+        assert lines[-3:] == last and lines[0].startswith("| model ")
+
+
 def test_published_rows_have_the_published_average():
     rows = tables.published()
     for row in rows.values():
         parts = [row[task]["mean"] / scale for task, scale in tables.SCALES.items()]
         assert row["average"]["mean"] == approx(sum(parts) / 4, abs=1e-4)
     assert "| SD3.5-M | 0.63 | 0.59 | 4.07 | 21.64 | 0.7165 |" in tables.table(rows)
+
+
+def test_published_rows_stand_above(monkeypatch, tmp_path):
+    flags = ["--rewards", "toy.scorers", "--published"]
+    lines = evaluate(monkeypatch, tmp_path / "out", *flags, models=["base"])[0].splitlines()
+    assert lines[2].startswith("| SD3.5-M (published) |") and lines[-1].startswith("| base |")
 
 
 LOOK = {"prompt": ["red circle"]}  # there is no scorer of the task's name
