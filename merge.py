@@ -2,18 +2,17 @@
 
     python merge.py                                        # the miniature's teachers -> runs/merged
     python merge.py --adapters A B C --rank 32             # exact mean, cut to rank 32 by SVD
-    python merge.py --adapters A B C --weights 2 1 1 --method ties --rank 32
     python merge.py --adapters runs/opd/adapter --fuse toy --out runs/fused   # base + update
 
 A LoRA changes a layer by dW = scaling B A. Merging averages the teachers' dW:
     mean         sum_i w_i dW_i, exactly a LoRA of summed rank: stack A_i and w_i scaling_i B_i.
-    ties         TIES: keep each dW's largest entries, elect a sign per entry, average what agrees.
-    dare         DARE: drop entries at random, rescale the others, average.
+    ties         TIES (arXiv 2306.01708): keep the share --density of largest entries of each dW; an
+                 entry's sign is that of the weighted sum; average, by weight, those of this sign.
+    dare         DARE (arXiv 2311.03099): keep entries with probability --density, / density; average.
     factor-mean  mean(B) mean(A), as Flow-OPD's public code does; for comparison only. It averages
                  all B_i A_j: each teacher's own product counts 1/n^2, the rest are cross terms.
 
-ties and dare work on the dense dW (peft's merge_utils) and need --rank. Adapters may differ in rank
-and layers: a teacher without a layer counts as zero there.
+ties and dare need --rank. A layer that a teacher lacks is zero; ties averages it over the others.
 """
 
 import argparse
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import support  # noqa: F401  first: it quiets the notices of transformers
 import torch
-from peft.utils.merge_utils import dare_linear, ties
+from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from support.files import check_adapter, check_model, fetch, new_folder
 from support.flags import TASKS, at_least, check_folder, fail, make_parser, reason, within
-from support.lora import read_adapter, save_adapter
+from support.lora import check_layers, read_adapter, save_adapter
 from support.model import check_weights
 
 TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
@@ -60,8 +59,7 @@ def parse_args() -> argparse.Namespace:
         fail(f"--method {args.method} gives a dense matrix: give a rank, for example --rank 32")
     check_folder(args.out)
     held = {file.name for file in Path(args.out).glob("*")}
-    earlier = held & {"adapter_config.json", "config.json"}  # what this script has written
-    if held and not (args.overwrite and earlier):
+    if held and not (args.overwrite and held & {"adapter_config.json", "config.json"}):
         fail(f"--out {args.out} is not empty: choose another, or --overwrite an earlier result")
     return args
 
@@ -79,6 +77,16 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple:
     new_A[: len(root)] = root[:, None] * (V[:rank] @ Qa.T)
     new_B[:, : len(root)] = (Qb @ U[:, :rank]) * root
     return new_A, new_B, energy if S.any() else 1.0
+
+
+def ties(dense: torch.Tensor, w: torch.Tensor, density: float) -> torch.Tensor:
+    """dense (adapters, out, in), weights w (adapters, 1, 1) -> (out, in)."""
+    number = max(int(density * dense[0].numel()), 1)
+    smallest = dense.abs().flatten(1).topk(number).values[:, -1, None, None]  # (adapters, 1, 1)
+    kept = torch.where(dense.abs() >= smallest, dense, 0)
+    elected = (w * kept).sum(0).sign()  # (out, in)
+    w = torch.where(kept.sign() == elected, w, 0) * elected.abs()  # (adapters, out, in)
+    return (w * kept).sum(0) / w.sum(0).clamp(min=1e-12)
 
 
 def merge(
@@ -106,11 +114,12 @@ def merge(
             A = sum(w * A for w, (A, _, _) in zip(weights, parts))
             B = parts[0][2] * sum(w * B for w, (_, B, _) in zip(weights, parts))
         else:
-            dense = [scaling * B @ A for A, B, scaling in parts]  # (out, in) each
-            A, w, how = torch.eye(into), torch.tensor(weights), dare_linear
-            if method == "ties":  # peft divides by the number that agrees: weights relative to 1
-                w, how = w * len(w), ties
-            B = how(dense, w, density)
+            dense = torch.stack([scaling * B @ A for A, B, scaling in parts])  # (adapters, out, in)
+            w, A = torch.tensor(weights).view(-1, 1, 1), torch.eye(into)
+            kept = torch.rand(dense.shape) < density
+            B = (w * dense * kept / density).sum(0)  # dare: its expectation is the method mean
+            if method == "ties":
+                B = ties(dense, w, density)
         if rank:
             A, B, energy = truncate(A, B, rank)
             energies.append(energy)
@@ -120,24 +129,21 @@ def merge(
 
 def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     """Write base + B A as a full transformer, in the base's dtype, summed in float32."""
-    from diffusers import SD3Transformer2DModel  # here: merging itself loads no model
-
     folder = fetch(model, "--fuse", ("model_index.json", "transformer/*"))
     check_model(folder, "--fuse")
     folder = Path(folder, "transformer")
     try:
-        with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
+        usual = [file for file in folder.glob("*.safetensors") if "." not in file.stem]  # no .fp16
+        with safe_open(min(usual), "pt") as file:
             dtype = file.get_tensor(min(file.keys())).dtype
         base = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         check_weights(base)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--fuse {model}: its transformer cannot be loaded ({reason(error)})")
+    check_layers(base, {layer: (A, B, 1.0) for layer, (A, B) in merged.items()}, f"--fuse {model}")
     for layer, (A, B) in merged.items():
-        try:
-            weight = base.get_submodule(layer).weight
-            weight.data = (weight.float() + B @ A).to(dtype)
-        except (AttributeError, RuntimeError):
-            fail(f"--fuse {model}: its transformer has no layer {layer} of this size")
+        weight = base.get_submodule(layer).weight
+        weight.data = (weight.float() + B @ A).to(dtype)
     with new_folder(out) as folder:
         base.save_pretrained(folder)
     print(f"-> {out}\nload it with SD3Transformer2DModel.from_pretrained({str(out)!r})")
@@ -145,13 +151,12 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
 
 def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[float]) -> None:
     """Write the merged adapter and print what the cut to --rank retained."""
-    rank, tensors = max(len(A) for A, _ in merged.values()), {}
-    root = 2**0.5  # a student of scale 2 divides B by 2: then A and B are as large as each other
+    tensors, root = {}, 2**0.5  # a student of scale 2 divides B by 2: so A and B stay balanced
     for layer, (A, B) in merged.items():
-        tensors[f"{layer}.lora_A.weight"] = A / root
-        tensors[f"{layer}.lora_B.weight"] = B * root
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A / root, B * root
     with new_folder(args.out) as folder:
         save_adapter(folder, tensors)
+    rank = max(len(A) for A, _ in merged.values())
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:
         mean = sum(energies) / len(energies)

@@ -169,8 +169,7 @@ class Descent:
         else:
             self.descend(gradients, min(1.0, self.f.grad_norm / (norm + 1e-6)))
         if self.updates % self.f.ema_every == 0:
-            n = self.updates // self.f.ema_every
-            keep = min((1 + n) / (10 + n), self.f.ema_decay)
+            keep = min((1 + self.updates) / (10 + self.updates), self.f.ema_decay)
             for name, p in self.models.named.items():
                 old = self.models.average[name]
                 self.models.average[name] = keep * old + (1 - keep) * p.detach()

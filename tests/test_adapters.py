@@ -1,11 +1,13 @@
 """support/lora.py: reading, switching, and what we save loads everywhere."""
 
 import argparse
+import contextlib
+import json
 import shutil
 
 import pytest
 import torch
-from conftest import predict
+from conftest import call, load, predict
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -33,40 +35,48 @@ def predict_with(transformer, text, name):
 
 
 def save(transformer, folder, name="made"):
-    lora.save_adapter(folder, make(transformer, name), transformer.peft_config[name])
+    lora.save_adapter(folder, make(transformer, name), 12 / 4)
 
 
 def test_what_we_save_loads_in_ours_in_peft_and_in_diffusers(pipe, text, tmp_path):
-    """By outputs: diffusers fails in silence, and without metadata takes alpha = rank."""
+    """By outputs: diffusers fails in silence, and takes alpha = rank where it finds no alpha."""
     save(pipe.transformer, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "pytorch_lora_weights.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")  # alpha was in the header
     expected = predict_with(pipe.transformer, text, "made")
     assert not torch.allclose(expected, predict_with(pipe.transformer, text, None))
     lora.load_adapter(pipe.transformer, "again", tmp_path / "a", "--init")
     assert_close(predict_with(pipe.transformer, text, "again"), expected)
-    stock = StableDiffusion3Pipeline.from_pretrained("toy")
-    stock.load_lora_weights(tmp_path / "a")
-    assert_close(predict(stock.transformer, text), expected)
+    for source in (tmp_path / "a", tmp_path / "bare.safetensors"):
+        stock = StableDiffusion3Pipeline.from_pretrained("toy")
+        stock.load_lora_weights(source)
+        assert_close(predict(stock.transformer, text), expected)
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
     PeftModel.from_pretrained(stock.transformer, tmp_path / "a")  # changes the transformer in place
     assert_close(predict(stock.transformer, text), expected)
 
 
 def test_other_layouts_are_read(pipe, tmp_path, capsys):
-    """diffusers' file alone; the LoRA's name in the keys; fp16 under keys without PEFT's prefix."""
+    """diffusers' file alone; the LoRA's name in the keys; fp16; the prefixes of DDP and compile."""
     save(pipe.transformer, tmp_path / "a")
     tensors = load_file(tmp_path / "a" / FILE)
-    for name in ("named", "half"):
+    bare = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    layouts = {
+        "named": {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()},
+        "half": {key: t.half() for key, t in bare.items()},
+        "compiled": {f"base_model.model._orig_mod.{key}": t for key, t in bare.items()},
+        "ddp": {f"module.transformer.{key}": t for key, t in bare.items()},
+        "blocks": {key.replace(".attn", "._orig_mod.attn"): t for key, t in tensors.items()},
+    }
+    for name, renamed in layouts.items():
         shutil.copytree(tmp_path / "a", tmp_path / name)
-    named = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
-    save_file(named, tmp_path / "named" / FILE)
-    halves = {key.removeprefix("base_model.model."): t.half() for key, t in tensors.items()}
-    save_file(halves, tmp_path / "half" / FILE)
+        save_file(renamed, tmp_path / name / FILE)
     shutil.copytree(
         tmp_path / "a", tmp_path / "diffusers", ignore=shutil.ignore_patterns("adapter*")
     )
     expected = lora.read_adapter(tmp_path / "a", "--init")
-    for name, tolerance in (("diffusers", 0), ("named", 0), ("half", 1e-3)):
-        found = lora.read_adapter(tmp_path / name, "--init")
+    for name in ("diffusers", *layouts):
+        found, tolerance = lora.read_adapter(tmp_path / name, "--init"), 1e-3 * (name == "half")
         assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert capsys.readouterr().err == ""
     for layer in (LAYER, "transformer_blocks.3.attn.add_q_proj"):  # SD3 never reads the second
@@ -93,11 +103,119 @@ def test_what_others_publish_is_read(pipe, text, tmp_path):
     numbers = {"transformer_lora_adapter_metadata": {"r": 32, "lora_alpha": 64}}
     stock.save_lora_weights(tmp_path / "new", tensors, **numbers)
     stock.save_lora_weights(tmp_path / "old", tensors)
-    for name, alpha in (("peft", None), ("new", None), ("old", 64)):
+    stock.transformer.peft_config["default"] = config
+    stock.transformer.save_lora_adapter(tmp_path / "own", adapter_name="default")
+    for name, alpha in (("peft", None), ("new", None), ("own", None), ("old", 64)):
         lora.load_adapter(pipe.transformer, name, tmp_path / name, "--teacher ocr", alpha)
         assert_close(predict_with(pipe.transformer, text, name), expected)
     with pytest.raises(SystemExit):  # without alpha nothing is guessed
         lora.read_adapter(tmp_path / "old", "--teacher ocr")
+
+
+def test_ranks_scalings_and_patterns_are_peft_own(pipe, text, tmp_path):
+    """Layers of other rank and alpha, rank-stabilised or not; and without any alpha: diffusers'."""
+    for stabilised in (False, True):
+        stock = StableDiffusion3Pipeline.from_pretrained("toy")
+        config = LoraConfig(r=4, lora_alpha=6, use_rslora=stabilised)
+        config.target_modules = ["to_q", "attn.to_v", "ff.net.2"]
+        config.rank_pattern = {"to_v": 2, "transformer_blocks.1.attn.to_q": 3}
+        config.alpha_pattern = {"transformer_blocks.1.attn.to_q": 9, "net.2": 1}
+        wrapped = get_peft_model(stock.transformer, config)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        folder, name = tmp_path / str(stabilised), f"stranger_{stabilised}"
+        wrapped.save_pretrained(folder)
+        lora.load_adapter(pipe.transformer, name, folder, "--init")
+        expected = predict(stock.transformer, text)
+        assert_close(predict_with(pipe.transformer, text, name), expected)
+    tensors = load_file(folder / FILE)
+    bare = {key.replace("base_model.model", "transformer"): t for key, t in tensors.items()}
+    (tmp_path / "bare").mkdir()
+    save_file(bare, tmp_path / "bare" / "pytorch_lora_weights.safetensors")
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    stock.load_lora_weights(tmp_path / "bare")
+    lora.load_adapter(pipe.transformer, "bare", tmp_path / "bare", "--teacher ocr", "rank")
+    expected = predict(stock.transformer, text)
+    assert_close(predict_with(pipe.transformer, text, "bare"), expected)
+
+
+# What a config may hold (None: it is read) or the words with which it is refused.
+CONFIGS = [
+    *((f'"init_lora_weights": {init}', None) for init in ("true", "false", "null", '"gaussian"')),
+    *((f'"init_lora_weights": "{init}"', None) for init in ("eva", "orthogonal", "mica")),
+    *(
+        (f'"init_lora_weights": "{init}"', "has changed the base model too")
+        for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
+    ),
+    *((f'"{key}": null', None) for key in ("use_dora", "layer_replication", "of_the_future")),
+    ('"use_dora": true', "use_dora"),
+    ('"lora_bias": true', "lora_bias"),
+    ('"bias": "all"', "bias"),
+    ('"layer_replication": [[0, 2]]', "layer_replication"),
+    ('"megatron_config": {"a": 1}', "megatron_config"),
+    ('"trainable_token_indices": [1]', "trainable_token_indices"),
+    ('"alora_invocation_tokens": [1]', "alora_invocation_tokens"),
+    ('"target_parameters": ["a"]', "target_parameters"),
+    ('"modules_to_save": ["proj_out"]', "modules_to_save"),
+    ('"use_qalora": true', "use_qalora"),
+    ('"peft_type": "LOHA"', "peft_type"),
+    ('"peft_type": "LORA", "bias": "none", "lora_dropout": 0.1, "task_type": "X"', None),
+    ('"of_the_future": {"a": 1}', "of_the_future"),
+]
+
+
+@pytest.mark.parametrize("line, refusal", CONFIGS)
+def test_only_plain_lora_on_the_unchanged_base_is_read(tmp_path, capsys, line, refusal):
+    tensors = {f"{LAYER}.lora_A.weight": torch.ones(2, 128)}
+    save_file(tensors | {f"{LAYER}.lora_B.weight": torch.ones(128, 2)}, tmp_path / FILE)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4, %s}' % line)
+    with contextlib.nullcontext() if refusal is None else pytest.raises(SystemExit):
+        lora.read_adapter(tmp_path, "--init")
+    assert (refusal or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_saves_after_changing_the_base_is_refused(tmp_path, capsys, init):
+    """It means something on the changed base only; in its keys it looks like any other LoRA."""
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["attn.to_q"])
+    get_peft_model(stock.transformer, config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        lora.read_adapter(tmp_path, "--init")
+    assert "path_initial_model_for_weight_conversion" in capsys.readouterr().err
+
+
+STRANGE = {
+    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": "kohya",
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": "not a linear layer of an SD3",
+    "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight": "not a linear layer of an SD3",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "not a linear layer of an SD3",
+    "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "not a linear layer of an",
+    f"{LAYER}.alpha": "unexpected tensor",
+}
+
+
+@pytest.mark.parametrize("key, refusal", STRANGE.items())
+def test_merge_refuses_layers_that_sd3_does_not_have(tmp_path, monkeypatch, capsys, key, refusal):
+    """Without a model at hand, and although other layers of the file fit."""
+    shutil.copytree("toy/adapters/ocr", tmp_path / "ocr")
+    tensors = load_file(tmp_path / "ocr" / FILE)
+    shape = (2, 128) if key.endswith("weight") else ()
+    save_file(tensors | {key: torch.ones(shape)}, tmp_path / "ocr" / FILE)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "merge", "--adapters", "toy/adapters/deqa", tmp_path / "ocr")
+    assert refusal in capsys.readouterr().err
+
+
+def test_a_lora_of_another_model_is_a_notice(tmp_path, capsys):
+    shutil.copytree("toy/adapters/ocr", tmp_path / "ocr")
+    file = tmp_path / "ocr" / "adapter_config.json"
+    for base, notices in (("someone/toy", 0), (None, 0), ("some/other-model", 1)):
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+        file.write_text(json.dumps(config))
+        lora.load_adapter(load().transformer, "ocr", tmp_path / "ocr", "--init")
+        assert capsys.readouterr().out.count("was made for some/other-model") == notices
 
 
 def test_use_switches_and_restores(pipe, text):
@@ -144,12 +262,17 @@ def test_ranks_differ_and_layers_may_be_missing(pipe, text):
 @pytest.mark.parametrize("init", ("base", "toy/adapters/ocr"))
 def test_the_student_starts_as_its_average(pipe, text, init):
     transformer, base = pipe.transformer, predict(pipe.transformer, text)
-    args = argparse.Namespace(init=init, seed=0, rank=4, alpha=8)
+    args = argparse.Namespace(init=init, seed=0, rank=4, alpha=12, model="toy")
     student, average = lora.add_student(transformer, args)
     assert_close(student, average, rtol=0, atol=0)
     trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
     assert len(trained) == len(student) and all(".student." in name for name in trained)
     assert torch.allclose(predict(transformer, text), base) == (init == "base")
+    scaling = transformer.get_submodule(LAYER).scaling["student"]
+    assert scaling == 3  # alpha / rank of the flags, whatever the file has
+    if init != "base":
+        lora.load_adapter(transformer, "start", init, "--init")
+        assert_close(predict(transformer, text), predict_with(transformer, text, "start"))
 
 
 def test_the_anchor_may_be_a_teacher(pipe):

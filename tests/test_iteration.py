@@ -73,7 +73,8 @@ def compare(run, models, log, skip=()):
     differ by 5 % of the way that training moved it."""
     state = load_file(max((run / "checkpoints").glob("step_*")) / "state.safetensors")
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-    state |= {name.replace("base_model.model", "adapter"): t for name, t in adapter.items()}
+    for name, tensor in adapter.items():  # published at scale 1: the student's 2 is inside B
+        state[name.replace("base_model.model", "adapter")] = tensor / (1 + ("lora_B" in name))
     student = {name: p.detach() for name, p in models.named.items()}
     published = models.best or models.average
     wanted = (("student.", student), ("average.", models.average), ("adapter.", published))

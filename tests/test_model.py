@@ -19,7 +19,7 @@ import train_opd
 import train_teacher
 from support import files, lora, model, run
 
-STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}  # flags of add_student
+STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8, "model": "toy"}  # flags of add_student
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
@@ -215,7 +215,7 @@ def test_the_average_against_a_plain_loop(every, decay):
         student["x"][:] = torch.tensor([0.1 * updates, -(updates**0.5)])
         run.update_average(average, student, updates, args)
         if updates % every == 0:
-            d = min((1 + updates // every) / (10 + updates // every), decay)
+            d = min((1 + updates) / (10 + updates), decay)
             new = student["x"].tolist()
             expected = [d * expected[0] + (1 - d) * new[0], d * expected[1] + (1 - d) * new[1]]
         assert_close(average["x"].tolist(), expected, rtol=1e-5, atol=1e-5)
