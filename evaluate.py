@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from rewards.pictures import picture_grid, save_grid
+from rewards.pictures import picture_grid, sample_images, save_grid
 from rewards.scoring import check_prompts, find_missing, find_tests, list_made, load_scorers
 from rewards.scoring import sample_missing, score_files
 from rewards.tables import GENEVAL, most_different, published, summarise, table
@@ -134,9 +134,9 @@ def sample_prompts(args: argparse.Namespace, device: torch.device) -> None:
     # The noise depends on seed and place alone, so it is the same for all models.
     keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
     for name in loras:
-        how = (args.steps, guidance[name], args.batch, args.size)
+        how = (args.steps, guidance[name], args.batch)
         with lora.use(pipe.transformer, loras[name]):
-            columns[name] = model.sample_images(pipe, text, args.prompt, keys, *how)
+            columns[name] = sample_images(pipe, text, args.prompt, keys, *how)
     picture_grid(Path(args.out) / "prompts.png", columns, args.prompt)
     print(f"{len(args.prompt)} prompts x {len(columns)} models -> {args.out}/prompts.png")
 
@@ -152,6 +152,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     dtype = str(model.backbone_dtype(pipe.transformer))
     how = {"base": run.gather(base)[0], "dtype": dtype, "no_t5": args.no_t5, "seed": args.seed}
     how |= {"text_length": args.text_length, "steps": args.steps, "size": args.size}
+    how["time_grid"] = args.time_grid
     marks = {}
     # Contents count and names do not: an adapter that was trained again gets new images.
     for name, path in args.models.items():
@@ -169,7 +170,7 @@ def generate(args: argparse.Namespace, tests: dict, device: torch.device) -> dic
     text = {}
     if missing:
         text = model.embed_prompts(pipe, [tests[task][0][j] for _, task, j, _ in missing], args)
-    how = (args.seed, args.steps, args.batch, args.size)
+    how = (args.seed, args.steps, args.batch)
     sample_missing(pipe, text, loras, guidance, tests, files, missing, *how)
     return files
 

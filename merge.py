@@ -8,7 +8,7 @@ A LoRA changes a layer by dW = scaling B A. Merging averages the teachers' dW:
     mean         sum_i w_i dW_i, exactly a LoRA of summed rank: stack A_i and w_i scaling_i B_i.
     ties         TIES (arXiv 2306.01708): keep the share --density of largest entries of each dW; an
                  entry's sign is that of the weighted sum; average, by weight, those of this sign.
-    dare         DARE (arXiv 2311.03099): keep entries with probability --density, / density; average.
+    dare         DARE (arXiv 2311.03099): keep entries with probability --density, / density; mean.
     factor-mean  mean(B) mean(A), as Flow-OPD's public code does; for comparison only. It averages
                  all B_i A_j: each teacher's own product counts 1/n^2, the rest are cross terms.
 

@@ -27,15 +27,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from losses import OBJECTIVES, kl_of, mar
 from recipes.memory import dry_run
-from rewards.pictures import draw_curves, picture_grid
+from rewards.pictures import draw_curves, picture_grid, sample_images
 from rewards.scoring import load_scorers, report
 from sde import kl_weight, rollout, step
 from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import Pairs, above_0, at_least, finite, lora_alpha, make_parser
-from support.flags import model_flags, positive, run_flags, scale, within
+from support.flags import Pairs, above_0, at_least, lora_alpha, make_parser, model_flags
+from support.flags import positive, run_flags, scale, share, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
     flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=ALPHA", help="or =rank")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=finite, metavar="TASK=SHARE", help="of the prompts (equal)")
+    flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the prompts (equal)")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")
     flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or default MODEL/adapters/deqa")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 2. Rollout (no gradient): the student samples with its SDE, up to the last trained step.
         generators = [run.generator(args.seed, "rollout", iteration, i) for i in samples]
-        noise = model.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
         policy = lambda x, t: backbone.predict("student", x, t, prompt)
         visited = grid[: trained[-1] + 2]
         path = rollout(policy, noise, visited, args.noise, args.noise_kind, generators)
@@ -247,9 +247,9 @@ def main(args: argparse.Namespace) -> None:
         # 6. Samples: the averaged student, always on the same prompts and noise.
         if rank == 0 and metrics.is_due(iteration, args.sample_every, args.iterations):
             keys = [(args.seed, "sample", words) for words in shown]
-            how = (args.eval_steps, args.student_guidance, args.label_batch, args.size)
+            how = (args.eval_steps, args.student_guidance, args.label_batch)
             with lora.use(pipe.transformer, "average"):
-                images = model.sample_images(pipe, text, shown, keys, *how)
+                images = sample_images(pipe, text, shown, keys, *how)
             file = Path(args.out, "samples", f"{iteration + 1:05d}.png")
             picture_grid(file, {"student": images}, shown)
 

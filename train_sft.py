@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 from losses import flow_matching
-from rewards.pictures import draw_curves
+from rewards.pictures import draw_curves, sample_latents
 from rewards.scoring import load_scorers, report
 from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
-from support.flags import Pairs, above_0, at_least, finite, lora_alpha, make_parser
-from support.flags import model_flags, positive, run_flags, scale, within
+from support.flags import Pairs, above_0, at_least, lora_alpha, make_parser, model_flags
+from support.flags import positive, run_flags, scale, share, within
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
     flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=ALPHA", help="or =rank")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=finite, metavar="TASK=SHARE", help="of the images (equal)")
+    flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the images (equal)")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
     flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         x0 = latents[index].to(device)  # (b, C, H, W)
 
         # 2. States: points on the straight line from data (t = 0) to noise (t = 1).
-        noise = model.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
         t = torch.stack([torch.rand(1, 1, 1, generator=own) for own in generators]).to(device)
         x = (1 - t) * x0 + t * noise  # (b, C, H, W), t (b, 1, 1, 1)
 
@@ -143,10 +143,9 @@ def sample_teachers(args, pipe, text, slots, file: Path) -> torch.Tensor:
         for task in args.teacher:
             numbers = [i for i in run.share(len(slots), rank, world) if slots[i][0] == task]
             prompts, keys = [slots[i][1] for i in numbers], [(args.seed, "sft", i) for i in numbers]
-            scale = args.teacher_guidance.get(task, args.guidance)
-            how = (args.eval_steps, scale, args.label_batch, args.size)
+            how = (args.eval_steps, args.teacher_guidance.get(task, args.guidance), args.label_batch)
             with lora.use(pipe.transformer, f"teacher_{task}"):
-                latents = model.sample_latents(pipe, text, prompts, keys, *how)
+                latents = sample_latents(pipe, text, prompts, keys, *how)
             own |= dict(zip(numbers, latents.cpu()))
         latents = {i: x for part in run.gather(own) for i, x in part.items()}
         if rank == 0:

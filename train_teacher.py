@@ -24,15 +24,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from losses import group_advantage, grpo
 from rewards.monitors import colour_entropy, diversity, edge_density
-from rewards.pictures import draw_curves, picture_grid
+from rewards.pictures import decode, draw_curves, picture_grid, sample_images
 from rewards.scoring import make_reward, next_command, reward_log
 from sde import kl_weight, log_prob, rollout, step
 from support import lora, metrics, model, run
 from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
-from support.flags import Pairs, above_0, at_least, finite, make_parser
-from support.flags import model_flags, positive, run_flags, scale, within
+from support.flags import Pairs, above_0, at_least, fail, make_parser, model_flags, positive
+from support.flags import run_flags, scale, share, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",
@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
     named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
-    flag("--reward", **named, kind=finite, bare="1", metavar="NAME[=WEIGHT]", help="a weighted sum")
-    flag("--mix", **named, kind=finite, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
+    flag("--reward", **named, kind=above_0, bare="1", metavar="NAME[=WEIGHT]", help="or their sum")
+    flag("--mix", **named, kind=share, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in rewards of --mix")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="skip: no update")
     flag("--tasks", nargs="+", help="whose prompts to use; default: named like the reward")
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     flag("--alpha", type=above_0, default=32, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
-    flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
+    flag("--group_size", type=at_least(2), default=16, help="samples per prompt, G (paper: 24)")
     flag("--steps", type=at_least(2), default=6, help="steps of a rollout, T (10 in the paper)")
     flag("--noise", type=within(0), default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
@@ -85,7 +85,18 @@ def parse_args() -> argparse.Namespace:
     flag("--eval_steps", type=positive, default=16, help="ODE steps of a test (40 in the paper)")
     flag("--final", choices=("last", "best"), default="last", help="best = by test reward")
     run_flags(flag)
-    return check_teacher(parser.parse_args())
+    args = parser.parse_args()
+    if bool(args.reward) == bool(args.mix):
+        fail("give --reward NAME (a teacher) or --mix TASK=SHARE ... (GRPO-Mix), one of the two")
+    args.tasks = list(args.mix) or args.tasks or list(args.reward)[:1]
+    name = "teacher_" + "_".join(args.reward) if args.reward else "grpo_mix"
+    args.out = args.out or f"runs/{name}"
+    last = args.steps - 1  # after it there is no noise: it has no density
+    args.window_end = args.window_end or last
+    if not args.window <= args.window_end <= last:
+        fail("--window must be at most --window_end, and --window_end below --steps")
+    args.eligible_steps, args.trained_steps = list(range(last)), args.window or last
+    return check_teacher(args)
 
 
 def draw_window(args: argparse.Namespace, iteration: int) -> torch.Tensor:
@@ -143,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 2. Rollout (no gradient): the student samples with its SDE, to the end: images are scored.
         generators = [run.generator(args.seed, "rollout", iteration, i) for i in samples]
-        noise = model.initial_noise(pipe, generators, args.size)  # (b, C, H, W)
+        noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
         policy = lambda x, t: backbone.predict("student", x, t, prompt)
         window = trained.tolist() if args.window else None  # the other steps get no noise
         path = rollout(policy, noise, grid, args.noise, args.noise_kind, generators, window)
@@ -152,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         watch.lap("rollout")
 
         # 3. Rewards (no gradient): every process scores its own images, all share the numbers.
-        images = model.decode(pipe.vae, path.x[-1], args.label_batch)  # (b, 3, H, W)
+        images = decode(pipe.vae, path.x[-1], args.label_batch)  # (b, 3, H, W)
         rewards = torch.cat(run.gather(reward_of(images, slots)))  # (B,) in 0..1
         advantage = torch.zeros(B)
         of_slot = [task for task, *_ in schedule[iteration]]
@@ -228,9 +239,9 @@ def test(args, pipe, text, tests, reward_of, iterations) -> dict[str, float]:
     for task, (prompts, metadata) in tests.items():
         own = run.share(len(prompts), rank, world)
         words, keys = [prompts[i] for i in own], [(args.seed, "test", task, i) for i in own]
-        how = (args.eval_steps, args.guidance, args.label_batch, args.size)
+        how = (args.eval_steps, args.guidance, args.label_batch)
         with lora.use(pipe.transformer, "average"):
-            images = model.sample_images(pipe, text, words, keys, *how)
+            images = sample_images(pipe, text, words, keys, *how)
         rewards = reward_of(images, [(task, prompts[i], metadata[i]) for i in own])
         log[f"test/{task}"] = torch.cat(run.gather(rewards)).mean().item()
         if rank == 0:

@@ -44,6 +44,7 @@ import losses
 import sde
 import train_opd
 from experiments.sd35m import save_pipeline
+from rewards.pictures import decode
 from support import lora, model
 from support.flags import TASKS, make_parser, model_flags
 from support.metrics import read_log
@@ -139,10 +140,10 @@ class AsPublished:
         """(text, path) of one batch, and its images scored: nothing uses the scores."""
         text = self.encode(prompts)
         generators = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
-        noise = model.initial_noise(self.pipe, generators, self.args.size)
+        noise = model.initial_noise(self.pipe, generators)
         policy = lambda x, t: self.velocity(self.student, x, t, text)
         path = sde.rollout(policy, noise, self.grid, NOISE, "flow", generators)
-        images = model.decode(self.pipe.vae, path.x[-1])
+        images = decode(self.pipe.vae, path.x[-1])
         if self.args.arch == "toy":
             REWARDS[task](images, prompts)
         return text, path
@@ -197,7 +198,7 @@ def on_a_gpu(flags, guidance, folder, device):
         parameter.requires_grad_(True)
     text = model.embed_prompts(pipe, ["red circle"], args)
     backbone = model.Backbone(pipe.transformer, text, {"fifth": guidance}, 1)
-    x = model.initial_noise(pipe, [torch.Generator()], args.size)
+    x = model.initial_noise(pipe, [torch.Generator()])
     with FlopCounterMode(display=False) as counter:
         backbone.velocity("fifth", x, 0.5, torch.tensor([1])).mean().backward()
     return counter.get_total_flops(), fifth

@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from losses import OBJECTIVES, group_advantage, grpo, kl_of, opd_kl
+from rewards.pictures import decode
 from rewards.scoring import make_reward
 from sde import log_prob, rollout, step
 from support import lora, model
@@ -214,7 +215,7 @@ def grpo_gradient(world, student, task, images, key):
     parameters, total, rewards = world.parameters(student), 0, []
     groups = [world.sample_group(student, task, (*key, n)) for n in range(images // G)]
     for path, prompts in groups:
-        pictures = model.decode(world.pipe.vae, path.x[-1])
+        pictures = decode(world.pipe.vae, path.x[-1])
         rewards.append(world.reward_of(pictures, [(task, prompt, {}) for prompt in prompts]))
     rewards = torch.cat(rewards)
     advantages = group_advantage(rewards, torch.arange(len(rewards)) // G).split(G)

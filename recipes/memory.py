@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from support.files import check_model, fetch
 from support.lora import use
-from support.model import ENCODERS, backbone_dtype, check_size, precision, velocity
+from support.model import ENCODERS, backbone_dtype, precision, set_size, velocity
 from support.run import print_batch, rank_and_world, start_processes, stop_processes
 
 
@@ -95,7 +95,7 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict[str, int], d
         text_encoders = torch.nn.ModuleList()
         for part, kind in encoders.items():
             text_encoders.append(kind(kind.config_class.from_pretrained(f"{folder}/{part}")))
-    check_size(args.size, transformer, vae)
+    set_size(transformer, vae, args.size)
     torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()  # diffusers' own .to warns
     bare = size_of(transformer)
     student, *_ = load_loras(args, transformer)
@@ -107,8 +107,6 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict[str, int], d
     if not args.no_t5:
         t5_tokens = min(t5_tokens, about("tokenizer_3")["model_max_length"])
     side = transformer.config.sample_size
-    if args.size:
-        side = args.size // 2 ** (len(vae.config.block_out_channels) - 1)
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
     latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32

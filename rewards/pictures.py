@@ -1,4 +1,4 @@
-"""What people look at: files of single images, grids of them, curves of a run."""
+"""Images: sampled, decoded, in files, in grids; and the curves of a run."""
 
 import math
 import os
@@ -7,13 +7,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
+from sde import rollout
 from support.files import prompt_files, read_prompts
 from support.flags import fail, one_line
 from support.metrics import read_log
-from support.run import rank_and_world
+from support.model import initial_noise, time_grid, velocity
+from support.run import chunks, generator, rank_and_world
+
+
+@torch.no_grad()
+def decode(vae: torch.nn.Module, latents: Tensor, batch: int = 128) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], on the CPU."""
+    if not len(latents):
+        return torch.empty(0, 3, 1, 1)
+    vae, config, images = vae.to(latents.device), vae.config, []
+    for part in latents.split(batch):
+        scaled = part / config.scaling_factor + (config.shift_factor or 0)
+        images.append(vae.decode(scaled.to(vae.dtype)).sample.float().cpu())
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: StableDiffusion3Pipeline, text: dict, prompts: Sequence[str], keys: Sequence[tuple],
+    steps: int, guidance: float, batch: int = 128,
+) -> Tensor:  # fmt: skip
+    """ODE samples of the active LoRA: (B, C, H, W). keys[i] seeds the noise of sample i."""
+    grid, samples = time_grid(pipe, steps), [initial_noise(pipe, [])]
+    for numbers in chunks(torch.arange(len(prompts)), batch):
+        rows = torch.tensor([text["rows"][prompts[i]] for i in numbers])
+        noise = initial_noise(pipe, [generator(*keys[i]) for i in numbers])
+        v = lambda x, t, rows=rows: velocity(pipe.transformer, x, t, text, rows, guidance)
+        samples.append(rollout(v, noise, grid, a=0.0).x[-1])
+    return torch.cat(samples)
+
+
+def sample_images(
+    pipe, text, prompts, keys, steps, guidance, batch: int = 128
+) -> Tensor:
+    """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
+    latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch)
+    return decode(pipe.vae, latents, batch)
 
 
 def as_picture(image: torch.Tensor) -> Image.Image:

@@ -19,6 +19,7 @@ from rewards.pictures import (
     find_images,
     is_kept,
     read_pictures,
+    sample_images,
     save_grid,
     save_picture,
 )
@@ -26,7 +27,6 @@ from rewards.tables import average, compare, summarise, table
 from support.files import read_json, read_prompts, save_json
 from support.flags import TASKS, fail, one_line, reason
 from support.lora import load_adapter, use
-from support.model import sample_images
 from support.run import gather, rank_and_world, share
 
 
@@ -245,8 +245,8 @@ def sample_missing(
 ) -> None:
     """Generate the missing images. loras {model: LoRA or None}, guidance {model: scale}.
 
-    how: seed, ODE steps, batch, size. Number j of a task has the same noise for every model."""
-    seed, steps, batch, size = how
+    how: seed, ODE steps, batch. Number j of a task has the same noise for every model."""
+    seed, steps, batch = how
     bar = tqdm(total=len(missing), desc="generating", unit="image", disable=rank_and_world()[0] > 0)
     for name in loras:
         own = [image for image in missing if image[0] == name]
@@ -256,7 +256,7 @@ def sample_missing(
             keys = [(seed, "evaluate", task, j) for _, task, j, _ in part]
             scale = guidance[name]
             with use(pipe.transformer, loras[name]):
-                images = sample_images(pipe, text, prompts, keys, steps, scale, batch, size)
+                images = sample_images(pipe, text, prompts, keys, steps, scale, batch)
             for (_, task, j, mark), image in zip(part, images):
                 save_picture(files[name][task][j], image, mark)
             bar.update(len(part))
@@ -298,7 +298,7 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
     with tempfile.TemporaryDirectory(dir=run) as own:
         folder = Path(gather(own)[0])  # rank 0's: its grid shows images of all processes
         files, missing = find_missing(folder, tests, {name: {} for name in loras})
-        how = (0, args.eval_steps, args.label_batch, args.size)
+        how = (0, args.eval_steps, args.label_batch)
         sample_missing(pipe, text, loras, guidance, tests, files, missing, *how)
         scores, failed = score_files(files, tests, scorers, args.label_batch)
         if rank > 0:
@@ -352,6 +352,7 @@ def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str
     words = ["python", "evaluate.py"]
     given = vars(args) | {"steps": args.eval_steps}
     defaults = {"model": "toy", "dtype": None, "text_length": 128, "size": None, "steps": 16}
+    defaults["time_grid"] = "double"
     defaults |= {"guidance": 1.0, "rewards": "toy", "reward_device": None}
     for name, default in defaults.items():
         if given[name] != default:

@@ -17,7 +17,6 @@ def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
             if task not in args.teacher:
                 fail(f"--{name}: task {task!r} has no teacher; add --teacher {task}=DIR")
     args.task_mix = args.task_mix or dict.fromkeys(args.teacher, 1)
-    check_shares(args.task_mix, "--task_mix")
     for task, path in args.teacher.items():
         if task not in args.task_mix:
             fail(f"--teacher {task}: --task_mix has no share for it; add one or drop the teacher")
@@ -67,16 +66,6 @@ def check_objective(args: argparse.Namespace) -> None:
 def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
     """For train_teacher.py. Afterwards every file that a flag names is there."""
     check_model(args.model)
-    if bool(args.reward) == bool(args.mix):
-        fail("give --reward NAME (a teacher) or --mix TASK=SHARE ... (GRPO-Mix), one of the two")
-    if args.mix:
-        check_shares(args.mix, "--mix")
-        args.tasks, out = list(args.mix), "runs/grpo_mix"
-    else:
-        if min(args.reward.values()) <= 0:
-            fail("--reward: weights must be above 0; to lower a reward, write its negative scorer")
-        args.tasks = args.tasks or list(args.reward)[:1]
-        out = "runs/teacher_" + "_".join(args.reward)
     for task in args.tasks:
         if task not in (*TASKS, *args.prompts):
             known = f"{', '.join(TASKS)}, or any task with --prompts {task}=FILE"
@@ -86,16 +75,8 @@ def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
     check_prompt_files(args, args.tasks)
     if args.final == "best" and not args.eval_every:
         fail("--final best needs test rewards: give --eval_every")
-    if args.group_size < 2:
-        fail("--group_size must be at least 2: a sample is compared with its group's mean")
     check_samples(args)
-    last = args.steps - 1
-    args.window_end = args.window_end or last
-    if not args.window <= args.window_end <= last:
-        fail("--window must be at most --window_end, and --window_end below --steps")
-    args.eligible_steps, args.trained_steps = list(range(last)), args.window or last
     check_start(args.init, "--init")
-    args.out = args.out or out
     check_out(args)
     return args
 
@@ -111,12 +92,6 @@ def check_prompt_files(args: argparse.Namespace, tasks: list[str]) -> None:
 def check_start(path: str, flag: str) -> None:
     if path != "base":
         check_adapter(path, flag)
-
-
-def check_shares(shares: dict[str, float], flag: str) -> None:
-    for share in shares.values():
-        if not 1 <= share <= 1000 or share % 1:
-            fail(f"{flag}: shares are whole numbers from 1 to 1000")
 
 
 def check_samples(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support.files import ADAPTER, TEXT, fetch, new_folder, read_json, save_json, sha256
-from support.flags import fail, launcher
+from support.flags import fail
 from support.lora import save_adapter
 from support.metrics import cut_log, read_log
 from support.run import gather, rank_and_world
@@ -94,8 +94,6 @@ def lock_run(run: Path) -> TextIO:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"--out {run}: another process is writing into this run; wait, or choose another")
-    lock.truncate(0)
-    print(launcher(), end="", file=lock, flush=True)
     return lock
 
 

@@ -14,7 +14,7 @@ import torch
 from losses import log_ratio_of
 from sde import kl_weight, rollout, step
 from support.flags import fail
-from support.model import Backbone, backbone_dtype, initial_noise
+from support.model import Backbone, initial_noise
 from support.run import generator, rank_and_world
 
 
@@ -31,24 +31,13 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     if free < needed:
         fail(f"--out {args.out}: {free:.2f} GB free, checkpoints take {needed:.2f}; lower --keep")
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
-
-    # Step: without noise, sde.step equals the step of the pipeline's own scheduler.
-    pipe.scheduler.set_timesteps(len(grid) - 1)
-    x, v = torch.randn(2, 1, 4, 8, 8, generator=generator("check"))
-    gap, name = 0.0, type(pipe.scheduler).__name__
-    for i, timestep in enumerate(pipe.scheduler.timesteps):
-        expected = pipe.scheduler.step(v, timestep, x, return_dict=False)[0]
-        mean, _ = step(x, v, grid[i], grid[i + 1], 0.0, grid[1])
-        gap = max(gap, (mean - expected).abs().max().item())
-    if not gap < 1e-5:
-        fail(f"--model {pipe.name_or_path}: {name}'s step is not the Euler step (off by {gap:.1e})")
-    report(True, f"step: with noise 0 it equals {name}'s within {gap:.0e}")
+    report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 
     # Ratio: 1 before the first update, up to the rounding of another batch size. Where that
     # rounding reaches the clip range, PPO clips noise. The rows: two samples of the student, at the
     # first and at the last step that may be trained.
     prompt = torch.tensor([text["rows"][prompts[0]], text["rows"][prompts[-1]]])
-    noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)], args.size)
+    noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)])
     backbone = Backbone(pipe.transformer, text, guidance, batch=4)
     policy = lambda x, t: backbone.predict("student", x, t, prompt)
     path = rollout(policy, noise, grid, args.noise, args.noise_kind)
@@ -80,14 +69,6 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     kl = [(weight * (v[a] - v[b]) ** 2).mean().item() for a, b in pairs]
     smallest, a, b = min((value, *pair) for value, pair in zip(kl, pairs))
     report(smallest > 0, f"teachers: the closest two are {a} and {b}, KL {smallest:.1e}")
-
-    # Labels: they must not depend on the batch.
-    alone = Backbone(pipe.transformer, text, guidance, batch=1)
-    v_alone = alone.predict(teachers[0], x, t, prompt_of)
-    gap = ((v_alone - v[teachers[0]]).abs().max() / v_alone.abs().max()).item()
-    allowed = 1e-4 if backbone_dtype(pipe.transformer) == torch.float32 else 5e-2
-    line = f"labels: alone and in a batch they agree within {gap:.0e} of the largest velocity"
-    report(gap < allowed, f"{line} (allowed: {allowed:.0e})")
 
 
 def report(passed: bool, line: str) -> None:

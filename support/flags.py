@@ -2,11 +2,9 @@
 
 import argparse
 import contextlib
-import difflib
 import math
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +15,7 @@ TASKS = ("geneval", "ocr", "deqa", "pickscore")
 
 def one_line(text: object) -> str:
     """Escape newlines, control and format characters for printing."""
-    characters = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)]
-    return "".join(characters)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def fail(message: str) -> NoReturn:
@@ -41,12 +38,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and with files of flags, in which # starts a comment."""
 
     def error(self, message: str) -> NoReturn:
-        if typed := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            flags = re.findall(r"--\w+", self.format_usage())
-            near = [flag for flag in flags if flag.startswith(typed[1])]
-            near += difflib.get_close_matches(typed[1], flags, 1)
-            message += "".join(f"; did you mean {flag}?" for flag in near[:1])
-        fail(message)
+        fail(f"{message} (see --help)")
 
     def format_help(self) -> str:
         return re.sub(r"\s+\(default:\s+(None|False|{})\)", "", super().format_help())
@@ -67,37 +59,35 @@ def make_parser(doc: str | None) -> Parser:
     return Parser(description=doc, **how)
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """argparse type: a whole number from `low`, of at most 18 digits (it fits into 64 bits)."""
+def at_least(low: int, high: int = 10**18) -> Callable[[str], int]:
+    """argparse type: a whole number from `low` to `high`, which fits into 64 bits."""
 
     def whole(text):
-        if not text.isdecimal() or len(text) > 18 or int(text) < low:
-            wanted = f"a whole number of at least {low} and at most 18 digits"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        if not text.isdecimal() or len(text) > 19 or not low <= int(text) <= high:
+            limits = f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
         return int(text)
 
     return whole
 
 
-positive = at_least(1)
+positive, share = at_least(1), at_least(1, 1000)
 
 
 def within(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """argparse type: a finite number from `low` to `high`."""
+    """argparse type: a number from `low` to `high`."""
 
     def number(text):
         with contextlib.suppress(ValueError):
             value = float(text)
             if low <= value <= high and math.isfinite(value):
                 return value
-        limits = f" from {low:g} to {high:g}" if low > -math.inf else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number{limits}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
 
     return number
 
 
-finite, above_0 = within(-math.inf), within(1e-9)
-scale = within(1)  # of guidance
+above_0, scale = within(1e-9), within(1)  # scale: of guidance
 
 
 def lora_alpha(text: str) -> float | str:
@@ -139,6 +129,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--no_t5", action="store_true", help="no third text encoder (9.5 GB in SD3.5)")
     flag("--text_length", type=positive, default=128, help="T5 tokens per prompt")
     flag("--cache_embeddings", metavar="DIR", help="keep text embeddings in this folder")
+    grids = {"choices": ("double", "single"), "default": "double"}
+    flag("--time_grid", **grids, help="SD3's times shifted twice, as diffusers does, or once")
     flag("--size", type=positive, help="image side in pixels; default the model's own")
 
 
@@ -155,7 +147,7 @@ def run_flags(flag: Callable) -> None:
     flag("--save_every", type=positive, default=20, help="iterations between checkpoints")
     flag("--keep", type=positive, default=2, help="number of newest checkpoints to keep")
     flag("--max_bad_steps", type=positive, default=10, help="stop after so many NaN updates")
-    flag("--resume", action="store_true", help="continue from the newest checkpoint")
+    flag("--resume", action="store_true", help="continue a run if there is one")
     flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
 
@@ -165,33 +157,20 @@ def check_folder(out: str | Path) -> None:
         existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     except OSError as error:  # for example, the name is too long
         fail(f"--out {out}: {error.strerror}; choose another folder")
-    if not existing.is_dir():
-        fail(f"--out {out}: {existing} is a file; choose a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        fail(f"--out {out}: no permission to write into {existing}")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fail(f"--out {out}: {existing} is no folder to write into; choose another")
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """--out is new, empty, or a run to --resume or --overwrite. A run that torchrun restarts
-    (--max-restarts) is resumed."""
+    """--out is new, empty, or a run to --resume or --overwrite."""
     if int(os.environ.get("RANK", 0)):  # rank 0 checks for all
         return
     out = Path(args.out)
     check_folder(out)
-    is_run, lock = (out / "args.json").exists(), out / "lock"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if restarted and lock.exists() and lock.read_text() == launcher():  # our own earlier attempt
-        args.overwrite, args.resume = False, is_run
+    is_run = (out / "args.json").exists()
     if args.resume and args.overwrite:
         fail("--resume and --overwrite: choose one")
-    if args.resume and not is_run:
-        fail(f"--resume: there is no run in {out}")
     if is_run and not (args.resume or args.overwrite):
         fail(f"--out {out} already holds a run: --resume it, --overwrite it, or choose another")
-    if not is_run and out.exists() and any(path != lock for path in out.iterdir()):
+    if not is_run and out.exists() and any(path.name != "lock" for path in out.iterdir()):
         fail(f"--out {out} is not empty and not a run: choose another folder")
-
-
-def launcher() -> str:
-    """Names what started this process. The same for a process that torchrun has restarted."""
-    return f"{socket.gethostname()} {os.getppid()}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,10 @@ from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from sde import rollout
 from support.files import PIPELINE, TEXT, check_model, fetch, sha256
 from support.flags import fail, reason
 from support.lora import use
-from support.run import chunks, generator
+from support.run import chunks
 
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity_error()  # our own errors are one line; theirs would stand around it
@@ -57,7 +57,9 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
         check_weights(pipe.vae)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--model {args.model}: cannot be loaded as Stable Diffusion 3 ({reason(error)})")
-    check_size(args.size, pipe.transformer, pipe.vae)
+    set_size(pipe.transformer, pipe.vae, args.size)
+    pipe.time_grid, counts = args.time_grid, pipe.scheduler.config.num_train_timesteps
+    pipe.transformer.register_to_config(num_train_timesteps=counts)
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
     if args.checkpointing:
@@ -72,12 +74,16 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     return pipe
 
 
-def check_size(size: int | None, transformer: torch.nn.Module, vae: torch.nn.Module) -> None:
-    """--size, in pixels, is a whole number of the transformer's patches."""
-    unit = 2 ** (len(vae.config.block_out_channels) - 1) * transformer.config.patch_size
+def set_size(transformer: torch.nn.Module, vae: torch.nn.Module, size: int | None) -> None:
+    """Images get --size pixels, a whole number of the transformer's patches; None: as they are."""
+    if size is None:
+        return
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent
+    unit = pixels * transformer.config.patch_size
     largest = unit * transformer.config.pos_embed_max_size
-    if size and (size % unit or size > largest):
+    if size % unit or size > largest:
         fail(f"--size {size}: this model makes multiples of {unit} pixels, up to {largest}")
+    transformer.register_to_config(sample_size=size // pixels)
 
 
 def check_weights(module: torch.nn.Module) -> None:
@@ -182,8 +188,9 @@ def velocity(
     embeds = text["embeds"][rows].to(device, dtype, non_blocking=True)  # (B, L, E)
     pooled = text["pooled"][rows].to(device, dtype, non_blocking=True)  # (B, E')
     mixed = dtype != torch.float32  # a float32 LoRA on a bf16 backbone multiplies in bf16
+    timestep = transformer.config.get("num_train_timesteps", 1000) * t  # as its scheduler counts
     with torch.autocast(device.type, dtype, enabled=mixed):
-        (v,) = transformer(x.to(dtype), embeds, pooled, timestep=1000 * t, return_dict=False)
+        (v,) = transformer(x.to(dtype), embeds, pooled, timestep=timestep, return_dict=False)
     v = v.float()
     if guidance == 1:
         return v
@@ -215,53 +222,28 @@ class Backbone:
 
 
 def time_grid(pipe: StableDiffusion3Pipeline, steps: int) -> list[float]:
-    """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0."""
-    pipe.scheduler.set_timesteps(steps)
+    """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0.
+
+    diffusers shifts SD3's times twice (its issue 13243), and so do most projects ("double"); others
+    shift once ("single"). Dynamic shifting depends on the number of patches, as in its pipeline."""
+    how, config = {"num_inference_steps": steps}, pipe.scheduler.config
+    if pipe.time_grid == "single":
+        how = {"sigmas": [1 - i / steps for i in range(steps)]}
+    if config.use_dynamic_shifting:
+        patches = (pipe.transformer.config.sample_size // pipe.transformer.config.patch_size) ** 2
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        how["mu"] = calculate_shift(patches, *(config[name] for name in names))
+    pipe.scheduler.set_timesteps(**how)
     return [float(sigma) for sigma in pipe.scheduler.sigmas]
 
 
 def initial_noise(
-    pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator], size: int | None = None
+    pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Normal noise, one (C, H, W) per generator: (B, C, H, W). size: pixels, or the model's."""
+    """Normal noise, one (C, H, W) per generator: (B, C, H, W)."""
     config, device = pipe.transformer.config, pipe.transformer.device
-    side = size // pipe.vae_scale_factor if size else config.sample_size
+    side = config.sample_size
     noise = torch.empty(len(generators), config.in_channels, side, side)
     for sample, own in zip(noise, generators):
         sample.normal_(generator=own)
     return noise.to(device)
-
-
-@torch.no_grad()
-def decode(vae: torch.nn.Module, latents: Tensor, batch: int = 128) -> Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], on the CPU."""
-    if not len(latents):
-        return torch.empty(0, 3, 1, 1)
-    vae, config, images = vae.to(latents.device), vae.config, []
-    for part in latents.split(batch):
-        scaled = part / config.scaling_factor + config.shift_factor
-        images.append(vae.decode(scaled.to(vae.dtype)).sample.float().cpu())
-    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def sample_latents(
-    pipe: StableDiffusion3Pipeline, text: dict, prompts: Sequence[str], keys: Sequence[tuple],
-    steps: int, guidance: float, batch: int = 128, size: int | None = None,
-) -> Tensor:  # fmt: skip
-    """ODE samples of the active LoRA: (B, C, H, W). keys[i] seeds the noise of sample i."""
-    grid, samples = time_grid(pipe, steps), [initial_noise(pipe, [], size)]
-    for numbers in chunks(torch.arange(len(prompts)), batch):
-        rows = torch.tensor([text["rows"][prompts[i]] for i in numbers])
-        noise = initial_noise(pipe, [generator(*keys[i]) for i in numbers], size)
-        v = lambda x, t, rows=rows: velocity(pipe.transformer, x, t, text, rows, guidance)
-        samples.append(rollout(v, noise, grid, a=0.0).x[-1])
-    return torch.cat(samples)
-
-
-def sample_images(
-    pipe, text, prompts, keys, steps, guidance, batch: int = 128, size: int | None = None
-) -> Tensor:
-    """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
-    latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch, size)
-    return decode(pipe.vae, latents, batch)

@@ -190,7 +190,7 @@ STRANGE = {
     "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": "kohya",
     "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": "not a linear layer of an SD3",
     "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight": "not a linear layer of an SD3",
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "not a linear layer of an SD3",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "not a linear layer of an",
     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "not a linear layer of an",
     f"{LAYER}.alpha": "unexpected tensor",
 }

@@ -15,6 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 import evaluate
 import merge
 import train_teacher
+from rewards.pictures import sample_images
 from support import model
 from support.files import read_prompts
 from support.run import generator
@@ -253,7 +254,7 @@ def test_we_sample_like_stock_diffusers(guidance):
     args = model_args()
     pipe = model.load_pipeline(args, torch.device("cpu"))
     text = model.embed_prompts(pipe, prompts, args)
-    images = model.sample_images(pipe, text, prompts, keys, steps=8, guidance=guidance)
+    images = sample_images(pipe, text, prompts, keys, steps=8, guidance=guidance)
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
     stock.set_progress_bar_config(disable=True)
     noise = torch.stack([torch.randn(8, 8, 8, generator=generator(*key)) for key in keys])
