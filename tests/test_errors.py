@@ -43,7 +43,7 @@ SHORT = {  # words in the table for several flags
 TABLE = {}
 TABLE["train_opd"] = r"""
     --itertions 5 | unrecognized arguments: --itertions 5; did you mean --iterations?
-    @itself.args | @itself.args: a file of flags cannot name another
+    @itself.args | must not name itself
     @not_utf8.args | UTF-8
     --micro_batch 9999999999999999999 | at most 18 digits
     --ema_decay 3 | '3' is not a finite number from 0 to 1
@@ -119,7 +119,7 @@ TABLE["merge"] = """
     --adapters good bad/zero | all-zero
     --adapters good bad/negative | alpha -4
     --adapters good bad/pattern | alpha_pattern must be
-    --adapters good bad/expression | faulty expression
+    --adapters good bad/expression | is an expression
     --adapters good bad/pickle | a .bin can run code
     --adapters good nowhere | not an adapter
     --adapters good bad/shape | of different models
@@ -151,10 +151,10 @@ TABLE["evaluate"] = r"""
     --rewards rewards --tasks geneval | "tag"
     --reward_device zebra --tasks ocr | --reward_device zebra
     HUB some/model | gated; accept its licence | hub_gated
-    HUB some/model@v9 | no revision 'v9' of some/model | hub_revision
-    HUB some/model | neither a folder nor a model | hub_missing
+    HUB some/model@v9 | some/model@v9: neither a folder nor on the hub | hub_revision
+    HUB some/model | neither a folder nor on the hub | hub_missing
     HUB some/model | try `hf download some/model` | hub_offline
-    HUB some--/model | neither a folder nor a model | hub_name
+    HUB some--/model | neither a folder nor on the hub | hub_name
     --models base --scores_only pictures | --scores_only
     --scores_only nowhere | nowhere
     --scores_only models | no folder models/geneval
@@ -210,7 +210,7 @@ def make_adapters(place):
     adapter(bad / "silent", config=None)
     adapter(bad / "negative", '{"lora_alpha": -4}')
     adapter(bad / "pattern", '{"lora_alpha": 4, "alpha_pattern": ["to_q"]}')
-    adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(to_q": 4}}')
+    adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(x+)+y": 4}}')
     adapter(bad / "layer", layer="nowhere")
     adapter(bad / "shape", A=ones(2, 99))
     adapter(bad / "bytes")

@@ -79,7 +79,6 @@ def test_opd_lowers_the_kl(monkeypatch, tmp_path):
     call(monkeypatch, "train_opd", *words.split())
     log = metrics(tmp_path / "run")
     total = lambda line: sum(value for name, value in line.items() if name.startswith("kl/"))
-    print([round(total(line), 4) for line in log])
     assert total(log[-1]) < 0.8 * total(log[0])
 
 
@@ -199,7 +198,10 @@ def test_two_processes_give_the_curve_of_one(two, monkeypatch, tmp_path, script)
     """Their shares are unequal, scores depend on the prompt, one test prompt is for one process."""
     call(monkeypatch, script, *TWO[script].split(), "--out", tmp_path)
     run = two[0] / script
-    assert_close(weights(run), weights(tmp_path), rtol=1e-4, atol=1e-5)
+    assert weights(run).keys() == weights(tmp_path).keys()
+    for name, weight in weights(run).items():  # a step of Adam is 1e-4
+        distance = (weight - weights(tmp_path)[name]).square().mean().sqrt()
+        assert distance < 2e-6, name
     own = ("seconds", "ratio_gap", "clip_fraction", "monitor/diversity")  # of one process
     for line, expected in zip(metrics(run), metrics(tmp_path), strict=True):
         for name in expected:
@@ -317,7 +319,7 @@ def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path):
         file = tmp_path / name / name
         file.parent.mkdir()
         file.write_text(text + "\n", encoding="utf-8")
-        given = [f"geneval={file.parent}"]
+        given = {"geneval": str(file.parent)}
         assert prompt_files(given, ["geneval"], split, "toy") == {"geneval": str(file)}
         assert read_prompts(file) == ([line["prompt"]], [metadata])
         with pytest.raises(SystemExit):
