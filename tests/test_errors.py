@@ -53,9 +53,14 @@ TABLE["train_opd"] = r"""
     --train_steps 9 | there are 6 steps
     --train_steps soon | expected first, all
     --train_steps all --noise_kind cps | last cps step
+    --noise 1.1 --noise_kind cps | --noise is at most 1
     --objective trajectory --train_steps random:1 | looks ahead
     LORA ocr=bad/silent | give --teacher_alpha
-    LORA ocr=bad/layer | nowhere is not a linear layer
+    LORA ocr=bad/layer | nowhere is not a linear layer of an SD3 transformer
+    LORA ocr=bad/block | transformer_blocks.9.attn.to_q is not a linear layer of the model
+    LORA ocr=bad/kohya | kohya's format
+    LORA ocr=bad/pissa | init_lora_weights 'pissa' has changed the base
+    LORA ocr=bad/dora | use_dora True in its config
     LORA ocr=bad/shape | bad/shape: layer transformer_blocks.0.attn.to_q is
     --teacher ocr | NAME=VALUE
     --teacher ../x=good --prompts ../x=good.txt --test_prompts ../x=good.txt | letters, digits
@@ -133,7 +138,7 @@ TABLE["merge"] = """
     TWO --out file | file is a file
     TWO --out blocked | File exists
     --adapters good --fuse models/cut | transformer cannot be loaded
-    --adapters bad/layer --fuse toy | nowhere
+    --adapters bad/block --fuse toy | no layer transformer_blocks.9.attn.to_q
 """
 TABLE["evaluate"] = r"""
     --model nowhere | nowhere
@@ -211,7 +216,11 @@ def make_adapters(place):
     adapter(bad / "negative", '{"lora_alpha": -4}')
     adapter(bad / "pattern", '{"lora_alpha": 4, "alpha_pattern": ["to_q"]}')
     adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(x+)+y": 4}}')
+    adapter(bad / "pissa", '{"lora_alpha": 4, "init_lora_weights": "pissa"}')
+    adapter(bad / "dora", '{"lora_alpha": 4, "use_dora": true}')
+    adapter(bad / "kohya", lora_unet_x=ones(2, 2))
     adapter(bad / "layer", layer="nowhere")
+    adapter(bad / "block", layer=LAYER.replace("0", "9"))
     adapter(bad / "shape", A=ones(2, 99))
     adapter(bad / "bytes")
     (bad / "bytes/adapter_model.safetensors").write_bytes(b"garbage" * 10)

@@ -19,7 +19,8 @@ import train_opd
 import train_teacher
 from support import files, lora, model, run
 
-STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8, "model": "toy"}  # flags of add_student
+# The flags of add_student.
+STUDENT = {"model": "toy", "init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
