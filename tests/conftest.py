@@ -80,6 +80,13 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def raises(message, call, *given, **named):
+    """`call` fails with a ValueError of one line that holds `message`, a regular expression."""
+    with pytest.raises(ValueError, match=message) as error:
+        call(*given, **named)
+    assert "\n" not in str(error.value)
+
+
 # ---- Running scripts, and reading what they leave
 
 

@@ -43,7 +43,7 @@ SHORT = {  # words in the table for several flags
 TABLE = {}
 TABLE["train_opd"] = r"""
     --itertions 5 | unrecognized arguments: --itertions 5; did you mean --iterations?
-    @itself.args | @itself.args: a file of flags cannot name another
+    @itself.args | must not name itself
     @not_utf8.args | UTF-8
     --micro_batch 9999999999999999999 | at most 18 digits
     --ema_decay 3 | '3' is not a finite number from 0 to 1
@@ -53,9 +53,14 @@ TABLE["train_opd"] = r"""
     --train_steps 9 | there are 6 steps
     --train_steps soon | expected first, all
     --train_steps all --noise_kind cps | last cps step
+    --noise 1.1 --noise_kind cps | --noise is at most 1
     --objective trajectory --train_steps random:1 | looks ahead
     LORA ocr=bad/silent | give --teacher_alpha
-    LORA ocr=bad/layer | nowhere is not a linear layer
+    LORA ocr=bad/layer | nowhere is not a linear layer of an SD3 transformer
+    LORA ocr=bad/block | transformer_blocks.9.attn.to_q is not a linear layer of the model
+    LORA ocr=bad/kohya | kohya's format
+    LORA ocr=bad/pissa | init_lora_weights 'pissa' has changed the base
+    LORA ocr=bad/dora | use_dora True in its config
     LORA ocr=bad/shape | bad/shape: layer transformer_blocks.0.attn.to_q is
     --teacher ocr | NAME=VALUE
     --teacher ../x=good --prompts ../x=good.txt --test_prompts ../x=good.txt | letters, digits
@@ -119,7 +124,7 @@ TABLE["merge"] = """
     --adapters good bad/zero | all-zero
     --adapters good bad/negative | alpha -4
     --adapters good bad/pattern | alpha_pattern must be
-    --adapters good bad/expression | faulty expression
+    --adapters good bad/expression | is an expression
     --adapters good bad/pickle | a .bin can run code
     --adapters good nowhere | not an adapter
     --adapters good bad/shape | of different models
@@ -133,7 +138,7 @@ TABLE["merge"] = """
     TWO --out file | file is a file
     TWO --out blocked | File exists
     --adapters good --fuse models/cut | transformer cannot be loaded
-    --adapters bad/layer --fuse toy | nowhere
+    --adapters bad/block --fuse toy | no layer transformer_blocks.9.attn.to_q
 """
 TABLE["evaluate"] = r"""
     --model nowhere | nowhere
@@ -151,10 +156,10 @@ TABLE["evaluate"] = r"""
     --rewards rewards --tasks geneval | "tag"
     --reward_device zebra --tasks ocr | --reward_device zebra
     HUB some/model | gated; accept its licence | hub_gated
-    HUB some/model@v9 | no revision 'v9' of some/model | hub_revision
-    HUB some/model | neither a folder nor a model | hub_missing
+    HUB some/model@v9 | some/model@v9: neither a folder nor on the hub | hub_revision
+    HUB some/model | neither a folder nor on the hub | hub_missing
     HUB some/model | try `hf download some/model` | hub_offline
-    HUB some--/model | neither a folder nor a model | hub_name
+    HUB some--/model | neither a folder nor on the hub | hub_name
     --models base --scores_only pictures | --scores_only
     --scores_only nowhere | nowhere
     --scores_only models | no folder models/geneval
@@ -210,8 +215,12 @@ def make_adapters(place):
     adapter(bad / "silent", config=None)
     adapter(bad / "negative", '{"lora_alpha": -4}')
     adapter(bad / "pattern", '{"lora_alpha": 4, "alpha_pattern": ["to_q"]}')
-    adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(to_q": 4}}')
+    adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(x+)+y": 4}}')
+    adapter(bad / "pissa", '{"lora_alpha": 4, "init_lora_weights": "pissa"}')
+    adapter(bad / "dora", '{"lora_alpha": 4, "use_dora": true}')
+    adapter(bad / "kohya", lora_unet_x=ones(2, 2))
     adapter(bad / "layer", layer="nowhere")
+    adapter(bad / "block", layer=LAYER.replace("0", "9"))
     adapter(bad / "shape", A=ones(2, 99))
     adapter(bad / "bytes")
     (bad / "bytes/adapter_model.safetensors").write_bytes(b"garbage" * 10)

@@ -185,6 +185,8 @@ def test_the_script_on_files(monkeypatch, tmp_path, capsys):
     call(monkeypatch, "merge", *flags, tmp_path / "cut", *cut)
     merged = read_adapter(tmp_path / "cut", "--adapters")
     assert {(len(A), scaling) for A, _, scaling in merged.values()} == {(2, 1)}
+    for A, B, _ in merged.values():  # a student of scale 2 divides B by it
+        assert_close(svdvals(B) / 2, svdvals(A), **CLOSE)
     kept = []
     for name, whole in dense_mean(adapters, [3.0, 1.0]).items():
         U, S, V = torch.linalg.svd(whole)

@@ -20,7 +20,7 @@ import train_teacher
 from support import files, lora, model, run
 
 # The flags of add_student.
-STUDENT = {"init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8, "model": "toy"}
+STUDENT = {"model": "toy", "init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}
 
 
 def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):

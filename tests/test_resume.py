@@ -25,7 +25,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROMPTS, ROOT, call, model_args, process_ends, weights
-from peft import LoraConfig
 
 from support import checkpoint, checks, lora, model
 from support import run as run_module
@@ -45,6 +44,7 @@ def stand_in(out, files, bad=(), pause=0.0, fails=(), **flags):
     the rank and the iteration of an error."""
     args = argparse.Namespace(out=str(out), resume=False, overwrite=False, iterations=5, keep=2)
     args.save_every, args.max_bad_steps, args.lr, args.micro_batch = 1, 2, 0.1, 8
+    args.rank = args.alpha = 100
     args.mix, args.init, args.anchor, args.final = {"a": 1}, f"{files}/init", "base", "best"
     args.teacher = {task: f"{files}/teacher_{task}" for task in ("ocr", "deqa")}
     args.prompts = {task: f"{files}/{task}.txt" for task in ("ocr", "deqa")}
@@ -54,8 +54,7 @@ def stand_in(out, files, bad=(), pause=0.0, fails=(), **flags):
     names = [f"transformer_blocks.0.attn.to_q.lora_{half}.weight" for half in "AB"]
     student = {name: torch.nn.Parameter(torch.ones(100, 100)) for name in names}
     average = {name: torch.nn.Parameter(torch.ones(100, 100)) for name in names}
-    transformer = SimpleNamespace(peft_config={"student": LoraConfig(r=100)})
-    pipe = SimpleNamespace(transformer=transformer, name_or_path=f"{files}/model")
+    pipe = SimpleNamespace(name_or_path=f"{files}/model")
     optimizer = torch.optim.AdamW(student.values(), lr=args.lr, fused=True)
     start, saver = checkpoint.begin_run(args, pipe, student, average, optimizer)
     bad_updates = 0

@@ -9,12 +9,12 @@ import json
 import math
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, raises
 from PIL import Image
 from test_rewards import MEAN, STD, as_pixels, save_clip
 from torch.testing import assert_close
@@ -24,8 +24,6 @@ from rewards import geneval, geneval_convert, geneval_detector, geneval_prompts
 from rewards import geneval_rules as rules
 from rewards.geneval import GenEval
 from rewards.images import as_pictures
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- The rules. Every expected value was worked out by hand from the definitions.
 
@@ -132,8 +130,7 @@ def test_summary():
     numbers = rules.summary(results)
     assert numbers.pop("tasks") == {"counting": 0.75, "colors": 0.0, "position": 1.0}
     assert numbers == pytest.approx(expected)
-    with pytest.raises(ValueError, match="no results"):
-        rules.summary([])
+    raises("no results", rules.summary, [])
     names = rules.CLASSES
     assert len(set(names)) == 80 and names[0] == "person" and names[79] == "toothbrush"
     assert names[64:67] == ("computer mouse", "tv remote", "computer keyboard")  # not COCO's
@@ -162,9 +159,8 @@ BAD_METADATA = [
 @pytest.mark.parametrize("metadata, message", BAD_METADATA)
 def test_bad_metadata(metadata, message):
     scorer = GenEval(weights="nowhere", clip="nowhere")  # metadata is read before loading
-    with pytest.raises(ValueError, match=f"metadata 1.*{message}") as error:
-        scorer(torch.rand(2, 3, 8, 8), ["p"] * 2, [CAT, metadata])
-    assert "\n" not in str(error.value)
+    images = torch.rand(2, 3, 8, 8)
+    raises(f"metadata 1.*{message}", scorer, images, ["p"] * 2, [CAT, metadata])
 
 
 # ---- The detector's pre- and post-processing (mmdet 2.x)
@@ -574,8 +570,7 @@ MMDET3 = ("transformer_decoder.layers.0.cross_attn.attn.in_proj_bias",
 def test_convert_refuses(change, message):
     state = random_checkpoint() | change
     state = {key: tensor for key, tensor in state.items() if tensor is not None}
-    with pytest.raises(ValueError, match=message):
-        geneval_convert.convert(state, tiny_config())
+    raises(message, geneval_convert.convert, state, tiny_config())
 
 
 def convert_command(*args):
@@ -757,11 +752,9 @@ def test_clip_pixels_crops_where_torchvision_does():
 
 
 def test_lengths_must_agree():
-    for lines, message in ((3, "2 prompts and 3 lines"), (2, "3 images and 2 lines")):
-        with pytest.raises(ValueError, match=message):
-            GenEval()(noise(3), ["p"] * 2, [CAT] * lines)
-    with pytest.raises(ValueError, match="mode 'strict'"):
-        GenEval(mode="strict")
+    raises("2 prompts and 3 lines", GenEval(), noise(3), ["p"] * 2, [CAT] * 3)
+    raises("3 images and 2 lines", GenEval(), noise(3), ["p"] * 2, [CAT] * 2)
+    raises("mode 'strict'", GenEval, mode="strict")
     scorer = GenEval(weights="nowhere", clip="nowhere")  # nothing is loaded for nothing
     assert scorer(torch.empty(0, 3, 64, 64), [], []).shape == scorer([], [], []).shape == (0,)
 
@@ -777,26 +770,22 @@ def test_networks_run_in_float32_and_nan_gives_no_score(weights):
     assert seen == [torch.float32] * 2
     for layer, message in ((clip.visual_projection, "CLIP's output"), (head, "detector's output")):
         torch.nn.init.constant_(layer.weight, math.nan)
-        with pytest.raises(ValueError, match=f"{message} is not finite"):
-            scorer(noise(4), ["p"] * 4, metadata)
+        raises(f"{message} is not finite", scorer, noise(4), ["p"] * 4, metadata)
 
 
 def test_missing_and_other_weights_are_refused(weights, tmp_path):
     fetch = r"curl .*743b7d99\.pth .*geneval_convert .*743b7d99\.pth --out"
-    with pytest.raises(ValueError, match=fetch):
-        GenEval(weights=tmp_path / "none", clip=weights["clip"]).load()
-    with pytest.raises(ValueError, match="hf download openai/clip-vit-large-patch14"):
-        GenEval(weights=weights["weights"], clip=tmp_path / "none").load()
+    raises(fetch, GenEval(weights=tmp_path / "none", clip=weights["clip"]).load)
+    no_clip = GenEval(weights=weights["weights"], clip=tmp_path / "none")
+    raises("hf download openai/clip-vit-large-patch14", no_clip.load)
     CLIPModel.from_pretrained(weights["clip"]).save_pretrained(tmp_path / "clip")
     CLIPTokenizer().save_pretrained(tmp_path / "clip")  # what an incomplete download gives
-    with pytest.raises(ValueError, match="differ in vocabulary.*hf download"):
-        GenEval(weights=weights["weights"], clip=tmp_path / "clip").load()
+    half_clip = GenEval(weights=weights["weights"], clip=tmp_path / "clip")
+    raises("differ in vocabulary.*hf download", half_clip.load)
     save_tiny(tmp_path, digest="f" * 64)
-    with pytest.raises(ValueError, match="another model than GenEval"):
-        geneval_detector.load_detector(tmp_path, "cpu")
+    raises("another model than GenEval", geneval_detector.load_detector, tmp_path, "cpu")
     (tmp_path / "model.safetensors").write_bytes(b"nothing like it")
-    with pytest.raises(ValueError, match="cannot be read"):
-        geneval_detector.load_detector(tmp_path, "cpu")
+    raises("cannot be read", geneval_detector.load_detector, tmp_path, "cpu")
 
 
 # ---- Training prompts
@@ -811,6 +800,8 @@ def test_training_prompts():
     for tag, n in weight.items():
         p = n / 17
         assert abs(tags[tag] - 3000 * p) < 5 * math.sqrt(3000 * p * (1 - p)), tag
+
+
 def text_of(line):
     """The prompt that the metadata asks for, composed again."""
     first, second = (line["include"] * 2)[:2]
@@ -862,8 +853,7 @@ def test_prompt_file(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         geneval_prompts.main(args)
     assert not out.exists() and "is not JSON lines" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="at least 1"):
-        geneval_prompts.training_prompts(0, [])
+    raises("at least 1", geneval_prompts.training_prompts, 0, [])
 
 
 # ---- With the real weights

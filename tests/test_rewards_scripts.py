@@ -1,7 +1,5 @@
 """The real scorers through evaluate.py and train_teacher.py, from sampling to the table: with tiny
-random weights, the miniature as the model, and prompt files as GenEval and Flow-GRPO have them.
-
-"""
+random weights, the miniature as the model, and prompt files as GenEval and Flow-GRPO have them."""
 
 import ast
 import json
@@ -11,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 from PIL import Image
 from test_rewards import clip_folder, deqa_folder, detector_folder, reader_folder  # noqa: F401
 from test_rewards_geneval import tiny_files, weights  # noqa: F401
 
 from rewards import deqa, geneval, geneval_detector, geneval_rules, ocr, pickscore, scoring
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
 TEACHER = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 1 --eval_every 0".split()
 CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}

@@ -45,20 +45,16 @@ def printed(script, monkeypatch, *flags):
 # ---- Stage 3
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--objective ppo-scalar --dtype bf16 --checkpointing --no_t5 --text_length 8",
-        "--objective ppo-published --init base --rank 4 --mar_weight 0 --anchor nowhere",
-    ],
-)
-def test_opd_trains_without_scorer_and_vae(monkeypatch, tmp_path, flags):
+def test_opd_trains_without_scorer_and_vae(monkeypatch, tmp_path):
+    """The objectives and most other flags are in test_iteration.py."""
+
     def refuse(*_):
         raise AssertionError("the training path decoded an image")
 
     monkeypatch.setattr(model, "decode", refuse)
-    words = [*OPD, *flags.split(), "--rewards", "no_such_module"]
-    call(monkeypatch, "train_opd", *words, "--out", tmp_path / "run")
+    flags = "--dtype bf16 --checkpointing --no_t5 --text_length 8 --rewards no_such_module"
+    flags += " --init base --rank 4 --mar_weight 0 --anchor nowhere"
+    call(monkeypatch, "train_opd", *OPD, *flags.split(), "--out", tmp_path / "run")
     log = metrics(tmp_path / "run")
     assert [line["iteration"] for line in log] == [0, 1]
     for line in log:
@@ -79,7 +75,6 @@ def test_opd_lowers_the_kl(monkeypatch, tmp_path):
     call(monkeypatch, "train_opd", *words.split())
     log = metrics(tmp_path / "run")
     total = lambda line: sum(value for name, value in line.items() if name.startswith("kl/"))
-    print([round(total(line), 4) for line in log])
     assert total(log[-1]) < 0.8 * total(log[0])
 
 
@@ -145,19 +140,6 @@ def test_the_next_command_runs_as_printed(monkeypatch, tmp_path, script):
 
 # ---- Two processes
 
-# Runs several scripts one after another in the same processes, each with a process group of its
-# own: what torchrun starts imports everything once.
-IN_TURN = """
-import json, os, runpy, sys
-sys.path.insert(0, ".")
-for number, words in enumerate(json.load(open(sys.argv[1])), 1):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # keys of its own in the store
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-"""
-# Nine samples, a batch of five and five prompts to evaluate: unequal shares of two processes.
-UNEQUAL = "--prompts_per_iteration 3 --group_size 3 --updates 3 --steps 3 --iterations 2"
-UNEQUAL += " --eval_steps 2 --lr 1e-4"
 ONLY_HERE = """
 import os, toy
 
@@ -170,56 +152,16 @@ def deqa(images, prompts, metadata=None):
 deqa.calls, deqa.range = 0, (1, 5)
 REWARDS = {"deqa": deqa}
 """
-TWO = {
-    "train_opd": f"{UNEQUAL} --eval_prompts 0 --sample_every 0",
-    "train_teacher": f"{UNEQUAL} --reward ocr=0.5 deqa=0.5 --eval_prompts 1 --eval_every 2",
-    "train_sft": f"{' '.join(SFT)} --batch 5 --lr 1e-4",
-    "evaluate": "--tasks ocr geneval --num_prompts 5 --steps 2",
-}
-DROPPED = [*GRPO, *"--iterations 3 --rewards only_here --on_reward_error skip".split()]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """(a folder with the runs of two processes, what they printed)."""
-    place = tmp_path_factory.mktemp("two")
-    (place / "in_turn.py").write_text(IN_TURN)
-    (place / "only_here.py").write_text(ONLY_HERE)
-    jobs = [["train_teacher.py", *DROPPED, "--out", f"{place}/dropped"]]
-    for script, flags in TWO.items():
-        jobs.append([f"{script}.py", *flags.split(), "--out", f"{place}/{script}"])
-    (place / "jobs.json").write_text(json.dumps(jobs))
-    done = shell(place / "in_turn.py", place / "jobs.json", processes=2)
-    assert done.returncode == 0, done.stderr
-    return place, done.stderr
-
-
-@pytest.mark.parametrize("script", ["train_opd", "train_teacher", "train_sft"])
-def test_two_processes_give_the_curve_of_one(two, monkeypatch, tmp_path, script):
-    """Their shares are unequal, scores depend on the prompt, one test prompt is for one process."""
-    call(monkeypatch, script, *TWO[script].split(), "--out", tmp_path)
-    run = two[0] / script
-    assert_close(weights(run), weights(tmp_path), rtol=1e-4, atol=1e-5)
-    own = ("seconds", "ratio_gap", "clip_fraction", "monitor/diversity")  # of one process
-    for line, expected in zip(metrics(run), metrics(tmp_path), strict=True):
-        for name in expected:
-            if not name.startswith(own):
-                assert line[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
-
-
-def test_two_processes_give_the_table_of_one(two, monkeypatch, tmp_path):
-    call(monkeypatch, "evaluate", *TWO["evaluate"].split(), "--out", tmp_path)
-    run = two[0] / "evaluate"
-    assert (run / "table.md").read_text() == (tmp_path / "table.md").read_text()
-    pictures = [sorted(p.name for p in place.rglob("*.png")) for place in (run, tmp_path)]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 2 * 5 + 1  # and the grid
-
-
-def test_a_batch_that_one_process_cannot_score_is_dropped_by_both(two):
-    place, stderr = two
-    assert "only here" in stderr
-    log = metrics(place / "dropped")
-    assert [line.get("skipped_updates", 0) for line in log] == [0, 2, 0]
+@pytest.mark.slow
+def test_a_batch_that_one_process_cannot_score_is_dropped_by_both(monkeypatch, tmp_path):
+    (tmp_path / "only_here.py").write_text(ONLY_HERE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = [*GRPO, *"--iterations 3 --rewards only_here --on_reward_error skip".split()]
+    done = shell("train_teacher.py", *words, "--out", tmp_path / "run", processes=2)
+    assert done.returncode == 0 and "only here" in done.stderr, done.stderr
+    assert [line.get("skipped_updates", 0) for line in metrics(tmp_path / "run")] == [0, 2, 0]
 
 
 @pytest.mark.slow
@@ -317,7 +259,7 @@ def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path):
         file = tmp_path / name / name
         file.parent.mkdir()
         file.write_text(text + "\n", encoding="utf-8")
-        given = [f"geneval={file.parent}"]
+        given = {"geneval": str(file.parent)}
         assert prompt_files(given, ["geneval"], split, "toy") == {"geneval": str(file)}
         assert read_prompts(file) == ([line["prompt"]], [metadata])
         with pytest.raises(SystemExit):
