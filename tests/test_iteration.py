@@ -98,6 +98,10 @@ TWO_TASKS = {"tasks": ("ocr", "deqa")}
 SHORT = SMALL | {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
 DECAY = {"lr": 1.0, "grad_norm": 1e-10}  # AdamW's epsilon and weight decay outweigh such gradients
 OPD = {  # flags of the reference and of the script, and flags of the script alone
+    **{
+        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
+        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
+    },
     "ppo": (
         SMALL
         | {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2}
@@ -126,10 +130,6 @@ OPD = {  # flags of the reference and of the script, and flags of the script alo
         [],
     ),
     "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),
-    **{
-        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
-        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
-    },
     "trajectory": (SMALL | TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, []),
 }
 
