@@ -5,6 +5,7 @@ LoRAs, every equation is written out anew. test_iteration.py compares the script
 """
 
 import hashlib
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,11 +145,32 @@ def log_density(x, mean, std):
     return -((x - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-def clipped(ratio, reward, clip):
+def clipped(log_ratio, reward, clip):
     """PPO's objective, to be maximised, and its two numbers for the log."""
-    low = torch.minimum(ratio * reward, ratio.clamp(1 - clip, 1 + clip) * reward)
+    ratio = log_ratio.exp()
+    low = torch.minimum(ratio * reward, ratio.clamp(1 - clip, 1 + clip) * reward).mean()
     gap = (ratio - 1).abs().detach()
-    return low, gap.mean().item(), (gap > clip).float().mean().item()
+    outside = (gap > clip).float().mean().item()
+    return low, {"ratio_gap": gap.mean().item(), "clip_fraction": outside}
+
+
+def visit(models, f, grid, key, prompt, noisy, last, guidance):
+    """All that the student's SDE visits: a row per step up to `last`."""
+    own, rows = generator(*key), []
+    x = torch.randn(models.shape, generator=own)
+    for j in range(last + 1):
+        t, t_next = grid[j], grid[j + 1]
+        how = (f.noise, grid[1], f.noise_kind) if j in noisy else (0.0, grid[1], "flow")
+        with torch.no_grad():
+            v = models.velocity("student", x, t, prompt, guidance)
+        mean, std = policy(x, v, t, t_next, *how)
+        x_next = mean
+        if std > 0:
+            x_next = mean + std * torch.randn(models.shape, generator=own)
+        row = {"x": x, "x_next": x_next, "old": mean, "std": std, "how": (t, t_next, *how)}
+        rows.append(SimpleNamespace(**row, j=j, t=t, prompt=prompt))
+        x = x_next
+    return rows
 
 
 class Descent:
@@ -216,126 +238,99 @@ def read(task, split="train"):
     return (TOY / "prompts" / f"{task}_{split}.txt").read_text().split("\n")[:-1]
 
 
-def opd(**flags):
-    """train_opd.py: (student, average, log)."""
+def begin(flags, teachers, anchor="base"):
+    """Flags, models, what descends, and (task, prompt) of all slots."""
     f = SimpleNamespace(
-        objective="ppo", mar_weight=0.02, clip_range=0.2, prompts_per_iteration=4, group_size=2,
-        steps=4, trained=None, random_steps=0, noise=0.7, noise_kind="flow", guidance=1.0,
-        student_guidance=None, teacher_guidance={}, task_mix={}, iterations=2, updates=2, lr=1e-3,
-        grad_norm=1.0, ema_decay=0.9, ema_every=1, seed=0, anchor="deqa", init="merged", skip=(),
-        tasks=("geneval", "ocr", "deqa", "pickscore"),
+        noise=0.7, noise_kind="flow", guidance=1.0, teacher_guidance={}, task_mix={}, lr=1e-3,
+        grad_norm=1.0, ema_decay=0.9, ema_every=1, seed=0, init="merged", skip=(), updates=2,
+        tasks=("geneval", "ocr", "deqa", "pickscore"), mix=None,
     )  # fmt: skip
     f.__dict__.update(flags)
-    student_guidance = f.guidance if f.student_guidance is None else f.student_guidance
-    adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks}
-    if f.anchor != "base":
-        adapters["anchor"] = TOY / "adapters" / f.anchor
+    if f.mix:
+        f.tasks, f.task_mix = list(f.mix), f.mix
+    adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks if teachers}
+    if anchor != "base":
+        adapters["anchor"] = TOY / "adapters" / anchor
     models = Models(adapters, TOY / "adapters" / f.init)
-    descent, grid, log = Descent(models, f), models.grid(f.steps), []
     shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
     prompts = {task: read(task) for task in f.tasks}
-    slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
-    B = f.prompts_per_iteration * f.group_size
+    return f, models, Descent(models, f), schedule(
+        prompts, shares, f.seed, f.prompts_per_iteration, f.iterations
+    )
+
+
+def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student_guidance=None,
+        trained=None, random_steps=0, **flags):  # fmt: skip
+    """train_opd.py: (models, log)."""
+    f, models, descent, slots = begin(flags, True, anchor)
+    guidance = f.guidance if student_guidance is None else student_guidance
+    grid, log, eligible = models.grid(f.steps), [], trained or list(range(f.steps - 1))
     for iteration in range(f.iterations):
-        eligible = list(range(f.steps - 1)) if f.trained is None else f.trained
         trained = eligible
-        if f.random_steps:
+        if random_steps:
             own = generator(f.seed, "steps", iteration)
             order = torch.randperm(len(eligible), generator=own).tolist()
-            trained = sorted(eligible[j] for j in order[: f.random_steps])
-        rows = {}  # (sample, step): all that was visited and labelled
-        for i in range(B):
+            trained = sorted(eligible[j] for j in order[:random_steps])
+        rows = []  # all that was visited and labelled
+        for i in range(f.prompts_per_iteration * f.group_size):
             task, prompt = slots[iteration][i // f.group_size]
-            own = generator(f.seed, "rollout", iteration, i)
-            x = torch.randn(models.shape, generator=own)
-            for j in range(max(trained) + 1):
-                t, t_next = grid[j], grid[j + 1]
+            key, last = (f.seed, "rollout", iteration, i), max(trained)
+            later = 0.0  # the KL of later trained steps
+            visited = visit(models, f, grid, key, prompt, range(f.steps), last, guidance)
+            for row in [row for row in visited if row.j in trained][::-1]:
+                scale = f.teacher_guidance.get(task, f.guidance)
                 with torch.no_grad():
-                    v = models.velocity("student", x, t, prompt, student_guidance)
-                    mean, std = policy(x, v, t, t_next, f.noise, grid[1], f.noise_kind)
-                    x_next = mean
-                    if std > 0:
-                        x_next = mean + std * torch.randn(models.shape, generator=own)
-                    if j in trained:
-                        scale = f.teacher_guidance.get(task, f.guidance)
-                        label = models.velocity(f"t_{task}", x, t, prompt, scale)
-                        to, _ = policy(x, label, t, t_next, f.noise, grid[1], f.noise_kind)
-                        anchor = None if f.anchor == "base" else "anchor"
-                        v_anchor = models.velocity(anchor, x, t, prompt, f.guidance)
-                        one, _ = policy(0.0, 1.0, t, t_next, f.noise, grid[1], f.noise_kind)
-                        width = std or 1.0  # without noise: half the squared distance
-                        rows[i, j] = SimpleNamespace(
-                            task=task, prompt=prompt, t=t, t_next=t_next, x=x, x_next=x_next,
-                            old=mean, to=to, std=std, v_anchor=v_anchor, w=one**2 / (2 * width**2),
-                            kl=((mean - to) ** 2).mean().item() / (2 * width**2),
-                        )  # fmt: skip
-                x = x_next
-        line = {"iteration": iteration}
-        for task in f.tasks:
-            of_task = [row.kl for row in rows.values() if row.task == task]
-            if of_task:
-                line[f"kl/{task}"] = sum(of_task) / len(of_task)
-        means = {}
+                    v = models.velocity(f"t_{task}", row.x, row.t, prompt, scale)
+                    lora = None if anchor == "base" else "anchor"
+                    row.v_anchor = models.velocity(lora, row.x, row.t, prompt, f.guidance)
+                row.task, row.i, row.later = task, i, later
+                row.to = policy(row.x, v, *row.how)[0]
+                width = row.std or 1.0  # without noise: half the squared distance
+                row.kl = ((row.old - row.to) ** 2).mean().item() / (2 * width**2)
+                row.w = policy(0.0, 1.0, *row.how)[0] ** 2 / (2 * width**2)
+                later += row.kl
+                rows.append(row)
+        line, means = {"iteration": iteration}, {}
+        for task in {row.task for row in rows}:
+            of_task = [row.kl for row in rows if row.task == task]
+            line[f"kl/{task}"] = sum(of_task) / len(of_task)
         for update in range(f.updates):
-            own = [key for key in rows if key[0] % f.updates == update]
-            per_task = {}
-            for i, j in own:
-                row = rows[i, j]
-                v = models.velocity("student", row.x, row.t, row.prompt, student_guidance)
-                mean, std = policy(row.x, v, row.t, row.t_next, f.noise, grid[1], f.noise_kind)
-                values = {}
-                if f.objective == "ppo":
-                    log_old = log_density(row.x_next, row.old, std)
-                    ratio = (log_density(row.x_next, mean, std) - log_old).exp()
-                    reward = log_density(row.x_next, row.to, std) - log_old
-                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
-                        ratio, reward, f.clip_range
+            own, per_task = [row for row in rows if row.i % f.updates == update], {}
+            for row in own:
+                v, values = models.velocity("student", row.x, row.t, row.prompt, guidance), {}
+                mean, std = policy(row.x, v, *row.how)[0], row.std or 1.0
+                D, loss = mean.numel(), ((mean - row.to) ** 2).mean() / (2 * std**2)
+                if objective not in ("kl", "ode"):
+                    per = torch.as_tensor if objective == "ppo" else torch.mean  # or per image
+                    log_new, log_old, log_to = (
+                        per(log_density(row.x_next, m, std)) for m in (mean, row.old, row.to)
                     )
-                    loss = -low.mean()
-                elif f.objective.startswith("ppo-"):  # one ratio and one reward per image
-                    log_old = log_density(row.x_next, row.old, std).mean()
-                    ratio = (log_density(row.x_next, mean, std).mean() - log_old).exp()
-                    reward, factor = log_density(row.x_next, row.to, std).mean() - log_old, 1
-                    if f.objective == "ppo-scalar":
-                        factor = mean.numel()
-                    else:
-                        reward = -((mean - row.to) ** 2).mean() / (2 * std**2)
-                    if f.objective == "ppo-published":
+                    reward = log_to - log_old
+                    if objective in ("ppo-published", "ppo-public-code"):
+                        reward = -loss
+                    if objective == "ppo-published":
                         reward = reward.detach()
-                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
-                        ratio, reward, f.clip_range
-                    )
-                    loss = -factor * low
-                elif f.objective == "kl":
-                    loss = ((mean - row.to) ** 2).mean() / (2 * std**2)
-                elif f.objective == "ode":
-                    loss = ((mean - row.to) ** 2).mean() / 2
-                elif f.objective == "trajectory":
-                    log_old = log_density(row.x_next, row.old, std).mean()
-                    ratio = (log_density(row.x_next, mean, std).mean() - log_old).exp()
-                    later = sum(rows[i, k].kl for k in trained if k > j)
-                    low, values["ratio_gap"], values["clip_fraction"] = clipped(
-                        ratio, torch.tensor(-later), f.clip_range
-                    )
-                    loss = ((mean - row.to) ** 2).mean() / (2 * std**2) - mean.numel() * low
-                penalty = f.mar_weight * row.w * ((v - row.v_anchor) ** 2).mean()
+                    if objective == "trajectory":
+                        reward = torch.tensor(-row.later)
+                    low, values = clipped(log_new - log_old, reward, clip_range)
+                    factor = D if objective in ("ppo-scalar", "trajectory") else 1
+                    loss = loss * (objective == "trajectory") - factor * low
+                penalty = mar_weight * row.w * ((v - row.v_anchor) ** 2).mean()
                 values |= {"mar": penalty.item(), "loss": (loss + penalty).item()}
-                for name, value in values.items():
-                    means[name] = means.get(name, 0.0) + value / len(own) / f.updates
+                add(means, {name: x / len(own) / f.updates for name, x in values.items()})
                 gradient = gradient_of((loss + penalty) / len(own), models)
                 add(per_task.setdefault(row.task, {}), gradient)
             total = {}
-            for task in f.tasks:
-                add(total, per_task.get(task, {}))
+            for gradient in per_task.values():
+                add(total, gradient)
             norm = descent.step(total)
         line |= means | {"grad_norm": norm}
-        present = [task for task in f.tasks if task in per_task]  # of the last update
-        for n, task in enumerate(present):
+        present = [task for task in f.tasks if task in per_task]  # in the last update
+        for task in present:
             line[f"grad_norm/{task}"] = math.sqrt(dot(per_task[task], per_task[task]))
-            for other in present[n + 1 :]:
-                both = math.sqrt(dot(per_task[task], per_task[task]))
-                both *= math.sqrt(dot(per_task[other], per_task[other]))
-                line[f"cosine/{task}-{other}"] = dot(per_task[task], per_task[other]) / both
+        for one, other in itertools.combinations(present, 2):
+            both = line[f"grad_norm/{one}"] * line[f"grad_norm/{other}"]
+            line[f"cosine/{one}-{other}"] = dot(per_task[one], per_task[other]) / both
         log.append(descent.log(line, slots[iteration]))
     return models, log
 
@@ -355,140 +350,99 @@ def reward_of(image, task, prompt, f):
     return total / sum(weights.values())
 
 
-def grpo(**flags):
+def grpo(reward=None, mix_quality=0.2, window=0, window_end=0, clip_range=1e-2, beta=0.0,
+         std="global", eval_every=0, eval_prompts=2, eval_steps=2, **flags):  # fmt: skip
     """train_teacher.py: (models, log). models.best: the average with the best test."""
-    f = SimpleNamespace(
-        reward={"ocr": 1.0}, mix=None, mix_quality=0.2, tasks=("ocr",), prompts_per_iteration=4,
-        group_size=3, steps=4, noise=0.7, noise_kind="flow", window=0, window_end=0, guidance=1.0,
-        iterations=2, updates=1, lr=1e-3, clip_range=1e-2, beta=0.0, std="global", grad_norm=1.0,
-        ema_decay=0.9, ema_every=1, seed=0, init="merged", skip=(), eval_every=0, eval_prompts=2,
-        eval_steps=2,
-    )  # fmt: skip
-    f.__dict__.update(flags)
-    models = Models({}, TOY / "adapters" / f.init)
-    descent, grid, log = Descent(models, f), models.grid(f.steps), []
-    tasks = list(f.mix) if f.mix else list(f.tasks)
-    shares = f.mix or dict.fromkeys(tasks, 1)
-    prompts = {task: read(task) for task in tasks}
-    slots = schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations)
-    B = f.prompts_per_iteration * f.group_size
+    f, models, descent, slots = begin({"tasks": list(reward or ())} | flags, False)
+    f.reward, f.mix_quality, G = reward, mix_quality, f.group_size
+    B, grid, log = f.prompts_per_iteration * G, models.grid(f.steps), []
     for iteration in range(f.iterations):
-        trained = list(range(f.steps - 1))
-        if f.window:
-            end = f.window_end or f.steps - 1
+        trained, noisy = range(f.steps - 1), range(f.steps)
+        if window:
             own = generator(f.seed, "window", iteration)
-            first = torch.randint(end - f.window + 1, (), generator=own).item()
-            trained = list(range(first, first + f.window))
-        rows, rewards, images = {}, [], []
+            last_first = (window_end or f.steps - 1) - window
+            first = torch.randint(last_first + 1, (), generator=own).item()
+            trained = noisy = range(first, first + window)
+        rows, rewards, images, tasks, words = [], [], [], [], []
         for i in range(B):
-            task, prompt = slots[iteration][i // f.group_size]
-            own = generator(f.seed, "rollout", iteration, i)
-            x = torch.randn(models.shape, generator=own)
-            for j in range(f.steps):
-                t, t_next = grid[j], grid[j + 1]
-                a = f.noise if not f.window or j in trained else 0.0
-                kind = f.noise_kind if a else "flow"
-                with torch.no_grad():
-                    v = models.velocity("student", x, t, prompt, f.guidance)
-                    mean, std = policy(x, v, t, t_next, a, grid[1], kind)
-                    x_next = mean
-                    if std > 0:
-                        x_next = mean + std * torch.randn(models.shape, generator=own)
-                if j in trained:
-                    old = log_density(x_next, mean, std).mean()
-                    rows[i, j] = (x, x_next, t, t_next, old, std)
-                x = x_next
-            images.append(picture(models, x))
+            task, prompt = slots[iteration][i // G]
+            key = (f.seed, "rollout", iteration, i)
+            visited = visit(models, f, grid, key, prompt, noisy, f.steps - 1, f.guidance)
+            for row in visited:
+                row.i = i
+            rows += [row for row in visited if row.j in trained]
+            images.append(picture(models, visited[-1].x_next))
             rewards.append(reward_of(images[-1], task, prompt, f))
-        advantage = [0.0] * B
-        for task in tasks:
-            mine = [i for i in range(B) if slots[iteration][i // f.group_size][0] == task]
-            over_all = torch.tensor([rewards[i] for i in mine]).double()
-            for i in mine:
-                g = i // f.group_size * f.group_size
-                group = torch.tensor(rewards[g : g + f.group_size]).double()
-                spread = over_all if f.std == "global" else group
-                spread = ((spread - spread.mean()) ** 2).mean().sqrt().item()
-                value = (rewards[i] - group.mean().item()) / (spread + 1e-4)
-                advantage[i] = max(-5.0, min(5.0, value))
+            tasks.append(task)
+            words.append(prompt)
         line, means = {"iteration": iteration, "reward": sum(rewards) / B}, {}
-        for task in tasks:
-            own = [rewards[i] for i in range(B) if slots[iteration][i // f.group_size][0] == task]
-            if own:
-                line[f"reward/{task}"] = sum(own) / len(own)
-        groups = [rewards[i : i + f.group_size] for i in range(0, B, f.group_size)]
-        flat = [max(group) - min(group) < 1e-6 for group in groups]
-        line["flat_groups"] = sum(flat) / len(flat)
-        words = [slots[iteration][i // f.group_size][1] for i in range(B)]
+        groups = [torch.tensor(rewards[i : i + G]).double() for i in range(0, B, G)]
+        advantage = []
+        for i in range(B):
+            group = groups[i // G]
+            of_task = [own for own, task in zip(rewards, tasks) if task == tasks[i]]
+            line[f"reward/{tasks[i]}"] = sum(of_task) / len(of_task)
+            spread = torch.tensor(of_task).double() if std == "global" else group
+            value = (rewards[i] - group.mean()) / (spread.std(correction=0) + 1e-4)
+            advantage.append(value.clamp(-5, 5).float())
+        line["flat_groups"] = sum(float(g.max() - g.min() < 1e-6) for g in groups) / len(groups)
         for monitor in (edge_density, colour_entropy, diversity):
             line[f"monitor/{monitor.name}"] = monitor(torch.stack(images), words).mean().item()
         for update in range(f.updates):
-            own, total = [key for key in rows if key[0] % f.updates == update], {}
-            for i, j in own:
-                x, x_next, t, t_next, old, std = rows[i, j]
-                prompt = slots[iteration][i // f.group_size][1]
-                v = models.velocity("student", x, t, prompt, f.guidance)
-                mean, _ = policy(x, v, t, t_next, f.noise, grid[1], f.noise_kind)
-                ratio = (log_density(x_next, mean, std).mean() - old).exp()
-                low, gap, outside = clipped(ratio, torch.tensor(advantage[i]), f.clip_range)
-                loss, values = -low, {"ratio_gap": gap, "clip_fraction": outside}
-                if f.beta:
+            own, total = [row for row in rows if row.i % f.updates == update], {}
+            for row in own:
+                v = models.velocity("student", row.x, row.t, row.prompt, f.guidance)
+                mean = policy(row.x, v, *row.how)[0]
+                log_new, log_old = (
+                    log_density(row.x_next, m, row.std).mean() for m in (mean, row.old)
+                )
+                low, values = clipped(log_new - log_old, advantage[row.i], clip_range)
+                loss = -low
+                if beta:
                     with torch.no_grad():
-                        v_base = models.velocity(None, x, t, prompt, f.guidance)
-                    base, _ = policy(x, v_base, t, t_next, f.noise, grid[1], f.noise_kind)
-                    kl = ((mean - base) ** 2).mean() / (2 * std**2)
-                    loss, values["kl_base"] = loss + f.beta * kl, kl.item()
-                for name, value in values.items():
-                    means[name] = means.get(name, 0.0) + value / len(own) / f.updates
+                        v_base = models.velocity(None, row.x, row.t, row.prompt, f.guidance)
+                    square = (mean - policy(row.x, v_base, *row.how)[0]) ** 2
+                    kl = square.mean() / (2 * row.std**2)
+                    loss, values["kl_base"] = loss + beta * kl, kl.item()
+                add(means, {name: x / len(own) / f.updates for name, x in values.items()})
                 add(total, gradient_of(loss / len(own), models))
             norm = descent.step(total)
         line |= means | {"grad_norm": norm}
         done = iteration + 1
-        if f.eval_every and (done % f.eval_every == 0 or done == f.iterations):
-            for task in tasks:
-                words = read(task, "test")[: f.eval_prompts]
-                items = [(words[i], (f.seed, "test", task, i)) for i in range(len(words))]
-                images = pictures(models, models.average, items, f.eval_steps, f.guidance)
-                own = [reward_of(image, task, item[0], f) for image, item in zip(images, items)]
+        if eval_every and (done % eval_every == 0 or done == f.iterations):
+            for task in f.tasks:
+                words = read(task, "test")[:eval_prompts]
+                items = [(prompt, (f.seed, "test", task, i)) for i, prompt in enumerate(words)]
+                images = pictures(models, models.average, items, eval_steps, f.guidance)
+                own = [reward_of(image, task, word, f) for image, word in zip(images, words)]
                 line[f"test/{task}"] = sum(own) / len(own)
-            line["test"] = sum(line[f"test/{task}"] for task in tasks) / len(tasks)
+            line["test"] = sum(line[f"test/{task}"] for task in f.tasks) / len(f.tasks)
             if line["test"] > max((old.get("test", -1) for old in log), default=-1):
                 models.best = dict(models.average)
         log.append(descent.log(line, slots[iteration]))
     return models, log
 
 
-def sft(**flags):
+def sft(sft_images, batch, eval_steps, **flags):
     """train_sft.py: (models, log). The teachers' samples are made here too, with Euler's method."""
-    f = SimpleNamespace(
-        tasks=("ocr", "deqa"), task_mix={}, sft_images=5, batch=3, eval_steps=2, iterations=3,
-        guidance=1.0, teacher_guidance={}, lr=1e-3, grad_norm=1.0, ema_decay=0.9, ema_every=1,
-        seed=0, init="merged", skip=(),
-    )  # fmt: skip
-    f.__dict__.update(flags)
-    adapters = {f"t_{task}": TOY / "adapters" / task for task in f.tasks}
-    models = Models(adapters, TOY / "adapters" / f.init)
-    shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
-    prompts = {task: read(task) for task in f.tasks}
-    slots = schedule(prompts, shares, f.seed, f.sft_images, 1)[0]
-    images = []
-    for i, (task, prompt) in enumerate(slots):
+    f, models, descent, slots = begin(flags | {"prompts_per_iteration": sft_images}, True)
+    log, images = [], []
+    for i, (task, prompt) in enumerate(slots[0]):
         scale = f.teacher_guidance.get(task, f.guidance)
-        images.append(euler(models, f"t_{task}", prompt, (f.seed, "sft", i), f.eval_steps, scale))
-    numbers = {"image": list(range(f.sft_images))}
-    order = schedule(numbers, {"image": 1}, f.seed, f.batch, f.iterations)
-    descent, log = Descent(models, f), []
+        images.append(euler(models, f"t_{task}", prompt, (f.seed, "sft", i), eval_steps, scale))
+    numbers = {"image": list(range(sft_images))}
+    order = schedule(numbers, {"image": 1}, f.seed, batch, f.iterations)
     for iteration in range(f.iterations):
         total, mean = {}, 0.0
-        for i in range(f.batch):
+        for i in range(batch):
             number = order[iteration][i][1]
             own = generator(f.seed, "sft", iteration, i)
             noise, t = torch.randn(models.shape, generator=own), torch.rand(1, generator=own).item()
             x = (1 - t) * images[number] + t * noise
-            v = models.velocity("student", x, t, slots[number][1], 1)
+            v = models.velocity("student", x, t, slots[0][number][1], 1)
             loss = ((v - (noise - images[number])) ** 2).mean()
-            mean += loss.item() / f.batch
-            add(total, gradient_of(loss / f.batch, models))
+            mean += loss.item() / batch
+            add(total, gradient_of(loss / batch, models))
         line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
         log.append(descent.log(line, order[iteration]))  # an image's number stands for its prompt
     return models, log

@@ -99,6 +99,10 @@ TWO_TASKS = {"tasks": ("ocr", "deqa")}
 SHORT = SMALL | {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
 DECAY = {"lr": 1.0, "grad_norm": 1e-10}  # AdamW's epsilon and weight decay outweigh such gradients
 OPD = {  # flags of the reference and of the script, and flags of the script alone
+    **{
+        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
+        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
+    },
     "ppo": (
         SMALL
         | {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2}
@@ -127,10 +131,6 @@ OPD = {  # flags of the reference and of the script, and flags of the script alo
         [],
     ),
     "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),
-    **{
-        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
-        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
-    },
     "trajectory": (SMALL | TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, []),
 }
 
@@ -218,21 +218,37 @@ def test_grpo(monkeypatch, row, tmp_path):
 SFT = {"sft_images": 5, "batch": 3, "eval_steps": 2, "iterations": 3, "init": "merged"} | TWO_TASKS
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"grad_norm": 0.1, "ema_every": 2, "skip": (2,)},
+SFT_ROWS = {
+    "skipped": (
+        {"grad_norm": 0.1, "ema_every": 2, "skip": (2,), "seed": 4},
+        ["--micro_batch", "2", "--max_bad_steps", "2"],
+    ),
+    "guidance and shares": (
         {"guidance": 1.3, "teacher_guidance": {"ocr": 1.6}, "task_mix": {"ocr": 2, "deqa": 1}}
         | {"ema_decay": 0.1}
         | DECAY,
-    ],
-)
-def test_sft(monkeypatch, values, tmp_path):
+        ["--label_batch", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("row", SFT_ROWS)
+def test_sft(monkeypatch, row, tmp_path):
+    values, more = SFT_ROWS[row]
     models, log = reference.sft(**SFT, **values)
     skip_updates("train_sft", values.get("skip", ()), monkeypatch)
-    words = [*flags_of(SFT | values), "--micro_batch", "2", "--eval_prompts", "0"]
+    words = [*flags_of(SFT | values), *more, "--eval_prompts", "0"]
     call(monkeypatch, "train_sft", *words, "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
+
+
+def flags_in_rows(script):
+    """{"--lr", ...}: what test_flags.py need not look at."""
+    tables = {"train_opd": OPD, "train_teacher": GRPO, "train_sft": SFT_ROWS}
+    words = flags_of(TWO.get(script, {})) + ["--eval_prompts"]
+    for values, more in tables.get(script, {}).values():
+        words += [*flags_of(values), *more]
+    return {word for word in words if word.startswith("--")}
 
 
 NINE = SMALL | {"prompts_per_iteration": 3, "group_size": 3, "updates": 3, "steps": 3}
