@@ -99,8 +99,9 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict[str, int], d
     torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()  # diffusers' own .to warns
     bare = size_of(transformer)
     student, *_ = load_loras(args, transformer)
-    trained = 4 * sum(p.numel() for p in student.values())  # bytes of one float32 copy
-    others = size_of(transformer) - bare - 2 * trained  # built in float32 here, loaded in dtype
+    number = sum(p.numel() for p in student.values())
+    trained = 4 * number  # bytes of one float32 copy
+    loras = [p.numel() for name, p in transformer.named_parameters() if ".lora_" in name]
 
     about = lambda part: json.loads(Path(folder, part, "tokenizer_config.json").read_text())
     tokens, t5_tokens = about("tokenizer")["model_max_length"], args.text_length
@@ -112,7 +113,7 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict[str, int], d
     latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32
     held = {
         f"transformer, {str(dtype).removeprefix('torch.')}": bare,
-        "LoRAs of teachers and anchor": others * dtype.itemsize // 4,
+        "LoRAs of teachers and anchor": (sum(loras) - 2 * number) * dtype.itemsize,
         "student and its average, float32": 2 * trained,
         "gradients, one per task": len(args.teacher) * trained,
         "Adam's two moments": 2 * trained,
