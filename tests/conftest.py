@@ -90,10 +90,12 @@ def raises(message, call, *given, **named):
 # ---- Running scripts, and reading what they leave
 
 
-def call(monkeypatch, script, *flags):
-    """`python SCRIPT.py FLAGS` in this process."""
+def call(monkeypatch, script, *flags, curves=False):
+    """`python SCRIPT.py FLAGS` in this process. Drawing curves.png takes longer than a tiny run."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
     module = importlib.import_module(script)
+    if hasattr(module, "draw_curves") and not curves:
+        monkeypatch.setattr(module, "draw_curves", lambda *given: None)
     module.main(module.parse_args())
 
 

@@ -297,10 +297,10 @@ def test_a_run_without_a_good_update_fails_and_publishes_nothing(files, capsys, 
 
 # ---- The real scripts
 
-TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 3 --save_every 1".split()
+TINY = "--prompts_per_iteration 2 --group_size 2 --steps 3 --iterations 2 --save_every 1".split()
 SCRIPTS = {
-    "train_opd": [*TINY, "--keep", 3, "--eval_prompts", 0, "--sample_every", 0],
-    "train_teacher": [*TINY, "--keep", 3, "--eval_every", 0, "--reward", "deqa"],
+    "train_opd": [*TINY, "--eval_prompts", 0, "--sample_every", 0],
+    "train_teacher": [*TINY, "--eval_every", 0, "--reward", "deqa"],
 }
 
 
@@ -325,8 +325,7 @@ def test_a_bad_update_is_skipped_and_a_resumed_script_ends_with_the_same_bits(
     skipped = [line.get("skipped_updates", 0) for line in log]
     assert sum(skipped) == skipped[0] == 1  # it went on
     assert all(t.isfinite().all() for t in before.values())
-    for newer in ("step_2", "step_3"):
-        shutil.rmtree(run / "checkpoints" / newer)
+    shutil.rmtree(run / "checkpoints/step_2")
     call(monkeypatch, script, *SCRIPTS[script], "--out", run, "--resume")
     torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)
     assert steady(run) == log
@@ -451,7 +450,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
     draw, run, log = random.Random(world), tmp_path / "run", tmp_path / "log.txt"
     kills, loading, words = 20, 2.0, {}
     if script == "stand_in":
-        kills, loading, words = 8, 0.2, {"files": files, "iterations": 100, "save_every": 3}
+        kills, loading, words = 7, 0.2, {"files": files, "iterations": 60, "save_every": 3}
     pids = fork(log, world, script, tmp_path / "whole", **words)
     assert codes_of(pids) == [0] * world, log.read_text()
     words = words | ({"pause": 0.01} if words else {})
