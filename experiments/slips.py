@@ -40,7 +40,7 @@ FIRST = {  # file: the tests that run first
     "evaluate.py": "test_evaluate.py test_flags.py",
     "merge.py": "test_merge.py",
     "sde.py": "test_sde.py",
-    "losses.py": "test_losses.py",
+    "losses.py": "test_losses.py test_iteration.py",
     "rewards/scoring.py": "test_evaluate.py test_iteration.py test_flags.py",
     "rewards/tables.py": "test_evaluate.py",
     "rewards/pictures.py": "test_evaluate.py",
