@@ -12,6 +12,7 @@ import pytest
 import test_iteration
 import torch
 from conftest import ROOT, call
+from pytest import approx
 
 from experiments import slips
 from support import flags, lora, model
@@ -31,7 +32,8 @@ MODEL = {  # flag: a value, and what is seen with it and not without it
     "no_t5": (None, lambda run: not run.text["embeds"][1, 9:].any()),  # 9 positions are CLIP's
     "text_length": ("4", lambda run: run.text["embeds"].shape[1] == 9 + 4),
     "cache_embeddings": ("HERE/cache", lambda run: len([*run.folder.glob("cache/*/*")]) > 1),
-    "size": ("16", lambda run: run.noise == {(8, 4, 4)}),
+    "size": ("16", lambda run: run.pipe.transformer.config.sample_size == 4),
+    "time_grid": ("single", lambda run: model.time_grid(run.pipe, 4)[1] == approx(0.9)),
     "prompts": ("ocr=HERE/own.txt", lambda run: "sign reads K K in red" in run.text["rows"]),
     "rewards": ("own_rewards", lambda run: run.scorer is not None),
     "reward_device": ("cpu", lambda run: run.scorer and run.scorer.device == "cpu"),
@@ -40,14 +42,14 @@ MODEL = {  # flag: a value, and what is seen with it and not without it
 TRAINING = MODEL | {
     "init": ("base", lambda run: not any(run.start.values())),
     "rank": ("4", lambda run: run.config["r"] == 4),
-    "alpha": ("12", lambda run: run.config["lora_alpha"] == 12),
+    "alpha": ("12", lambda run: run.scales["student"] == 12 / 4),
     "save_every": ("1", lambda run: len(run.saved) > 1),
     "keep": ("3", lambda run: len(run.saved) == 3),
     "test_prompts": ("ocr=HERE/test.txt", lambda run: "sign reads T K in red" in run.text["rows"]),
 }
 SEEN = {script: TRAINING for script in SCRIPTS} | {"evaluate": MODEL}
-SEEN["train_opd"] = TRAINING | {"teacher_alpha": ("ocr=8", lambda run: run.scale == 8 / 16)}
-SEEN["train_sft"] = TRAINING | {"teacher_alpha": ("ocr=8", lambda run: run.scale == 8 / 16)}
+ALPHA = {"teacher_alpha": ("ocr=8", lambda run: run.scales["teacher_ocr"] == 8 / 16)}
+SEEN |= {script: TRAINING | ALPHA for script in ("train_opd", "train_sft")}
 ELSEWHERE = {  # the flags that the tests of another file see in their effect
     "test_memory.py": "compile dry_run",
     "test_resume.py": "resume overwrite",
@@ -55,7 +57,7 @@ ELSEWHERE = {  # the flags that the tests of another file see in their effect
     "test_evaluate.py": "models prompt scores_only tasks num_prompts published steps guidance "
     "model_guidance seed batch overwrite",
 }
-ALL = "model=toy text_length=128 rewards=toy seed=0 guidance=1.0"
+ALL = "model=toy time_grid=double text_length=128 rewards=toy seed=0 guidance=1.0"
 TRAIN = f"""{ALL} lr=0.001 grad_norm=1.0 ema_decay=0.9 ema_every=1 micro_batch=128 label_batch=128
     eval_steps=16 save_every=20 keep=2 max_bad_steps=10"""
 ROLLOUT = f"""{TRAIN} prompts_per_iteration=8 group_size=16 steps=6 updates=2 noise=0.7
@@ -75,7 +77,7 @@ DEFAULTS = {
 def observe(monkeypatch, folder, script, more):
     """Run a script and return what the checks above look at."""
     importlib.import_module(script)  # not below: what it imports from model would stay spied on
-    run = SimpleNamespace(folder=folder, noise=set(), pipe=None, text={}, start={}, scorer=None)
+    run = SimpleNamespace(folder=folder, start={}, scales={})
     (folder / "toy").symlink_to(ROOT / "toy")
     for name, words in (("own", "K K"), ("test", "T K")):
         (folder / f"{name}.txt").write_text(f"sign reads {words} in red\n")
@@ -99,7 +101,6 @@ def observe(monkeypatch, folder, script, more):
         patch.delitem(sys.modules, "own_rewards", raising=False)
         spy(patch, model, "load_pipeline", lambda pipe: setattr(run, "pipe", pipe))
         spy(patch, model, "embed_prompts", lambda text: setattr(run, "text", text))
-        spy(patch, model, "initial_noise", lambda noise: run.noise.add(tuple(noise.shape[1:])))
         see = lambda pair: run.start.update({k: p.any() for k, p in pair[0].items() if "_B" in k})
         spy(patch, lora, "add_student", see)
         patch.setattr("rewards.pictures.draw_curves", lambda *given: None)
@@ -111,8 +112,7 @@ def observe(monkeypatch, folder, script, more):
     if run.saved:
         run.config = json.loads((out / "adapter/adapter_config.json").read_text())
     for part in run.pipe.transformer.modules():
-        if "teacher_ocr" in getattr(part, "scaling", {}):
-            run.scale = part.scaling["teacher_ocr"]
+        run.scales = getattr(part, "scaling", run.scales)
     return run
 
 

@@ -191,7 +191,7 @@ GRPO = {
     ),
     "mix and window": (
         {"mix": {"geneval": 3, "ocr": 1}, "mix_quality": 0.3, "window": 2, "window_end": 3}
-        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "updates": 1, "seed": 5}
+        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "updates": 1, "seed": 7}
         | {"eval_every": 2, "eval_prompts": 2, "eval_steps": 2},
         ["--micro_batch", "5", "--label_batch", "3"],
     ),

@@ -87,21 +87,6 @@ def test_images_without_content_score_near_the_lowest(task):
         assert REWARDS[task](blank, prompts).mean() < low + 0.1 * (high - low), name
 
 
-# Mean scores of noisy drawings. The recorded results depend on these scorers.
-FROZEN = {"geneval": 0.6238, "geneval_strict": 0.505, "ocr": 0.5613}
-FROZEN |= {"deqa": 4.4513, "pickscore": 20.6986}
-
-
-@pytest.mark.parametrize("name", REWARDS)
-def test_scores_of_noisy_drawings_are_frozen(name):
-    drawings, prompts = draw(name.split("_")[0], ideal=False)
-    rng = np.random.default_rng(1)
-    drawings = [drawing + rng.normal(0, 0.06, drawing.shape) for drawing in drawings]
-    scores = REWARDS[name](stack(drawings), prompts[:200] + prompts[1:201])
-    low, high = REWARDS[name].range
-    assert scores.mean().item() == pytest.approx(FROZEN[name], abs=0.003 * (high - low))
-
-
 def cells(codes, background=GOLD):
     """"RC .. BS ..": a red circle above a blue square, each in the middle of its cell."""
     image = np.tile(np.float32(background), (SIZE, SIZE, 1))
@@ -191,34 +176,30 @@ def test_deqa_by_hand():
 
 def test_thresholds_of_objects_and_letters():
     """One pixel decides: what is empty, what is junk, which colour an object has."""
-    label = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
-    for pixels, found in ((11, 0), (12, 1)):
-        label[0, 0, :pixels] = 1
-        assert [item.shape for item in find_objects(label)[0]] == ["junk"] * found
-    square = torch.ones(OBJECT, OBJECT, dtype=torch.long)
-    # 121 pixels. Without 30 of them an intersection over union of 0.752 is left, without 31 0.744;
-    # 85 of one colour are 70.2 %, 84 are 69.4 %.
-    for name, number, value, shape in (
-        ("missing", 30, 0, "square"),
-        ("missing", 31, 0, "junk"),
-        ("blue", 36, 3, "square"),
-        ("blue", 37, 3, "junk"),
+
+    def found(pixels):  # red 1, blue 3, in the lower left cell
+        label = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+        label[0, 18 : 18 + OBJECT, 2 : 2 + OBJECT] = pixels.view(OBJECT, OBJECT)
+        return [(item.shape, item.colour, item.row, item.column) for item in find_objects(label)[0]]
+
+    order = torch.arange(OBJECT**2).view(OBJECT, OBJECT)
+    middle = order[2:9, 2:9].flatten()  # of the square's 121 pixels
+    junk, square = ("junk", None, 1, 0), ("square", "red", 1, 0)
+    assert found(1 * (order.flatten() < 11)) == [] and found(1 * (order.flatten() < 12)) == [junk]
+    for value, number, seen in (
+        (0, 30, square),  # intersection over union 91 / 121 = 0.752
+        (0, 31, junk),  # 0.744
+        (3, 36, square),  # 85 / 121 = 0.702 in red
+        (3, 37, junk),  # 0.694
     ):
-        changed = square.clone()
-        middle = changed[2:9, 2:9].reshape(-1)
-        middle[:number] = value
-        changed[2:9, 2:9] = middle.view(7, 7)
-        label.zero_()
-        label[0, 18 : 18 + OBJECT, 2 : 2 + OBJECT] = changed
-        ((item,),) = find_objects(label)
-        assert (item.shape, item.row, item.column) == (shape, 1, 0), (name, number)
-        assert item.colour == (None if shape == "junk" else "red")
-    mask = torch.tensor(glyph_mask("H"))
-    places = mask.nonzero()
-    for missing, text in ((int(0.3 * len(places)), "H"), (int(0.3 * len(places)) + 1, "")):
-        label.zero_()
-        for y, x in places[missing:].tolist():
-            label[0, 7 + y, 18 + x] = 2
+        pixels = torch.ones(OBJECT**2, dtype=torch.long)
+        pixels[middle[:number]] = value
+        assert found(pixels) == [seen], (value, number)
+    pixels = torch.tensor(glyph_mask("H")).nonzero()
+    most = int(0.3 * len(pixels))  # may be missing
+    for missing, text in ((most, "H"), (most + 1, "")):
+        label = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+        label[0, 7 + pixels[missing:, 0], 18 + pixels[missing:, 1]] = 2
         assert read_text(label) == [text]
 
 
@@ -330,17 +311,3 @@ def test_every_shipped_model_scores_as_recorded(name, tmp_path, monkeypatch):
     """The whole test split from the same noise: rounding can tip single images, no more."""
     for metric, new, recorded in rescore(name, tmp_path, monkeypatch):
         assert abs(new["mean"] - recorded["mean"]) <= recorded["se"], metric
-
-
-def test_the_miniature_is_a_stage_for_distillation():
-    """The base has room to improve, every teacher improves its own metric, most lose elsewhere."""
-    base = RESULTS["base"]
-    for task in TASKS:
-        teacher = RESULTS[task]
-        gain = teacher[task]["mean"] - base[task]["mean"]
-        assert gain > 2 * (teacher[task]["se"] ** 2 + base[task]["se"] ** 2) ** 0.5
-        if task in ("geneval", "ocr"):
-            assert 0.45 <= base[task]["mean"] <= 0.75  # where SD3.5 Medium starts
-            assert gain >= 0.5 * (1 - base[task]["mean"])  # half of the way to perfect
-        losses = [base[k]["mean"] - teacher[k]["mean"] - 2 * teacher[k]["se"] for k in TASKS]
-        assert (max(losses) > 0) == (task != "ocr")  # ocr costs nothing, and little in the paper
