@@ -227,20 +227,23 @@ def find_lines(probability: np.ndarray, height: int, width: int) -> list[np.ndar
     """Map (h, w) of text probabilities -> corners (4, 2) of each line, in reading order.
 
     Corners are in pixels of the height x width picture, clockwise from the top left. This is
-    DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes. Holes in a text
-    region get no box here; OpenCV's contours give them one, but it scores below BOX."""
+    DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes."""
     h, w = probability.shape
     found = []
-    for points in components(probability > PIXEL)[:MAX_LINES]:
+    for points in outlines(probability > PIXEL)[:MAX_LINES]:
         rectangle = smallest_rectangle(points)
         sides = rectangle[2]
-        if sides.min() < MIN_SIDE or mean_inside(probability, corners(rectangle)) < BOX:
+        if sides.min() < MIN_SIDE:
             continue
-        grow = sides.prod() * UNCLIP / (2 * sides.sum())  # area * 1.5 / perimeter, on every side
-        if sides.min() + 2 * grow < MIN_SIDE + 2:
+        quad = corners(rectangle)
+        if mean_inside(probability, quad) < BOX:
             continue
-        quad = np.round(corners(rectangle, grow) * [width / w, height / h]).clip(0, [width, height])
-        quad = clockwise(quad).clip(0, [width - 1, height - 1])
+        distance = sides.prod() * UNCLIP / (2 * sides.sum())  # area * 1.5 / perimeter
+        rectangle = smallest_rectangle(grow(quad, distance))
+        if rectangle[2].min() < MIN_SIDE + 2:
+            continue
+        quad = corners(rectangle) * [width / w, height / h]
+        quad = clockwise(np.round(quad).clip(0, [width, height])).clip(0, [width - 1, height - 1])
         line_width = int(np.linalg.norm(quad[0] - quad[1]))
         line_height = int(np.linalg.norm(quad[0] - quad[3]))
         if min(line_width, line_height) > 3:
@@ -260,10 +263,20 @@ def in_reading_order(quads: list[np.ndarray]) -> list[np.ndarray]:
     return quads
 
 
-def components(bitmap: np.ndarray) -> list[np.ndarray]:
-    """Connected regions of a (h, w) bool map -> for each the ends of its rows, (N, 2) x, y.
+def outlines(bitmap: np.ndarray) -> list[np.ndarray]:
+    """Regions of a (h, w) bool map, and holes in them -> for each, points (N, 2) x, y of its hull.
 
-    Pixels that touch at a corner are connected."""
+    As in OpenCV's findContours, pixels of a region may touch at a corner, those of a hole may not;
+    a hole's outline runs over the pixels around it; what begins last comes first."""
+    regions = components(bitmap)
+    _, *holes = components(~np.pad(bitmap, 1), corners_touch=False)  # the first is the outside
+    around = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]]) - 1  # -1: the padding
+    regions += [(points[:, None] + around).reshape(-1, 2) for points in holes]
+    return sorted(regions, key=lambda points: (points[0][1], points[0][0]), reverse=True)
+
+
+def components(bitmap: np.ndarray, corners_touch: bool = True) -> list[np.ndarray]:
+    """Connected regions of a (h, w) bool map -> for each the ends of its rows, (N, 2) x, y."""
     steps = np.diff(np.pad(bitmap, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(steps == 1)  # each run of True: its row, its first column
     ends = np.nonzero(steps == -1)[1]  # one past its last column
@@ -274,14 +287,15 @@ def components(bitmap: np.ndarray) -> list[np.ndarray]:
             root[i] = i = root[root[i]]
         return i
 
+    reach = ends if corners_touch else ends - 1  # the last column that touches a run's end
     first = np.searchsorted(rows, np.arange(len(bitmap) + 1))  # where each row's runs begin
     for row in range(1, len(bitmap)):
         above, stop = first[row - 1], first[row]
         for i in range(first[row], first[row + 1]):
-            while above < stop and ends[above] < starts[i]:
+            while above < stop and reach[above] < starts[i]:
                 above += 1
             touching = above
-            while touching < stop and starts[touching] <= ends[i]:
+            while touching < stop and starts[touching] <= reach[i]:
                 root[find(i)] = find(touching)
                 touching += 1
     groups = {}
@@ -325,10 +339,12 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
     return np.array(hull or points)
 
 
-def corners(rectangle: tuple[np.ndarray, np.ndarray, np.ndarray], grow: float = 0.0) -> np.ndarray:
-    """(4, 2) corners, in order around the rectangle, each side moved outwards by `grow`."""
+def corners(rectangle: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """(4, 2) corners, in order around the rectangle.
+
+    Three digits are kept: what is truncated later must not depend on the noise behind them."""
     axes, centre, sides = rectangle
-    return (centre + (sides / 2 + grow) * [[-1, -1], [1, -1], [1, 1], [-1, 1]]) @ axes
+    return ((centre + sides / 2 * [[-1, -1], [1, -1], [1, 1], [-1, 1]]) @ axes).round(3)
 
 
 def mean_inside(probability: np.ndarray, quad: np.ndarray) -> np.floating:
@@ -343,11 +359,32 @@ def mean_inside(probability: np.ndarray, quad: np.ndarray) -> np.floating:
     inside = np.ones(x.shape, bool)
     centre = quad.mean(0)
     for a, b in zip(quad, np.roll(quad, -1, 0)):
-        normal = np.array([b[1] - a[1], a[0] - b[0]]) / max(np.linalg.norm(b - a), 1e-9)
+        # A line is drawn in steps of one pixel along its longer axis. The pixels that it runs
+        # through are at most half a pixel away along the other axis.
+        normal = np.array([b[1] - a[1], a[0] - b[0]]) / max(abs(b - a).max(), 1)
         normal *= np.sign(normal @ (centre - a)) or 1
-        # Half a pixel of tolerance includes the pixels that the outline runs through.
         inside &= (x - a[0]) * normal[0] + (y - a[1]) * normal[1] >= -0.5
     return probability[y0 : y1 + 1, x0 : x1 + 1][inside].mean()
+
+
+def grow(quad: np.ndarray, distance: float) -> np.ndarray:
+    """The outline at this distance around a quad, as whole pixels (N, 2); its corners are arcs.
+
+    This is unclip, that is Clipper's offset with JT_ROUND: it truncates the quad to whole pixels
+    and keeps an arc's chords within a quarter of a pixel of the arc."""
+    quad = np.trunc(quad)
+    edges = np.roll(quad, -1, 0) - quad
+    normals = edges[:, ::-1] * [1, -1] / np.linalg.norm(edges, axis=1, keepdims=True)  # outwards
+    chord = 2 * np.arccos(1 - 0.25 / max(distance, 1.0))  # the angle of a chord
+    points = []
+    for corner, before, after in zip(quad, np.roll(normals, 1, 0), normals):
+        start = np.arctan2(before[1], before[0])
+        turn = np.arccos((before @ after).clip(-1, 1))
+        angles = start + chord * np.arange(max(int(turn / chord + 0.5), 1))
+        arc = np.stack([np.cos(angles), np.sin(angles)], 1)
+        points += [corner + distance * arc, [corner + distance * after]]
+    points = np.concatenate(points)
+    return np.trunc(points + np.copysign(0.5, points))  # rounded, halves away from 0
 
 
 def clockwise(quad: np.ndarray) -> np.ndarray:
