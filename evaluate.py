@@ -74,7 +74,7 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     args.models = {}
     for item in given:
         name, equals, path = item.partition("=")
-        if not equals:
+        if not equals or Path(item).exists():  # a path may hold a =
             name, path = Path(item.rstrip("/")).name, item
         if name in args.models:
             fail(f"{source}: two models are called {name!r}; write NAME=PATH")

@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from losses import group_advantage, grpo
-from rewards.monitors import colour_entropy, diversity, edge_density
+from rewards.monitors import colour_entropy, diversity, edge_density, thumbnails
 from rewards.pictures import decode, draw_curves, picture_grid, sample_images
 from rewards.scoring import make_reward, next_command, reward_log
 from sde import kl_weight, log_prob, rollout, step
@@ -205,11 +205,13 @@ def main(args: argparse.Namespace) -> None:
         watch.lap("update")
 
         # 5. Log. If the reward rises while a monitor drifts from its early values, suspect hacking.
-        prompts = [prompt for _, prompt, _ in slots]
-        for monitor in (edge_density, colour_entropy, diversity):
-            value = monitor(images.nan_to_num(), prompts).nanmean().item()
-            metrics.add_to_log(log, {f"monitor/{monitor.name}": value}, b / B)
+        images = images.nan_to_num()
+        for monitor in (edge_density, colour_entropy):
+            metrics.add_to_log(log, {f"monitor/{monitor.name}": monitor(images).mean().item()}, b / B)
         log = metrics.sum_logs(log)  # over all processes
+        small = torch.cat(run.gather(thumbnails(images)))  # (B, 3, 32, 32)
+        prompts = [prompt for _, prompt, _ in schedule[iteration] for _ in range(G)]  # B of them
+        log["monitor/diversity"] = diversity(small, prompts).mean().item()
         log |= reward_log(rewards, G, of_slot)
         log |= {"grad_norm": norm.item()} | watch.result()
         bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")

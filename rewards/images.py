@@ -6,8 +6,9 @@ Copy a scorer's file together with this one (GenEval's needs the geneval_*.py fi
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 TOLERANCE = 1e-3  # a value of -0.0004 or 1.0002 is rounding; one of -1 is another range
 
@@ -38,11 +39,21 @@ def as_pictures(images: torch.Tensor | Sequence[Image.Image]) -> list[Image.Imag
     pictures = []
     for i, image in enumerate(images):
         try:
-            pictures.append(image.convert("RGB"))
+            pictures.append(as_rgb(image))
         except Exception as error:  # Pillow decodes only here; a damaged file can fail in many ways
             needed = "a PIL image of a whole file is needed"
             raise ValueError(f"image {i} cannot be decoded ({error}); {needed}") from error
     return pictures
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as people see it: turned by its EXIF orientation, 8 bits a channel.
+
+    PIL's own conversion of 16-bit grey cuts all above 255 to white; here 65,535 is white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager

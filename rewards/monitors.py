@@ -64,14 +64,13 @@ def diversity(
     images: torch.Tensor,
     prompts: Sequence[str],
     metadata: Sequence[dict] | None = None,
-    side: int = 32,
 ) -> torch.Tensor:
     """How far each image is from the others of its prompt; 0: they are all alike.
 
-    The mean over the others of the root mean square difference of two images at side x side pixels.
-    NaN where a prompt has one image: there is nothing to compare with."""
-    resize = {"mode": "bilinear", "antialias": True, "align_corners": False}
-    small = F.interpolate(checked(images), (side, side), **resize).flatten(1)  # (B, 3 side side)
+    The mean over the others of the root mean square difference of two images at 32 x 32 pixels.
+    NaN where a prompt has one image: there is nothing to compare with. Several processes gather
+    their `thumbnails`, which are all that it looks at."""
+    small = thumbnails(images).flatten(1)  # (B, 3 32 32)
     prompts = list(prompts)
     if len(prompts) != len(small):
         counts = f"{len(small)} images and {len(prompts)} prompts"
@@ -92,6 +91,12 @@ colour_entropy.name, colour_entropy.range = "colour_entropy", (0.0, 9.0)
 diversity.name, diversity.range = "diversity", (0.0, 1.0)
 for monitor in (edge_density, colour_entropy, diversity):
     monitor.higher_is_better = None
+
+
+def thumbnails(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 3, 32, 32); images of that size stay as they are."""
+    resize = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    return F.interpolate(checked(images), (32, 32), **resize)
 
 
 def luminance(images: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from rewards.images import as_rgb
 from sde import rollout
 from support.files import prompt_files, read_prompts
 from support.flags import fail, one_line
@@ -85,7 +86,7 @@ def read_pictures(files: Iterable[str | Path]) -> list[torch.Tensor]:
     for file in files:
         try:
             with Image.open(file) as image:
-                pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
+                pixels = torch.from_numpy(np.array(as_rgb(image)))  # (H, W, 3)
         except Exception as error:  # damaged files fail in many ways
             why = str(error).splitlines()[0]
             raise ValueError(f"{file} cannot be decoded ({why}); make this image again") from error

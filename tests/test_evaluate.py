@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import call
 from PIL import Image
 from pytest import approx
+from torch.testing import assert_close
 
 import evaluate as script
 import rewards.scoring as scoring
 import rewards.tables as tables
 import toy
 from rewards.geneval_rules import TAGS, summary
+from rewards.images import as_pictures
 from rewards.pictures import picture_grid, read_pictures, save_grid, save_picture
 from support.flags import TASKS
 
@@ -384,3 +387,29 @@ def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
     assert given | wanted == given
     if args.test_prompts and not given["prompt"]:
         assert given["prompts"] == args.test_prompts
+
+
+def test_pictures_are_read_as_people_see_them(tmp_path):
+    """Turned by their EXIF orientation, as GenEval's own code does; 16-bit grey is not all white."""
+    left = np.zeros((4, 8, 3), np.uint8)
+    left[:, :4] = 255  # white is left of black
+    ramp = np.linspace(0, 65535, 32).reshape(4, 8).astype(np.uint16)
+    Image.fromarray(left).save(tmp_path / "plain.png")
+    turned = Image.fromarray(left)
+    exif = turned.getexif()
+    exif[274] = 3  # half a turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(ramp).save(tmp_path / "grey16.png")
+    names = ("plain", "turned", "grey16")
+    plain, turned, grey = read_pictures(tmp_path / f"{name}.png" for name in names)
+    assert_close(turned, plain.flip(-1))
+    assert_close(grey[0], torch.tensor(ramp / 65535).float(), rtol=0, atol=0.5 / 255)
+    opened = [Image.open(tmp_path / f"{name}.png") for name in names]
+    for picture, expected in zip(as_pictures(opened), (plain, turned, grey)):
+        assert_close(torch.tensor(np.array(picture)).permute(2, 0, 1) / 255, expected)
+
+
+def test_a_path_may_hold_an_equals_sign(monkeypatch, tmp_path):
+    folder = shutil.copytree("toy/adapters/ocr", tmp_path / "lr=1e-3" / "adapter")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--models", str(folder), f"a={folder}"])
+    assert script.parse_args().models == {"adapter": str(folder), "a": str(folder)}

@@ -17,6 +17,8 @@ from torch.testing import assert_close
 import merge
 import train_opd
 import train_teacher
+from rewards.pictures import sample_images
+from sde import step
 from support import files, lora, model, run
 
 # The flags of add_student.
@@ -235,3 +237,53 @@ def test_recipes_parse(monkeypatch, tmp_path, recipe):
         monkeypatch.setattr(place, "prompt_files", lambda given, *_: given, raising=False)
     monkeypatch.setattr(sys, "argv", [script, f"@recipes/{recipe}", "--out", str(tmp_path)])
     assert vars(module.parse_args())
+
+
+# ---- The scheduler
+
+
+def changed(folder, part, **values):
+    """The miniature with other values in one config.json."""
+    shutil.copytree("toy", folder, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
+    file = next((folder / part).glob("*config.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return folder
+
+
+GRIDS = {  # SD3.5's ten steps: what t is after one shift by 3, and the published std of two
+    "single": [3 * s / (1 + 2 * s) for s in (1 - i / 10 for i in range(11))],
+    "double": [0.7, 0.743, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.282, 0.2254, 0.0063],
+}
+
+
+def test_both_grids_are_those_of_their_projects():
+    """diffusers' double shift: std of Flow-GRPO, Flow-OPD, verl-omni and DanceOPD at noise .7."""
+    assert_close(model.time_grid(load(time_grid="single"), 10), GRIDS["single"])
+    grid = model.time_grid(load(), 10)
+    zero = torch.zeros(1, 1)
+    std = [float(step(zero, zero, t, n, 0.7, grid[1])[1]) for t, n in zip(grid[:-1], grid[1:])]
+    assert_close(std, GRIDS["double"], rtol=0, atol=6e-5)
+
+
+@pytest.mark.parametrize(
+    "part, values",
+    [
+        ("scheduler", {"use_dynamic_shifting": True, "max_shift": 3.0}),
+        ("scheduler", {"num_train_timesteps": 500, "shift": 2.0}),
+        ("scheduler", {"use_karras_sigmas": True}),
+        ("vae", {"shift_factor": None}),
+        ("vae", {"shift_factor": 0.3, "scaling_factor": 0.7}),
+    ],
+)
+def test_other_configurations_paint_what_the_stock_pipeline_paints(tmp_path, part, values):
+    folder = changed(tmp_path / "model", part, **values)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder)
+    if stock.vae.config.shift_factor is None:  # the stock pipeline fails
+        stock.vae.register_to_config(shift_factor=0.0)
+    stock.set_progress_bar_config(disable=True)
+    pipe = load(model=str(folder))
+    noise = model.initial_noise(pipe, [run.generator(1, "sample")])
+    how = {"num_inference_steps": 5, "guidance_scale": 1, "max_sequence_length": 8}
+    expected = stock("red circle", latents=noise, height=32, width=32, output_type="pt", **how)
+    found = sample_images(pipe, embed(pipe), ["red circle"], [(1, "sample")], 5, 1.0)
+    assert_close(found, expected.images, rtol=0, atol=2e-4)
