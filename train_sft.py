@@ -4,8 +4,7 @@
     python train_opd.py --init runs/sft/adapter --out runs/opd_sft   # then Flow-OPD
 
 Every teacher samples images for the training prompts of its own task, once, with the ODE sampler.
-The student, a fresh LoRA, learns them by flow matching at random times. The paper names Flow-GRPO's
-SFT protocol with samples of the specialised teachers; the public code has no such script.
+The student, a fresh LoRA, learns them by flow matching at random times: the paper's SFT start.
 
 Unlike train_opd.py the student is trained at states x_t on straight lines from noise to the
 teachers' images, not at states that it visits itself (off-policy).
@@ -143,7 +142,8 @@ def sample_teachers(args, pipe, text, slots, file: Path) -> torch.Tensor:
         for task in args.teacher:
             numbers = [i for i in run.share(len(slots), rank, world) if slots[i][0] == task]
             prompts, keys = [slots[i][1] for i in numbers], [(args.seed, "sft", i) for i in numbers]
-            how = (args.eval_steps, args.teacher_guidance.get(task, args.guidance), args.label_batch)
+            guidance = args.teacher_guidance.get(task, args.guidance)
+            how = (args.eval_steps, guidance, args.label_batch)
             with lora.use(pipe.transformer, f"teacher_{task}"):
                 latents = sample_latents(pipe, text, prompts, keys, *how)
             own |= dict(zip(numbers, latents.cpu()))

@@ -205,14 +205,8 @@ def main(args: argparse.Namespace) -> None:
         watch.lap("update")
 
         # 5. Log. If the reward rises while a monitor drifts from its early values, suspect hacking.
-        images = images.nan_to_num()
-        for monitor in (edge_density, colour_entropy):
-            metrics.add_to_log(log, {f"monitor/{monitor.name}": monitor(images).mean().item()}, b / B)
         log = metrics.sum_logs(log)  # over all processes
-        small = torch.cat(run.gather(thumbnails(images)))  # (B, 3, 32, 32)
-        prompts = [prompt for _, prompt, _ in schedule[iteration] for _ in range(G)]  # B of them
-        log["monitor/diversity"] = diversity(small, prompts).mean().item()
-        log |= reward_log(rewards, G, of_slot)
+        log |= reward_log(rewards, G, of_slot) | monitor(images, schedule[iteration], G)
         log |= {"grad_norm": norm.item()} | watch.result()
         bar.set_postfix(reward=f"{log['reward']:.3f}", ratio_gap=f"{log['ratio_gap']:.1e}")
 
@@ -230,6 +224,16 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         print(next_command(args, ["base", f"teacher={args.out}/adapter"]))
     run.stop_processes()
+
+
+def monitor(images: torch.Tensor, slots: list[tuple], G: int) -> dict[str, float]:
+    """What changes when a reward is hacked: means over the iteration's images of all processes."""
+    images, log = images.nan_to_num(), {}
+    for measure in (edge_density, colour_entropy):
+        log[f"monitor/{measure.name}"] = torch.cat(run.gather(measure(images))).mean().item()
+    small = torch.cat(run.gather(thumbnails(images)))  # (B, 3, 32, 32)
+    prompts = [prompt for _, prompt, _ in slots for _ in range(G)]  # B of them
+    return log | {"monitor/diversity": diversity(small, prompts).mean().item()}
 
 
 def test(args, pipe, text, tests, reward_of, iterations) -> dict[str, float]:

@@ -390,7 +390,7 @@ def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
 
 
 def test_pictures_are_read_as_people_see_them(tmp_path):
-    """Turned by their EXIF orientation, as GenEval's own code does; 16-bit grey is not all white."""
+    """Turned by their EXIF orientation, as GenEval's code does; 16-bit grey is not all white."""
     left = np.zeros((4, 8, 3), np.uint8)
     left[:, :4] = 255  # white is left of black
     ramp = np.linspace(0, 65535, 32).reshape(4, 8).astype(np.uint16)
