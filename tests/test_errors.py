@@ -242,7 +242,7 @@ def miniature(folder, part):
 
 
 def make_models(models):
-    indices = {"flux": '{"_class_name": "FluxPipeline"}', "listed": "[]", "nested": "[" * 100_000}
+    indices = {"flux": '{"_class_name": "FluxPipeline"}', "nested": "[" * 100_000}
     toy_index = (ROOT / "toy/model_index.json").read_text()
     indices["lcm"] = toy_index.replace("FlowMatchEulerDiscreteScheduler", "LCMScheduler")
     for name, index in indices.items():
