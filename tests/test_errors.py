@@ -141,7 +141,7 @@ TABLE["merge"] = """
     TWO --out file | file is no folder to write into
     TWO --out blocked | File exists
     --adapters good --fuse models/cut | transformer cannot be loaded
-    --adapters bad/block --fuse toy | transformer_blocks.9.attn.to_q is not a linear layer of the model
+    --adapters bad/block --fuse toy | its layer transformer_blocks.9.attn.to_q is not
 """
 TABLE["evaluate"] = r"""
     --model nowhere | nowhere
