@@ -141,7 +141,7 @@ TABLE["merge"] = """
     TWO --out file | file is no folder to write into
     TWO --out blocked | File exists
     --adapters good --fuse models/cut | transformer cannot be loaded
-    --adapters bad/block --fuse toy | blocks.9.attn.to_q is not a linear layer of the model
+    --adapters bad/block --fuse toy | its layer transformer_blocks.9.attn.to_q is not
 """
 TABLE["evaluate"] = r"""
     --model nowhere | nowhere
@@ -242,7 +242,7 @@ def miniature(folder, part):
 
 
 def make_models(models):
-    indices = {"flux": '{"_class_name": "FluxPipeline"}', "listed": "[]", "nested": "[" * 100_000}
+    indices = {"flux": '{"_class_name": "FluxPipeline"}', "nested": "[" * 100_000}
     toy_index = (ROOT / "toy/model_index.json").read_text()
     indices["lcm"] = toy_index.replace("FlowMatchEulerDiscreteScheduler", "LCMScheduler")
     for name, index in indices.items():

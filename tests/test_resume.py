@@ -372,8 +372,7 @@ def test_self_checks_see_silent_faults(capsys, monkeypatch, parts):
     """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing."""
     real, dropout = model.velocity, torch.nn.functional.dropout
     monkeypatch.setattr(model, "velocity", lambda *words: dropout(real(*words), 0.1))
-    out = printed(capsys, parts)
-    assert out["ratio:"].startswith("WARNING")
+    assert printed(capsys, parts)["ratio:"].startswith("WARNING")
     monkeypatch.setattr(model, "velocity", lambda transformer, x, *words: torch.ones_like(x))
     line = printed(capsys, parts)["teachers:"]
     assert line.startswith("WARNING") and line.endswith("KL 0.0e+00")
@@ -456,8 +455,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
     words = words | ({"pause": 0.01} if words else {})
     inside = 0
     for n in range(kills):
-        resume, before = (run / "args.json").exists(), lines(run)
-        pids = victims = fork(log, world, script, run, resume=resume, **words)
+        before = lines(run)
+        pids = victims = fork(log, world, script, run, resume=True, **words)  # the first time too
         number = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][n % 3]
         if n % 5 == 0:  # while it loads
             time.sleep(draw.uniform(0, loading))
@@ -502,11 +501,12 @@ def family(pid):
 @linux
 @pytest.mark.slow
 def test_torchrun_restarts_and_resumes_what_was_killed(tmp_path):
-    """A worker dies by kill -9. torchrun starts both again with the flags of the first time; at the
-    end it hands a signal on to both, and rank 0 saves."""
+    """A worker dies by kill -9. torchrun starts both again with the flags of the first time, which
+    have --resume; at the end it hands a signal on to both, and rank 0 saves."""
     run, log = tmp_path / "run", open(tmp_path / "log.txt", "w")
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=2".split()
-    words = [*launch, "train_opd.py", *SCRIPTS["train_opd"], "--iterations", 999, "--out", run]
+    words = [*launch, "train_opd.py", *SCRIPTS["train_opd"], "--iterations", 999, "--resume"]
+    words += ["--out", run]
     how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
     process = subprocess.Popen([sys.executable, *map(str, words)], **how)
     for number in (4, 12):

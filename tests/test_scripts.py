@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import toy
 import train_opd
-from support import model
+from rewards import pictures
 from support.files import prompt_files, read_prompts
 
 TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 2 --eval_steps 2".split()
@@ -51,7 +51,7 @@ def test_opd_trains_without_scorer_and_vae(monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("the training path decoded an image")
 
-    monkeypatch.setattr(model, "decode", refuse)
+    monkeypatch.setattr(pictures, "decode", refuse)
     flags = "--dtype bf16 --checkpointing --no_t5 --text_length 8 --rewards no_such_module"
     flags += " --init base --rank 4 --mar_weight 0 --anchor nowhere"
     call(monkeypatch, "train_opd", *OPD, *flags.split(), "--out", tmp_path / "run")
