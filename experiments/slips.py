@@ -185,7 +185,7 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
          'lora.use(pipe.transformer, "student")'),
         ("off by one", "update_average(average, student, iteration + 1",
          "update_average(average, student, iteration"),
-        ("index", "for i in range(len(slots))]", "for i in sorted(latents, key=str)]"),
+        ("index", "for i in range(len(slots))]", "for i in latents]"),
         ("forgotten", "        optimizer.zero_grad()\n        run", "        run"),
         ("factor", "weight_decay=1e-4", "weight_decay=1e-2"),
         ("not", "if not run.gather(file.exists())[0]", "if True"),
