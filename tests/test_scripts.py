@@ -125,6 +125,7 @@ def test_the_next_command_runs_as_printed(monkeypatch, tmp_path, script):
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
     (tmp_path / "red.txt").write_text("red circle\nblue square\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)  # of another test
     flags = [word.replace("PLACE", str(tmp_path)) for word in FIRST[script]]
     command, out = printed(script, monkeypatch, *flags, "--out", tmp_path / "run")
     words = shlex.split(command)
