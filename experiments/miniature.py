@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import heldout, report
 from support.files import save_json
-from support.flags import TASKS, finite, make_parser, positive
+from support.flags import TASKS, above_0, make_parser, positive
 from support.metrics import read_log
 from toy.build import ADAPTERS
 
@@ -75,7 +75,7 @@ def parse_args():
     parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("--only", nargs="+", choices=PARTS.split(), metavar="PART", help=f"run these: {PARTS}")
-    flag("--budget_hours", type=finite, default=100, help="hours after which no run is started")
+    flag("--budget_hours", type=above_0, default=100, help="hours after which no run is started")
     flag("--threads", type=positive, default=1, help="CPU threads of a run; may change last digits")
     flag("--out", type=Path, default=Path("runs/miniature"), help="folder of the runs")
     results = Path("experiments/results")

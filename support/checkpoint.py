@@ -74,6 +74,8 @@ def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tu
             for path in set(run.iterdir()) - {run / "lock", run / "args.json"}:  # those mark a run
                 remove = shutil.rmtree if path.is_dir() else os.unlink
                 remove(path)
+        for unfinished in run.glob("checkpoints/*.tmp"):  # of a process that was killed
+            shutil.rmtree(unfinished)
         (run / "samples").mkdir(exist_ok=True)
         save_json(run / "args.json", vars(args))
         cut_log(run, start)
