@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def start_processes() -> tuple[int, int, torch.device]:
             # After torchrun's --max-restarts the store still holds addresses of dead processes
             # (pytorch #135712). With several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        how = {"rank": rank, "world_size": world}
+        # Hours: processes that score or download may wait long. torchrun notices one that dies.
+        how = {"rank": rank, "world_size": world, "timeout": timedelta(hours=12)}
         if device.type == "cuda":
             how["device_id"] = device
         dist.init_process_group(backend, store=store, **how)
