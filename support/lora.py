@@ -28,6 +28,7 @@ from support.flags import fail, one_line, reason
 PROJECTIONS = "add_q_proj add_k_proj add_v_proj to_add_out to_q to_k to_v to_out.0".split()
 LORA_TARGETS = [f"attn.{projection}" for projection in PROJECTIONS]
 
+ALPHAS = ("ss_network_alpha", "lora_alpha")  # in a file's header, by kohya's and others' tools
 # adapter_config.json: initialisations of A and B that leave the base as it is (peft 0.21.2), and
 # keys that do not change what A, B and alpha mean. PiSSA, OLoRA and others change the base too.
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -66,10 +67,8 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
         if own == "rank":
             own = len(A)
         if own is None:
-            cure = ADAPTER[0]
-            if flag.startswith("--teacher"):
-                cure = "--teacher_alpha TASK=ALPHA (TASK=rank is the custom without it)"
-            fail(f"{where}: the file does not say its alpha; give {cure}")
+            cure = f"give {ADAPTER[0]}, or for a teacher --teacher_alpha TASK=ALPHA (mostly =rank)"
+            fail(f"{where}: the file does not say its alpha; {cure}")
         if type(own) not in (int, float) or not 0 < own < 1e6:
             fail(f"{where}: alpha {own!r} of layer {layer} is not a number from 0 to 1e6")
         layers[layer] = (A, B, own / len(A) ** (0.5 if config.get("use_rslora") else 1))
@@ -82,12 +81,14 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
 
 
 def read_config(folder: Path, file: Path) -> dict:
-    """adapter_config.json, or what diffusers keeps in the file's header under "transformer."."""
+    """adapter_config.json, or what the file's header has: diffusers' config, or an alpha alone."""
     if (folder / "adapter_config.json").is_file():
         return {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
     with safe_open(file, "pt") as opened:
-        header = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-    return {key.removeprefix("transformer."): value for key, value in read_json(header).items()}
+        header = opened.metadata() or {}
+    about = read_json(header.get("lora_adapter_metadata", "{}"))
+    alone = {"lora_alpha": float(header[key]) for key in ALPHAS if key in header}
+    return alone | {key.removeprefix("transformer."): value for key, value in about.items()}
 
 
 def check_config(config: dict, where: str) -> None:

@@ -105,7 +105,11 @@ def test_what_others_publish_is_read(pipe, text, tmp_path):
     stock.save_lora_weights(tmp_path / "old", tensors)
     stock.transformer.peft_config["default"] = config
     stock.transformer.save_lora_adapter(tmp_path / "own", adapter_name="default")
-    for name, alpha in (("peft", None), ("new", None), ("own", None), ("old", 64)):
+    for key in ("lora_alpha", "ss_network_alpha"):
+        (tmp_path / key).mkdir()
+        save_file(tensors, tmp_path / key / FILE, metadata={key: "64.0"})
+    told = ("peft", "new", "own", "lora_alpha", "ss_network_alpha")
+    for name, alpha in (*((name, None) for name in told), ("old", 64)):
         lora.load_adapter(pipe.transformer, name, tmp_path / name, "--teacher ocr", alpha)
         assert_close(predict_with(pipe.transformer, text, name), expected)
     with pytest.raises(SystemExit):  # without alpha nothing is guessed
