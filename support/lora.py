@@ -67,7 +67,7 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
         if own == "rank":
             own = len(A)
         if own is None:
-            cure = f"give {ADAPTER[0]}, or for a teacher --teacher_alpha TASK=ALPHA (mostly =rank)"
+            cure = f"give --teacher_alpha TASK=ALPHA (mostly =rank), or {ADAPTER[0]}"
             fail(f"{where}: the file does not say its alpha; {cure}")
         if type(own) not in (int, float) or not 0 < own < 1e6:
             fail(f"{where}: alpha {own!r} of layer {layer} is not a number from 0 to 1e6")
