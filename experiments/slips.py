@@ -154,7 +154,7 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
         ("wrong", "{\"skipped_updates\": 1}, rank == 0)", "{\"skipped_updates\": 1}, 1)"),
         ("off by one", "iteration * args.updates + update + 1",
          "iteration * args.updates + update"),
-        ("local", "value}, b / B)", "value}, 1)"),
+        ("local", "torch.cat(run.gather(measure(images)))", "measure(images)"),
         ("swapped", "reward_log(rewards, G, of_slot)",
          "reward_log(rewards, args.prompts_per_iteration, of_slot)"),
         ("off by one", "metrics.is_due(iteration, args.eval_every",
