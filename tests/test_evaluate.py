@@ -68,6 +68,8 @@ def test_images_are_made_once(monkeypatch, tmp_path):
     again = lambda *flags, **given: evaluate(monkeypatch, out, "--overwrite", *flags, **given)
     first, made = evaluate(monkeypatch, out)
     assert made == 2 * 4 * 3 and (out / "differences.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, out)  # it holds results
     assert again("--batch", 2) == (first, 0)
     (out / "images/base/ocr/00001.png").unlink()
     (out / "images/ocr/deqa/00002.png").write_bytes(b"not a picture")
@@ -81,6 +83,7 @@ def test_images_are_made_once(monkeypatch, tmp_path):
     changes = "--seed 1,--steps 3,--guidance 2,--text_length 8,--size 32,--no_t5".split(",")
     changes.append("--model_guidance base=2")
     for flags in (*changes, f"--prompts ocr={own}"):
+        again("--tasks", "ocr", models=["base"])  # as before: one flag differs
         assert again(*flags.split(), "--tasks", "ocr", models=["base"])[1] == 3, flags
 
 
