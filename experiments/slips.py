@@ -43,7 +43,7 @@ FIRST = {  # file: the tests that run first
     "losses.py": "test_losses.py test_iteration.py",
     "rewards/scoring.py": "test_evaluate.py test_iteration.py::test_grpo test_flags.py OPD",
     "rewards/tables.py": "test_evaluate.py",
-    "rewards/pictures.py": "test_evaluate.py",
+    "rewards/pictures.py": "test_evaluate.py test_toy.py",
     "toy/scorers.py": "test_toy.py",
     "support/run.py": "test_iteration.py test_model.py",
     "support/lora.py": "test_adapters.py test_iteration.py",
