@@ -41,9 +41,9 @@ FIRST = {  # file: the tests that run first
     "merge.py": "test_merge.py",
     "sde.py": "test_sde.py",
     "losses.py": "test_losses.py test_iteration.py",
-    "rewards/scoring.py": "test_evaluate.py test_iteration.py test_flags.py",
+    "rewards/scoring.py": "test_evaluate.py test_iteration.py::test_grpo test_flags.py OPD",
     "rewards/tables.py": "test_evaluate.py",
-    "rewards/pictures.py": "test_evaluate.py",
+    "rewards/pictures.py": "test_evaluate.py test_toy.py",
     "toy/scorers.py": "test_toy.py",
     "support/run.py": "test_iteration.py test_model.py",
     "support/lora.py": "test_adapters.py test_iteration.py",
@@ -154,7 +154,7 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
         ("wrong", "{\"skipped_updates\": 1}, rank == 0)", "{\"skipped_updates\": 1}, 1)"),
         ("off by one", "iteration * args.updates + update + 1",
          "iteration * args.updates + update"),
-        ("local", "value}, b / B)", "value}, 1)"),
+        ("local", "torch.cat(run.gather(measure(images)))", "measure(images)"),
         ("swapped", "reward_log(rewards, G, of_slot)",
          "reward_log(rewards, args.prompts_per_iteration, of_slot)"),
         ("off by one", "metrics.is_due(iteration, args.eval_every",
@@ -213,7 +213,6 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
         ("forgotten", 'name == task or name.startswith(task + "_")', "name == task"),
         ("swapped", '{task: 1 - args.mix_quality, "deqa": args.mix_quality}',
          '{task: args.mix_quality, "deqa": 1 - args.mix_quality}'),
-        ("forgotten", '            weights = {"deqa": 1.0}', "            pass"),
         ("forgotten", "(scores.float() - low) / (high - low)", "scores.float() / (high - low)"),
         ("factor", "(scores.float() - low) / (high - low)", "(scores.float() - low) / high"),
         ("normalisation", "total / sum(weights.values())", "total / len(weights)"),
@@ -451,6 +450,7 @@ def noticed_by(root: Path, tests: list[str], others_than: list[str] = ()) -> str
 
 def first_tests(file: str) -> list[str]:
     names = FIRST[file].replace("TWO", "test_iteration.py::test_two_processes")
+    names = names.replace("OPD", "test_iteration.py::test_opd")
     return [f"tests/{name}" for name in names.split()]
 
 

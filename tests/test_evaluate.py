@@ -68,6 +68,8 @@ def test_images_are_made_once(monkeypatch, tmp_path):
     again = lambda *flags, **given: evaluate(monkeypatch, out, "--overwrite", *flags, **given)
     first, made = evaluate(monkeypatch, out)
     assert made == 2 * 4 * 3 and (out / "differences.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, out)  # it holds results
     assert again("--batch", 2) == (first, 0)
     (out / "images/base/ocr/00001.png").unlink()
     (out / "images/ocr/deqa/00002.png").write_bytes(b"not a picture")
@@ -81,6 +83,7 @@ def test_images_are_made_once(monkeypatch, tmp_path):
     changes = "--seed 1,--steps 3,--guidance 2,--text_length 8,--size 32,--no_t5".split(",")
     changes.append("--model_guidance base=2")
     for flags in (*changes, f"--prompts ocr={own}"):
+        again("--tasks", "ocr", models=["base"])  # as before: one flag differs
         assert again(*flags.split(), "--tasks", "ocr", models=["base"])[1] == 3, flags
 
 
@@ -221,12 +224,34 @@ def test_a_failed_metric_is_left_out_of_every_row(monkeypatch, tmp_path, capsys)
     """Never a 0, for any model: the base's scores, which were good, are withdrawn too."""
     scorers = iter([toy.REWARDS["ocr"], failing("no weights here")])  # for the base, for the LoRA
     monkeypatch.setitem(toy.REWARDS, "ocr", lambda *given: next(scorers)(*given))
+    monkeypatch.setitem(toy.REWARDS, "geneval_strict", failing("NoneType"))
     table, _ = evaluate(monkeypatch, tmp_path / "out", "--tasks", "ocr", "geneval")
-    assert table.splitlines()[-1] == "not scored: ocr: no weights here" and "OCR" not in table
+    strict = "it gave NoneType, not a tensor of shape (3,)"
+    last = ["not scored: ocr: no weights here", f"not scored: geneval_strict: {strict}"]
+    lines = [line for line in table.splitlines() if line]
+    assert lines[-2:] == last and "OCR" not in table and "GenEval" in table
     assert "not scored: ocr: no weights here" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["not_scored"] == {"ocr": "no weights here"}
+    assert results["not_scored"] == {"ocr": "no weights here", "geneval_strict": strict}
     assert ["ocr" in row for row in results["results"].values()] == [False, False]
+
+
+def test_metadata_goes_with_its_prompt(monkeypatch, tmp_path):
+    """In batches of an evaluation, and in the groups of a training."""
+    lines = [{"prompt": f"sign reads K {x} in red", "n": n} for n, x in enumerate("KTX")]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scorer = lambda images, prompts, metadata: torch.tensor([line["n"] / 4 for line in metadata])
+    scorer.range = (0, 1)
+    monkeypatch.setitem(toy.REWARDS, "ocr", scorer)
+    flags = ["--prompts", f"ocr={tmp_path}/own.jsonl", "--tasks", "ocr", "--batch", 2]
+    evaluate(monkeypatch, tmp_path / "out", *flags, models=["base"])
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert results["base"]["ocr"]["mean"] == approx(0.25)
+    args = {"rewards": "toy", "reward_device": None, "reward": {"ocr": 1.0}, "mix": {}}
+    args |= {"tasks": ["ocr"], "prompts": {}, "test_prompts": {}, "on_reward_error": "stop"}
+    reward = scoring.make_reward(SimpleNamespace(**args), "cpu", {}, {})
+    slots = [("ocr", line["prompt"], line) for line in lines]
+    assert reward(torch.zeros(3, 3, 32, 32), slots).tolist() == approx([0, 0.25, 0.5])
 
 
 def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, tmp_path, capsys):
