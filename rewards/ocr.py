@@ -12,13 +12,14 @@ prompts. Two engines can read the image:
 Both are a segmentation network and a CTC reader without a language model, so a misspelt word is
 read as it is. They are not the same networks: compare numbers within one engine only. Everything
 before and after the networks follows PaddleOCR 2.9.1 (ppocr/postprocess/db_postprocess.py,
-tools/infer/predict_{system,det,rec}.py), without OpenCV.
+tools/infer/predict_{system,det,rec}.py), without OpenCV. On 120 pictures crowded with text, 833 of
+the 854 boxes that PaddleOCR found were equal to the pixel, 117 texts and all rewards.
 
 Weights (Apache-2.0), 20 MB together:
     hf download PaddlePaddle/PP-OCRv5_mobile_det_safetensors
     hf download PaddlePaddle/PP-OCRv5_mobile_rec_safetensors
-PP-OCRv5_server_{det,rec}_safetensors have the same inputs and outputs. Not checked here against the
-real weights.
+PP-OCRv5_server_{det,rec}_safetensors have the same inputs and outputs. Checked here: the mobile
+networks' real weights, from another package (tests/test_ocr.py), not the files of the hub.
 """
 
 import json
@@ -227,7 +228,9 @@ def find_lines(probability: np.ndarray, height: int, width: int) -> list[np.ndar
     """Map (h, w) of text probabilities -> corners (4, 2) of each line, in reading order.
 
     Corners are in pixels of the height x width picture, clockwise from the top left. This is
-    DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes."""
+    DBPostProcess with its "fast" score, then filter_tag_det_res and sorted_boxes. A corner is a
+    pixel off where OpenCV's float32 turns 67 into 66.99999, which is truncated; and where several
+    rectangles or corners fit equally well, at 45 degrees, another may be taken."""
     h, w = probability.shape
     found = []
     for points in outlines(probability > PIXEL)[:MAX_LINES]:
@@ -473,7 +476,7 @@ def load(kind: type, weights: str | Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Each layer's parallel convolutions as one, in place: the same output in a quarter of the time.
+    """Each layer's parallel convolutions as one, in place: the same output in half the time or less.
 
     PP-LCNetV3 was trained with layers that add up four k x k convolutions, one of 1 x 1 and the
     input itself, each through a batch norm, scaled at the end: all linear (RepVGG, 2021)."""
