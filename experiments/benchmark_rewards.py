@@ -76,6 +76,18 @@ def make_geneval(scorer):
     scorer.tokenizer, scorer.classifiers = letter_tokenizer(), {}
 
 
+def ocr_networks():
+    """PP-OCRv5 mobile in the published shapes, with random weights."""
+    backbone = hf.PPOCRV5MobileRecConfig().backbone_config.to_dict() | {"scale": 0.95}
+    blocks = backbone["block_configs"]  # with the strides of the published file
+    for stage, stride in zip(blocks[1:], ([1, 1], [2, 1], [1, 2], [2, 1])):
+        stage[0][3] = stride
+    blocks[4][2][3] = [2, 1]
+    config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone)
+    reader = hf.PPOCRV5MobileRecForTextRecognition(config).eval()
+    return hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig()).eval(), reader
+
+
 def make_ocr(scorer):
     def two_lines(model, inputs, output):
         page = torch.zeros_like(output.last_hidden_state)  # (B, 1, h, w)
@@ -85,14 +97,7 @@ def make_ocr(scorer):
         output.last_hidden_state = page
         return output
 
-    backbone = hf.PPOCRV5MobileRecConfig().backbone_config.to_dict() | {"scale": 0.95}
-    blocks = backbone["block_configs"]  # with the strides of the published file
-    for stage, stride in zip(blocks[1:], ([1, 1], [2, 1], [1, 2], [2, 1])):
-        stage[0][3] = stride
-    blocks[4][2][3] = [2, 1]
-    config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone)
-    reader = hf.PPOCRV5MobileRecForTextRecognition(config).eval()
-    detector = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig()).eval()
+    detector, reader = (ocr.fuse(network) for network in ocr_networks())
     detector.register_forward_hook(two_lines)
     scorer.model, scorer.letters = (detector, reader), ocr.alphabet("a" * 18383, 18385)
     scorer.scale = [torch.full((3, 1, 1), 0.5, device="cpu")] * 2
