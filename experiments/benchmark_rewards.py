@@ -19,10 +19,9 @@ import torch
 import transformers as hf
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_rewards import FULL, letter_tokenizer, published_shapes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.random_scorers import DEQA_7B, deqa_shapes, letter_tokenizer
 from rewards import aesthetic, clipscore, deqa, geneval, geneval_convert, ocr, pickscore
 from rewards.geneval_rules import CLASSES
 
@@ -104,9 +103,9 @@ def make_ocr(scorer):
 
 
 def make_deqa(scorer):
-    shapes = published_shapes(FULL).items()
+    shapes = deqa_shapes(DEQA_7B).items()
     state = {name: torch.randn(shape, dtype=torch.float16) * 0.02 for name, shape in shapes}
-    scorer.model = deqa.build(FULL, deqa.convert(state, FULL), torch.float16).eval()
+    scorer.model = deqa.build(DEQA_7B, deqa.convert(state, DEQA_7B), torch.float16).eval()
     scorer.model.to(scorer.device)
     scorer.processor = processor(448)
 

@@ -20,9 +20,10 @@ import transformers as hf
 from conftest import raises
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch.testing import assert_close
 
+from experiments import random_scorers
+from experiments.random_scorers import DEQA_7B, DEQA_TINY, LETTERS, deqa_shapes, deqa_state
 from rewards import aesthetic, clipscore, deqa, monitors, ocr, pickscore
 from rewards.geneval import GenEval
 from rewards.images import as_pictures, exact_float32
@@ -47,61 +48,21 @@ def as_pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
-def spread_out(model, seed=0):
-    """Random weights of a size at which different pictures get visibly different scores."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def pictures():
     return [as_image(noise(*size, seed)) for seed, size in enumerate(SIZES)]
 
 
-def letter_tokenizer():
-    """CLIP's tokenizer without its words: a token for each letter, 514 in all."""
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return hf.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-
-
-def save_clip(folder, side=32, patch=8):
-    """A CLIP of 2 + 2 layers as on the hub. Vectors of 768, as L/14's."""
-    letter_tokenizer().save_pretrained(folder)
-    layers = {"hidden_size": 32, "intermediate_size": 64}
-    layers |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    text = layers | ends | {"vocab_size": 514, "max_position_embeddings": 77}
-    vision = layers | {"image_size": side, "patch_size": patch}
-    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
-    config.logit_scale_init_value = math.log(100)
-    spread_out(hf.CLIPModel(config)).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    save_clip(folder)
+    random_scorers.save_clip(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def head_file(tmp_path_factory):
-    """A random aesthetic head in the published shapes."""
-    generator, path = torch.Generator().manual_seed(1), tmp_path_factory.mktemp("head") / "head.pth"
-    sizes, state = (768, 1024, 128, 64, 16, 1), {}
-    for layer, inner, outer in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
-        weight = torch.randn(outer, inner, generator=generator) / inner**0.5
-        state[f"layers.{layer}.weight"] = weight
-        state[f"layers.{layer}.bias"] = torch.randn(outer, generator=generator)
-    torch.save(state, path)
-    return path
+    return random_scorers.save_head(tmp_path_factory.mktemp("head") / "head.pth")
 
 
 # ---- What all of them have in common
@@ -254,7 +215,7 @@ def test_an_incomplete_clip_is_refused(name, make_reward, clip_folder, tmp_path,
     raises("differ in vocabulary", reward, pictures[:1], PROMPTS[:1])
     state = model.state_dict()
     del state["visual_projection.weight"]
-    letter_tokenizer().save_pretrained(tmp_path)
+    random_scorers.letter_tokenizer().save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, state_dict=state)
     message, reward = "lacks 1 weights .visual_pro", make_reward(name, weights=str(tmp_path))
     raises(message, reward, pictures[:1], PROMPTS[:1])
@@ -344,137 +305,9 @@ def test_another_head_is_refused(make_reward, head_file, pictures):
 
 # ---- DeQA
 
-SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-
-def deqa_config(llama, heads_of_values, vision, image, abstractor, queries):
-    """config.json as it is published; the tuples hold SIZE, image the size and that of a patch."""
-    vision = dict(zip(SIZE, vision)) | {"image_size": image[0], "patch_size": image[1]}
-    abstractor = dict(zip(SIZE, abstractor)) | {"encoder_hidden_size": vision["hidden_size"]}
-    abstractor |= {"num_learnable_queries": queries, "grid_size": image[0] // image[1]}
-    visual = {"visual_model": vision, "visual_abstractor": abstractor}
-    for part in visual.values():
-        part["layer_norm_eps"] = 1e-6
-    config = dict(zip(SIZE, llama)) | {"num_key_value_heads": heads_of_values, "vocab_size": 32000}
-    config |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0}
-    config["auto_map"] = {"AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config"}
-    return config | {"model_type": "mplug_owl2", "visual_config": visual}
-
-
-DEQA = deqa_config((32, 48, 2, 4), 2, (24, 40, 2, 3), (28, 7), (24, 36, 2, 4), 5)
-FULL = deqa_config(
-    (4096, 11008, 32, 32), 32, (1024, 4096, 24, 16), (448, 14), (1024, 2816, 6, 16), 64
-)
-
-
-def published_shapes(config):
-    """{name: shape} as mPLUG-Owl2's classes define them (visual_encoder.py, modeling_llama2.py)."""
-    H, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = H // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (vocabulary, H), "model.norm.weight": (H,)}
-    shapes["lm_head.weight"] = (vocabulary, H)
-    for i in range(config["num_hidden_layers"]):
-        name = f"model.layers.{i}."
-        for x, shape in {"q": (H, H), "o": (H, H), "k": (kv, H), "v": (kv, H)}.items():
-            ways = (".multiway.0", ".multiway.1") if x in "kv" else ("",)
-            shapes |= {f"{name}self_attn.{x}_proj{way}.weight": shape for way in ways}
-        for x, shape in {"gate": (inner, H), "up": (inner, H), "down": (H, inner)}.items():
-            shapes[f"{name}mlp.{x}_proj.weight"] = shape
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{name}{norm}.multiway.{way}.weight": (H,) for way in (0, 1)}
-
-    def add(name, *shape):
-        shapes[name + ".weight"], shapes[name + ".bias"] = shape, shape[:1]
-
-    c = config["visual_config"]["visual_model"]
-    D, inner, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
-    name = "model.vision_model.embeddings."
-    shapes[name + "cls_token"] = (1, 1, D)
-    shapes[name + "patch_embed.weight"] = (D, 3, patch, patch)
-    shapes[name + "position_embedding"] = (1, (c["image_size"] // patch) ** 2 + 1, D)
-    add(name + "pre_layernorm", D)
-    add("model.vision_model.post_layernorm", D)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.vision_model.encoder.layers.{i}."
-        parts = {"self_attn.query_key_value": (3 * D, D), "self_attn.dense": (D, D),
-                 "mlp.fc1": (inner, D), "mlp.fc2": (D, inner), "input_layernorm": (D,),
-                 "post_attention_layernorm": (D,)}  # fmt: skip
-        for part, shape in parts.items():
-            add(layer + part, *shape)
-
-    c, name = config["visual_config"]["visual_abstractor"], "model.visual_abstractor."
-    D, E, inner = c["hidden_size"], c["encoder_hidden_size"], c["intermediate_size"]
-    shapes[name + "query_embeds"] = (1, c["num_learnable_queries"], D)
-    shapes[name + "vit_eos"] = (1, 1, H)
-    add(name + "visual_fc", H, D)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"{name}encoder.layers.{i}.crossattention."
-        shapes[layer + "attention.q_pos_embed"] = (c["num_learnable_queries"], D)
-        shapes[layer + "attention.k_pos_embed"] = (c["grid_size"] ** 2 + 1, D)
-        parts = {"attention.query": (D, D), "attention.key": (D, E), "attention.value": (D, E),
-                 "output.out_proj": (D, D), "output.norm2": (D,), "output.mlp.w1": (inner, D),
-                 "output.mlp.w2": (D, inner), "output.mlp.w3": (inner, D),
-                 "output.mlp.ffn_ln": (inner,), "norm1": (D,), "normk": (E,)}  # fmt: skip
-        for part, shape in parts.items():
-            add(layer + part, *shape)
-    return shapes
-
-
-@cache
-def published_state():
-    generator = torch.Generator().manual_seed(3)
-    state = {}
-    for name, shape in published_shapes(DEQA).items():
-        size = 2 * shape[-1] ** -0.5 if len(shape) > 1 and "embed" not in name else 1.0
-        state[name] = torch.randn(shape, generator=generator) * size
-    return state
-
-
-def protobuf(number, payload):
-    """One field of a message: its number, length and bytes."""
-    size, head = len(payload), bytearray([number << 3 | 2])
-    while size > 127:
-        head.append(size & 127 | 128)
-        size >>= 7
-    return bytes(head) + bytes([size]) + payload
-
-
-def tokenizer_model(change=None):
-    """A SentencePiece file of 32000 pieces that spells what LLaMA's does where DeQA needs it."""
-    pieces = [f"piece{i}" for i in range(32000)]
-    before = "<s> ▁US ER : ▁How ▁would ▁you ▁rate ▁the ▁quality ▁of ▁this ▁image ? <0x0A>"
-    after = "▁ <0x0A> ASS IST ANT : ▁The ▁quality ▁of ▁the ▁image ▁is"
-    levels = "▁excellent ▁good ▁fair ▁poor ▁bad"
-    for ids, text in ((deqa.BEFORE, before), (deqa.AFTER, after), (deqa.LEVELS.values(), levels)):
-        for i, piece in zip(ids, text.split(" "), strict=True):
-            assert pieces[i] in (f"piece{i}", piece)  # one number, one piece
-            pieces[i] = piece
-    if change:
-        pieces[change] = "other"
-    # Of a piece: 1 text, 2 score (four bytes), 3 kind (varint). Then 2, the trainer's settings
-    more = b"\x15\0\0\x80\xbf" + b"\x18\x01"
-    body = b"".join(protobuf(1, protobuf(1, piece.encode()) + more) for piece in pieces)
-    return body + protobuf(2, b"\x08\xac\x02" + b"\x11" + bytes(8))
-
-
-def save_deqa(folder, state):
-    """As on the hub: two pickled shards, an index, config.json, tokenizer.model."""
-    shards, index = {}, {}
-    for i, (key, tensor) in enumerate(state.items()):
-        index[key] = f"pytorch_model-0000{i % 2 + 1}-of-00002.bin"
-        shards.setdefault(index[key], {})[key] = tensor
-    for name, shard in shards.items():
-        torch.save(shard, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(DEQA))
-    (folder / "tokenizer.model").write_bytes(tokenizer_model())
-    (folder / "configuration_mplug_owl2.py").write_text("raise SystemExit('remote code ran')")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def deqa_folder(tmp_path_factory):
-    return save_deqa(tmp_path_factory.mktemp("deqa"), published_state())
+    return random_scorers.save_deqa(tmp_path_factory.mktemp("deqa"), deqa_state())
 
 
 def published_logits(state, config, pixels):
@@ -558,12 +391,12 @@ def published_logits(state, config, pixels):
 
 
 def test_deqa_is_the_published_forward_pass(make_reward, pictures):
-    state = published_state()
-    model = deqa.build(DEQA, deqa.convert(state, DEQA)).eval()
+    state = deqa_state()
+    model = deqa.build(DEQA_TINY, deqa.convert(state, DEQA_TINY)).eval()
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         levels = deqa.level_logits(model, pixels)
-    expected = published_logits(state, DEQA, pixels)
+    expected = published_logits(state, DEQA_TINY, pixels)
     assert expected.std(0).min() > 0.05  # the picture matters
     assert_close(levels, expected, rtol=1e-4, atol=1e-4)
 
@@ -571,7 +404,7 @@ def test_deqa_is_the_published_forward_pass(make_reward, pictures):
     padded = Image.new("RGB", (47, 47), (122, 116, 104))
     padded.paste(picture, (0, 7))
     pixels = (as_pixels(padded.resize((28, 28), Image.Resampling.BICUBIC)) - MEAN) / STD
-    expected = published_logits(state, DEQA, pixels[None]).softmax(1)
+    expected = published_logits(state, DEQA_TINY, pixels[None]).softmax(1)
     score = make_reward("deqa")([picture])
     assert_close(score, expected @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), rtol=1e-4, atol=1e-4)
 
@@ -589,14 +422,14 @@ def test_the_expected_level_and_the_padding():
 
 
 def test_every_published_weight_of_the_7b_has_its_place():
-    shapes = published_shapes(FULL)
+    shapes = deqa_shapes(DEQA_7B)
     total = sum(math.prod(shape) for shape in shapes.values())
     assert total == pytest.approx(8.2e9, rel=0.01)
     published = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     table = "model.layers.0.self_attn.rotary_emb.inv_freq"  # older files have it
-    converted = deqa.convert(published | {table: torch.empty(64, device="meta")}, FULL)
+    converted = deqa.convert(published | {table: torch.empty(64, device="meta")}, DEQA_7B)
     assert sum(t.numel() for t in converted.values()) == total
-    model = deqa.build(FULL, converted)  # load_state_dict is strict: names and shapes
+    model = deqa.build(DEQA_7B, converted)  # load_state_dict is strict: names and shapes
     assert set(model.state_dict()) == set(converted)
 
 
@@ -606,17 +439,17 @@ def test_deqa_refuses_other_weights(key, tmp_path, pictures):
         def __reduce__(self):
             return open, (str(tmp_path / "executed"), "w")
 
-    state = dict(published_state())
+    state = dict(deqa_state())
     if key == "few":
         del state["model.norm.weight"]
     changes = {"many": {"model.extra.weight": torch.zeros(2)},
                "shape": {"lm_head.weight": torch.zeros(31999, 32)},
                "code": {"lm_head.weight": Evil()}}  # fmt: skip
-    save_deqa(tmp_path, state | changes.get(key, {}))
+    random_scorers.save_deqa(tmp_path, state | changes.get(key, {}))
     if key == "shard":
         (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     if key == "tokenizer":
-        other = tokenizer_model(change=deqa.LEVELS["poor"])
+        other = random_scorers.tokenizer_model(change=deqa.LEVELS["poor"])
         (tmp_path / "tokenizer.model").write_bytes(other)
     raises(f"deqa: cannot load.*{deqa.FETCH}", deqa.DeQA(weights=str(tmp_path)), pictures[:1])
     assert not (tmp_path / "executed").exists()
@@ -802,40 +635,14 @@ def test_ctc_and_its_alphabet():
 
 # ---- OCR: the networks
 
-LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789²é")
-READER = {"hidden_size": 24, "num_attention_heads": 2, "head_out_channels": len(LETTERS) + 2}
-
-
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory):
-    """A detector of random weights that takes a whole picture for one line."""
-    torch.manual_seed(0)
-    model = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig())
-    model.head.conv_final.bias.data.fill_(4.0)
-    folder = tmp_path_factory.mktemp("detector")
-    model.save_pretrained(folder)
-    return folder
+    return random_scorers.save_text_detector(tmp_path_factory.mktemp("detector"))
 
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
-    """A reader of random weights that is sure of what it reads."""
-    torch.manual_seed(0)
-    blocks = [[[3, 16, 32, 1, False]], [[3, 32, 64, [2, 1], False]], [[3, 64, 128, [1, 2], False]],
-              [[3, 128, 256, [2, 1], False]], [[5, 256, 512, [2, 1], True]]]  # fmt: skip
-    backbone = {"model_type": "pp_lcnet_v3", "scale": 0.25, "block_configs": blocks, "divisor": 8}
-    backbone["out_features"] = ["stage2", "stage3", "stage4", "stage5"]
-    config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone, **READER)
-    model = hf.PPOCRV5MobileRecForTextRecognition(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:  # convolutions: keep the signal alive through all the layers
-            torch.nn.init.kaiming_normal_(parameter)
-    model.head.head.weight.data.normal_(0, 8.0)
-    folder = tmp_path_factory.mktemp("reader")
-    model.save_pretrained(folder)
-    settings = {"character_list": LETTERS, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
+    return random_scorers.save_reader(tmp_path_factory.mktemp("reader"))
 
 
 def test_reading_end_to_end(make_reward, pictures, monkeypatch):

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, raises
 from PIL import Image
-from test_rewards import MEAN, STD, as_pixels, save_clip
+from test_rewards import MEAN, STD, as_pixels
 from torch.testing import assert_close
-from transformers import CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
+from transformers import CLIPModel, CLIPTokenizer
 
+from experiments.random_scorers import DETECTOR, detector_shapes, detector_state, save_clip
+from experiments.random_scorers import tiny_detector_config, window_index
 from rewards import geneval, geneval_convert, geneval_detector, geneval_prompts
 from rewards import geneval_rules as rules
 from rewards.geneval import GenEval
@@ -283,120 +285,9 @@ def test_postprocess_cuts_the_padding_and_scales_to_the_image():
 # MSDeformAttnPixelDecoder, Mask2FormerHead. Written here on their own, so that a mistake in the
 # key map cannot hide.
 
-FULL = dict(C=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24), window=7, D=256, ffn=(1024, 2048),
-            Q=100, encoder=6, decoder=9)  # fmt: skip
-TINY = dict(C=8, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3, D=32, ffn=(16, 24),
-            Q=12, encoder=1, decoder=2)  # fmt: skip
-
-
-def published_shapes(C, depths, heads, window, D, ffn, Q, encoder, decoder):
-    shapes = {}
-
-    def layer(name, out, *inner, bias=True):
-        shapes[name + ".weight"] = (out, *inner)
-        if bias:
-            shapes[name + ".bias"] = (out,)
-
-    def feed_forward(name, width, inner):
-        layer(name + ".layers.0.0", inner, width)
-        layer(name + ".layers.1", width, inner)
-
-    layer("backbone.patch_embed.projection", C, 3, 4, 4)
-    layer("backbone.patch_embed.norm", C)
-    for i, (depth, head) in enumerate(zip(depths, heads)):
-        width, stage = C * 2**i, f"backbone.stages.{i}"
-        for j in range(depth):
-            block = f"{stage}.blocks.{j}"
-            attention = f"{block}.attn.w_msa."
-            shapes[attention + "relative_position_bias_table"] = ((2 * window - 1) ** 2, head)
-            shapes[attention + "relative_position_index"] = (window**2, window**2)
-            layer(attention + "qkv", 3 * width, width)
-            layer(attention + "proj", width, width)
-            layer(f"{block}.norm1", width)
-            layer(f"{block}.norm2", width)
-            feed_forward(f"{block}.ffn", width, 4 * width)
-        if i < 3:
-            layer(f"{stage}.downsample.norm", 4 * width)
-            layer(f"{stage}.downsample.reduction", 2 * width, 4 * width, bias=False)
-        layer(f"backbone.norm{i}", width)
-
-    pixel = "panoptic_head.pixel_decoder"
-    for i in range(3):  # from the coarsest level
-        layer(f"{pixel}.input_convs.{i}.conv", D, C * 2 ** (3 - i), 1, 1)
-        layer(f"{pixel}.input_convs.{i}.gn", D)
-    for i in range(encoder):
-        name = f"{pixel}.encoder.layers.{i}"
-        outputs = {"value_proj": D, "output_proj": D}
-        outputs["sampling_offsets"] = 8 * 3 * 4 * 2  # heads, levels, points, xy
-        outputs["attention_weights"] = 8 * 3 * 4
-        for part, out in outputs.items():
-            layer(f"{name}.attentions.0.{part}", out, D)
-        feed_forward(f"{name}.ffns.0", D, ffn[0])
-        for k in (0, 1):
-            layer(f"{name}.norms.{k}", D)
-    shapes[f"{pixel}.level_encoding.weight"] = (3, D)
-    for part, inputs in {"lateral_convs": (C, 1, 1), "output_convs": (D, 3, 3)}.items():
-        layer(f"{pixel}.{part}.0.conv", D, *inputs, bias=False)
-        layer(f"{pixel}.{part}.0.gn", D)
-    layer(f"{pixel}.mask_feature", D, D, 1, 1)
-
-    for i in range(decoder):
-        name = f"panoptic_head.transformer_decoder.layers.{i}"
-        for k in (0, 1):
-            shapes[f"{name}.attentions.{k}.attn.in_proj_weight"] = (3 * D, D)
-            shapes[f"{name}.attentions.{k}.attn.in_proj_bias"] = (3 * D,)
-            layer(f"{name}.attentions.{k}.attn.out_proj", D, D)
-        feed_forward(f"{name}.ffns.0", D, ffn[1])
-        for k in range(3):
-            layer(f"{name}.norms.{k}", D)
-    layer("panoptic_head.transformer_decoder.post_norm", D)
-    for part, rows in {"query_embed": Q, "query_feat": Q, "level_embed": 3}.items():
-        shapes[f"panoptic_head.{part}.weight"] = (rows, D)
-    layer("panoptic_head.cls_embed", 81, D)
-    for k in (0, 2, 4):
-        layer(f"panoptic_head.mask_embed.{k}", D, D)
-    return shapes
-
-
-def tiny_config():
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    swin = SwinConfig(embed_dim=8, depths=[2, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=3,
-                      out_features=stages)  # fmt: skip
-    return Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=12,
-        encoder_feedforward_dim=16, dim_feedforward=24, encoder_layers=1, decoder_layers=3,
-        num_labels=80,
-    )  # fmt: skip
-
-
-def window_index(window):
-    """mmdet's relative_position_index, from its definition: a pair's row of the bias table."""
-    places = [(y, x) for y in range(window) for x in range(window)]
-    index = torch.empty(len(places), len(places), dtype=torch.long)
-    for i, a in enumerate(places):
-        for j, b in enumerate(places):
-            index[i, j] = (a[0] - b[0] + window - 1) * (2 * window - 1) + a[1] - b[1] + window - 1
-    return index
-
-
-def random_checkpoint():
-    """The published names with random values; norms too, or a forgotten one would not show."""
-    generator, state = torch.Generator().manual_seed(0), {}
-    for key, shape in published_shapes(**TINY).items():
-        if key.endswith("relative_position_index"):
-            state[key] = window_index(TINY["window"])
-        elif len(shape) == 1:
-            state[key] = torch.randn(shape, generator=generator) * 0.3 + (".weight" in key)
-        else:
-            size = math.sqrt(math.prod(shape[1:]))
-            state[key] = torch.randn(shape, generator=generator) / size
-    state["panoptic_head.cls_embed.weight"] *= 12  # confident: scores above the thresholds
-    return state
-
-
 def test_every_published_weight_has_its_place():
     """Each tensor holds a number of its own: all come out, and nothing else."""
-    shapes = published_shapes(**FULL)
+    shapes = detector_shapes(**DETECTOR)
     indices = {key: window_index(7) for key in shapes if key.endswith("position_index")}
     learned = {key: shape for key, shape in shapes.items() if key not in indices}
     assert round(sum(map(math.prod, learned.values())) / 1e6, 2) == 68.74  # Swin-S, 80 classes
@@ -410,8 +301,8 @@ def test_every_published_weight_has_its_place():
 
 
 def save_tiny(folder, digest=geneval_detector.SHA256 + "0" * 56):
-    converted = geneval_convert.convert(random_checkpoint(), tiny_config())
-    geneval_convert.save_detector(converted, tiny_config(), folder, digest)
+    converted = geneval_convert.convert(detector_state(), tiny_detector_config())
+    geneval_convert.save_detector(converted, tiny_detector_config(), folder, digest)
 
 
 def mmdet_forward(s, x, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3):
@@ -546,7 +437,7 @@ def test_converted_model_computes_what_mmdet_does(tmp_path, size):
     model, head = geneval_detector.load_detector(tmp_path, "cpu")
     with torch.no_grad():
         found = geneval_detector.detector_logits(model, head, x)
-        expected = mmdet_forward(random_checkpoint(), x)
+        expected = mmdet_forward(detector_state(), x)
     assert found[0].std() > 3 and found[1].std() > 0.1  # not a comparison of nothing with nothing
     assert_close(found, expected, atol=2e-3, rtol=1e-4)
 
@@ -568,9 +459,9 @@ MMDET3 = ("transformer_decoder.layers.0.cross_attn.attn.in_proj_bias",
     ],
 )
 def test_convert_refuses(change, message):
-    state = random_checkpoint() | change
+    state = detector_state() | change
     state = {key: tensor for key, tensor in state.items() if tensor is not None}
-    raises(message, geneval_convert.convert, state, tiny_config())
+    raises(message, geneval_convert.convert, state, tiny_detector_config())
 
 
 def convert_command(*args):
@@ -606,7 +497,7 @@ def tiny_files(tmp_path_factory):
     """A tiny CLIP, and a .pth of mmdet's format with the hash that stands in for the real one."""
     folder = tmp_path_factory.mktemp("weights")
     save_clip(folder / "clip", side=224, patch=32)
-    torch.save({"meta": {}, "state_dict": random_checkpoint()}, folder / "tiny.pth")
+    torch.save({"meta": {}, "state_dict": detector_state()}, folder / "tiny.pth")
     return folder, hashlib.sha256((folder / "tiny.pth").read_bytes()).hexdigest()
 
 
@@ -616,7 +507,7 @@ def weights(tiny_files, monkeypatch):
     folder, digest = tiny_files
     for module in (geneval_detector, geneval_convert):
         monkeypatch.setattr(module, "SHA256", digest[:8])
-    monkeypatch.setattr(geneval_convert, "detector_config", tiny_config)
+    monkeypatch.setattr(geneval_convert, "detector_config", tiny_detector_config)
     monkeypatch.setattr(geneval_detector, "EDGES", (133, 80))  # a hundred times faster
     if not (folder / "detector").exists():
         assert convert_command(folder / "tiny.pth", "--out", folder / "detector") == 0
