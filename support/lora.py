@@ -87,8 +87,9 @@ def read_config(folder: Path, file: Path) -> dict:
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {}
     about = read_json(header.get("lora_adapter_metadata", "{}"))
-    alone = {"lora_alpha": float(header[key]) for key in ALPHAS if key in header}
-    return alone | {key.removeprefix("transformer."): value for key, value in about.items()}
+    *_, alone = None, *(float(header[key]) for key in ALPHAS if key in header)
+    about = {key.removeprefix("transformer."): value for key, value in about.items()}
+    return {"lora_alpha": alone} | about
 
 
 def check_config(config: dict, where: str) -> None:

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, call, model_args
@@ -25,8 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from rewards import deqa, pictures, scoring, tables
-from support import files, flags, lora, model
+from rewards import deqa, scoring, tables
+from support import files, lora, model
 
 CPU = torch.device("cpu")
 SLOW = "--slow" in sys.argv
@@ -271,15 +270,6 @@ def test_prompt_files_are_read_or_refused(lines, odd, end, mark):
     read(mark + end.join(odd), "prompts.jsonl")
 
 
-@fuzz(60, prompts=st.lists(WORDS, min_size=1), ascii=st.booleans(), end=st.sampled_from("\n\r"))
-def test_every_text_survives_json_lines(prompts, ascii, end):
-    """Newlines, control characters, U+2028, any script: what is written is what is read."""
-    expected = [{"prompt": p, "n": n} for n, p in enumerate(prompts) if p.strip()]
-    expected = expected or [{"prompt": "a", "n": 0}]
-    text = end.join(json.dumps(line, ensure_ascii=ascii) for line in expected)
-    assert read(text.encode(), "prompts.jsonl") == ([line["prompt"] for line in expected], expected)
-
-
 def test_prompts_as_people_write_them():
     long = "very " * 2000 + "long"
     text = f"\ufeffred circle\r\n\r\n  猫と犬\t\r\nred circle\n\u200bعربى\n\n{long}\nno end"
@@ -304,19 +294,6 @@ def test_any_prompt_is_embedded(tmp_path):
     again = model.embed_prompts(pipe, ODD_PROMPTS, args)
     torch.testing.assert_close(again["embeds"], table["embeds"])
     assert all(len(file.stem) == 64 for file in cached)
-
-
-@fuzz(20, prompts=st.lists(TEXT, min_size=1, max_size=3), name=TEXT)
-def test_any_prompt_is_drawn_as_one_line(prompts, name):
-    pages = []
-    for written in (prompts, [flags.one_line(prompt) for prompt in prompts]):
-        with tempfile.TemporaryDirectory() as place:
-            images, scores = torch.zeros(len(written), 3, 8, 8), torch.zeros(len(written))
-            pictures.picture_grid(f"{place}/page.png", {name: images}, written, {name: scores})
-            assert os.listdir(place) == ["page.png"]
-            pages.append(Path(place, "page.png").read_bytes())
-    assert pages[0] == pages[1]
-    assert flags.one_line("\n\x1b\u202e\ud800 猫 é") == r"\n\x1b\u202e\ud800 猫 é"
 
 
 def test_odd_prompts_through_a_whole_run(monkeypatch, tmp_path):
@@ -403,51 +380,12 @@ def test_a_damaged_model_is_refused(copy, part, fault):
     assert "error: --model" in refused(load_all, copy)
 
 
-def test_a_tokenizer_config_leads_to_no_file_outside(copy):
-    outside = copy.parent / "outside.json"
-    vocabulary = (copy / "tokenizer_3/tokenizer.json").read_text()
-    outside.write_text(vocabulary.replace("circle", "square"))
-    names = {"tokenizer_file": str(outside), "vocab_file": str(outside)}
-    rewrite(copy / "tokenizer_3/tokenizer_config.json", **names)
-    expected = load_all(ROOT / "toy")["embeds"]
-    torch.testing.assert_close(load_all(copy)["embeds"], expected, rtol=0, atol=0)
-
-
 @fuzz(60, recorded=st.fixed_dictionaries({"flags": JSON, "results": JSON}) | JSON)
 def test_a_strangers_recorded_results_are_shown_or_left_out(recorded):
     """MODEL/results.json is read at the end of a run, when an exception would be worst."""
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "results.json").write_text(json.dumps(recorded))
         tables.table(scoring.read_recorded(place)[1])
-
-
-# ---- Flags and names
-
-RECIPES = st.sampled_from([b"--steps 3 # three", b"@SELF", b"--steps\n@SELF\n"])
-HUB_IDS = st.from_regex(r"[\w.-]{1,9}/[\w.-]{1,9}(@[\w./-]{1,9})?", fullmatch=True)
-
-
-@fuzz(100, data=st.binary(max_size=60) | TEXT.map(encoded) | RECIPES)
-def test_files_of_flags_are_read_or_refused(data):
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "recipe.args"
-        file.write_bytes(data.replace(b"SELF", str(file).encode()))
-        parser = flags.make_parser("")
-        parser.add_argument("--steps", type=flags.positive)
-        attempt(parser.parse_args, [f"@{file}"])
-        attempt(parser.parse_args, [f"@{place}"])
-
-
-@fuzz(100, path=TEXT | HUB_IDS)
-def test_any_path_is_a_folder_a_hub_id_or_refused(path):
-    """No hub is reached. No revision may lead out of its cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        folder, _ = attempt(files.fetch, path, "--model", files.PIPELINE)
-        assert folder in (None, path) and not (files.hub_id(path) and ".." in path)
-        for check in (files.check_adapter, files.check_model):
-            attempt(check, path, "--init")
-        files.fetch.cache_clear()
 
 
 def test_deqas_index_leads_to_no_file_outside(tmp_path):
