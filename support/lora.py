@@ -86,10 +86,9 @@ def read_config(folder: Path, file: Path) -> dict:
         return {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {}
-    about = read_json(header.get("lora_adapter_metadata", "{}"))
+    about = read_json(header.get("lora_adapter_metadata", "{}")).items()
     *_, alone = None, *(float(header[key]) for key in ALPHAS if key in header)
-    about = {key.removeprefix("transformer."): value for key, value in about.items()}
-    return {"lora_alpha": alone} | about
+    return {"lora_alpha": alone} | {key.removeprefix("transformer."): v for key, v in about}
 
 
 def check_config(config: dict, where: str) -> None:
