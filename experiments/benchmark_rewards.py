@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.random_scorers import DEQA_7B, deqa_shapes, letter_tokenizer
+from experiments.published_networks import DEQA_7B, deqa_shapes, letter_tokenizer
 from rewards import aesthetic, clipscore, deqa, geneval, geneval_convert, ocr, pickscore
 from rewards.geneval_rules import CLASSES
 

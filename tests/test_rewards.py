@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from experiments import random_scorers
-from experiments.random_scorers import DEQA_7B, DEQA_TINY, LETTERS, deqa_shapes, deqa_state
+from experiments import published_networks as networks
+from experiments.published_networks import DEQA_7B, DEQA_TINY, LETTERS, deqa_shapes, deqa_state
 from rewards import aesthetic, clipscore, deqa, monitors, ocr, pickscore
 from rewards.geneval import GenEval
 from rewards.images import as_pictures, exact_float32
@@ -56,13 +56,13 @@ def pictures():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    random_scorers.save_clip(folder)
+    networks.save_clip(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def head_file(tmp_path_factory):
-    return random_scorers.save_head(tmp_path_factory.mktemp("head") / "head.pth")
+    return networks.save_head(tmp_path_factory.mktemp("head") / "head.pth")
 
 
 # ---- What all of them have in common
@@ -215,7 +215,7 @@ def test_an_incomplete_clip_is_refused(name, make_reward, clip_folder, tmp_path,
     raises("differ in vocabulary", reward, pictures[:1], PROMPTS[:1])
     state = model.state_dict()
     del state["visual_projection.weight"]
-    random_scorers.letter_tokenizer().save_pretrained(tmp_path)
+    networks.letter_tokenizer().save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, state_dict=state)
     message, reward = "lacks 1 weights .visual_pro", make_reward(name, weights=str(tmp_path))
     raises(message, reward, pictures[:1], PROMPTS[:1])
@@ -307,87 +307,7 @@ def test_another_head_is_refused(make_reward, head_file, pictures):
 
 @pytest.fixture(scope="module")
 def deqa_folder(tmp_path_factory):
-    return random_scorers.save_deqa(tmp_path_factory.mktemp("deqa"), deqa_state())
-
-
-def published_logits(state, config, pixels):
-    """The published forward pass, written again on published names -> levels' logits (B, 5)."""
-    linear = lambda x, name: F.linear(x, state[name + ".weight"], state.get(name + ".bias"))
-    norm = lambda x, name, eps: F.layer_norm(
-        x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps
-    )
-    B = len(pixels)
-
-    c, name = config["visual_config"]["visual_model"], "model.vision_model."
-    D, heads, eps = c["hidden_size"], c["num_attention_heads"], c["layer_norm_eps"]
-    x = F.conv2d(pixels, state[name + "embeddings.patch_embed.weight"], stride=c["patch_size"])
-    x = torch.cat([state[name + "embeddings.cls_token"].expand(B, 1, D), x.flatten(2).mT], 1)
-    x = x + state[name + "embeddings.position_embedding"]
-    x = norm(x, name + "embeddings.pre_layernorm", eps)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"{name}encoder.layers.{i}."
-        qkv = linear(norm(x, layer + "input_layernorm", eps), layer + "self_attn.query_key_value")
-        q, k, v = qkv.reshape(B, -1, heads, 3, D // heads).permute(3, 0, 2, 1, 4)
-        attention = (q @ k.mT * (D // heads) ** -0.5).softmax(-1) @ v
-        x = x + linear(attention.permute(0, 2, 1, 3).reshape(B, -1, D), layer + "self_attn.dense")
-        h = linear(norm(x, layer + "post_attention_layernorm", eps), layer + "mlp.fc1")
-        x = x + linear(h * torch.sigmoid(1.702 * h), layer + "mlp.fc2")
-    tokens = norm(x, name + "post_layernorm", eps)
-
-    c, name = config["visual_config"]["visual_abstractor"], "model.visual_abstractor."
-    D, heads, eps = c["hidden_size"], c["num_attention_heads"], c["layer_norm_eps"]
-    x = state[name + "query_embeds"].repeat(B, 1, 1)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"{name}encoder.layers.{i}.crossattention."
-        x, seen = norm(x, layer + "norm1", 1e-5), norm(tokens, layer + "normk", 1e-5)
-        both = torch.cat([x, seen], 1)
-        q_pos, k_pos = (state[f"{layer}attention.{n}_pos_embed"] for n in "qk")
-        q = linear(x + q_pos, layer + "attention.query")
-        k = linear(both + torch.cat([q_pos, k_pos]), layer + "attention.key")
-        v = linear(both, layer + "attention.value")
-        q, k, v = (y.view(B, -1, heads, D // heads).permute(0, 2, 1, 3) for y in (q, k, v))
-        attention = (q @ k.mT / math.sqrt(D // heads)).softmax(-1) @ v
-        attention = attention.permute(0, 2, 1, 3).reshape(B, -1, D)
-        x = x + linear(attention, layer + "output.out_proj")
-        h = norm(x, layer + "output.norm2", 1e-5)
-        h = F.silu(linear(h, layer + "output.mlp.w1")) * linear(h, layer + "output.mlp.w3")
-        x = x + linear(norm(h, layer + "output.mlp.ffn_ln", eps), layer + "output.mlp.w2")
-    end = state[name + "vit_eos"].repeat(B, 1, 1)
-    picture = torch.cat([linear(x, name + "visual_fc"), end], 1)
-
-    H, heads = config["hidden_size"], config["num_attention_heads"]
-    d, groups = H // heads, config["num_key_value_heads"]
-    embed = lambda ids: state["model.embed_tokens.weight"][torch.tensor(ids)].expand(B, -1, -1)
-    x = torch.cat([embed(deqa.BEFORE), picture, embed(deqa.AFTER)], 1)
-    L = x.shape[1]
-    way = torch.zeros(L, dtype=torch.long)  # which of the two weights each place uses
-    way[len(deqa.BEFORE) : len(deqa.BEFORE) + picture.shape[1]] = 1
-    rms = lambda x, w: x * (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt() * w
-    weights = lambda name: [state[f"{name}.multiway.{m}.weight"] for m in (0, 1)]
-    both_ways = lambda name: torch.stack(weights(name))[way]
-    linear_way = lambda x, name: torch.einsum("bli,loi->blo", x, both_ways(name))
-    angle = torch.arange(L)[:, None] * config["rope_theta"] ** (-torch.arange(0, d, 2) / d)
-
-    def rotate(y):  # (B, heads, L, d): pairs (j, j + d / 2) turn by the angle (L, d / 2)
-        a, b = y.chunk(2, -1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        h = rms(x, both_ways(layer + "input_layernorm"))
-        q = linear(h, layer + "self_attn.q_proj").view(B, L, heads, d).transpose(1, 2)
-        k = linear_way(h, layer + "self_attn.k_proj").view(B, L, groups, d).transpose(1, 2)
-        v = linear_way(h, layer + "self_attn.v_proj").view(B, L, groups, d).transpose(1, 2)
-        k, v = (y.repeat_interleave(heads // groups, 1) for y in (rotate(k), v))
-        weight = rotate(q) @ k.mT / math.sqrt(d)
-        weight = weight.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(-1)
-        h = (weight @ v).transpose(1, 2).reshape(B, L, H)
-        x = x + linear(h, layer + "self_attn.o_proj")
-        h = rms(x, both_ways(layer + "post_attention_layernorm"))
-        h = F.silu(linear(h, layer + "mlp.gate_proj")) * linear(h, layer + "mlp.up_proj")
-        x = x + linear(h, layer + "mlp.down_proj")
-    words = linear(rms(x[:, -1], state["model.norm.weight"]), "lm_head")
-    return words[:, [15129, 1781, 6534, 6460, 4319]]
+    return networks.save_deqa(tmp_path_factory.mktemp("deqa"), deqa_state())
 
 
 def test_deqa_is_the_published_forward_pass(make_reward, pictures):
@@ -396,7 +316,7 @@ def test_deqa_is_the_published_forward_pass(make_reward, pictures):
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         levels = deqa.level_logits(model, pixels)
-    expected = published_logits(state, DEQA_TINY, pixels)
+    expected = networks.deqa_logits(state, DEQA_TINY, pixels)
     assert expected.std(0).min() > 0.05  # the picture matters
     assert_close(levels, expected, rtol=1e-4, atol=1e-4)
 
@@ -404,7 +324,7 @@ def test_deqa_is_the_published_forward_pass(make_reward, pictures):
     padded = Image.new("RGB", (47, 47), (122, 116, 104))
     padded.paste(picture, (0, 7))
     pixels = (as_pixels(padded.resize((28, 28), Image.Resampling.BICUBIC)) - MEAN) / STD
-    expected = published_logits(state, DEQA_TINY, pixels[None]).softmax(1)
+    expected = networks.deqa_logits(state, DEQA_TINY, pixels[None]).softmax(1)
     score = make_reward("deqa")([picture])
     assert_close(score, expected @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), rtol=1e-4, atol=1e-4)
 
@@ -445,11 +365,11 @@ def test_deqa_refuses_other_weights(key, tmp_path, pictures):
     changes = {"many": {"model.extra.weight": torch.zeros(2)},
                "shape": {"lm_head.weight": torch.zeros(31999, 32)},
                "code": {"lm_head.weight": Evil()}}  # fmt: skip
-    random_scorers.save_deqa(tmp_path, state | changes.get(key, {}))
+    networks.save_deqa(tmp_path, state | changes.get(key, {}))
     if key == "shard":
         (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     if key == "tokenizer":
-        other = random_scorers.tokenizer_model(change=deqa.LEVELS["poor"])
+        other = networks.tokenizer_model(change=deqa.LEVELS["poor"])
         (tmp_path / "tokenizer.model").write_bytes(other)
     raises(f"deqa: cannot load.*{deqa.FETCH}", deqa.DeQA(weights=str(tmp_path)), pictures[:1])
     assert not (tmp_path / "executed").exists()
@@ -637,12 +557,12 @@ def test_ctc_and_its_alphabet():
 
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory):
-    return random_scorers.save_text_detector(tmp_path_factory.mktemp("detector"))
+    return networks.save_text_detector(tmp_path_factory.mktemp("detector"))
 
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
-    return random_scorers.save_reader(tmp_path_factory.mktemp("reader"))
+    return networks.save_reader(tmp_path_factory.mktemp("reader"))
 
 
 def test_reading_end_to_end(make_reward, pictures, monkeypatch):

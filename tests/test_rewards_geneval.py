@@ -20,8 +20,8 @@ from test_rewards import MEAN, STD, as_pixels
 from torch.testing import assert_close
 from transformers import CLIPModel, CLIPTokenizer
 
-from experiments.random_scorers import DETECTOR, detector_shapes, detector_state, save_clip
-from experiments.random_scorers import tiny_detector_config, window_index
+from experiments.published_networks import DETECTOR, detector_shapes, detector_state, save_clip
+from experiments.published_networks import mmdet_forward, tiny_detector_config, window_index
 from rewards import geneval, geneval_convert, geneval_detector, geneval_prompts
 from rewards import geneval_rules as rules
 from rewards.geneval import GenEval
@@ -303,131 +303,6 @@ def test_every_published_weight_has_its_place():
 def save_tiny(folder, digest=geneval_detector.SHA256 + "0" * 56):
     converted = geneval_convert.convert(detector_state(), tiny_detector_config())
     geneval_convert.save_detector(converted, tiny_detector_config(), folder, digest)
-
-
-def mmdet_forward(s, x, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3):
-    """mmdet 2.25's Mask2Former in plain functions on its own names s: what converting must keep.
-
-    x (B, 3, H, W), H and W multiples of 32 -> class logits (B, Q, 81), masks (B, Q, H/4, W/4)."""
-    linear = lambda v, name: F.linear(v, s[name + ".weight"], s.get(name + ".bias"))
-    norm = lambda v, name: F.layer_norm(v, v.shape[-1:], s[name + ".weight"], s[name + ".bias"])
-    conv = lambda v, name, **how: F.conv2d(v, s[name + ".weight"], s.get(name + ".bias"), **how)
-    group = lambda v, name: F.group_norm(v, 32, s[name + ".weight"], s[name + ".bias"])
-    resize = lambda v, size: F.interpolate(v, size, mode="bilinear", align_corners=False)
-    two_layers = lambda v, name, act: linear(act(linear(v, name + "layers.0.0")), name + "layers.1")
-
-    def window_attention(v, name, head, shift):  # v (B, H, W, C)
-        B, H, W, C = v.shape
-        v = F.pad(v, (0, 0, 0, -W % window, 0, -H % window)).roll((-shift, -shift), (1, 2))
-        rows, columns = (torch.arange(n) for n in v.shape[1:3])
-
-        def region(i):
-            return (i >= len(i) - window).long() + (i >= len(i) - shift).long() if shift else 0 * i
-
-        def cut(u):  # (B, H, W, C) -> (B, windows, N, C)
-            u = u.unflatten(1, (-1, window)).unflatten(3, (-1, window))
-            return u.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-        label = region(rows)[:, None] * 3 + region(columns)
-        label = cut(label[None, :, :, None].float())[0, :, :, 0]  # (windows, N)
-        qkv = linear(cut(v), name + ".qkv").unflatten(-1, (3, head, -1))
-        q, k, u = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, windows, head, N, d)
-        index = s[name + ".relative_position_index"].view(-1)
-        table = s[name + ".relative_position_bias_table"][index].view(window**2, window**2, head)
-        apart = label[:, None, :, None] != label[:, None, None]
-        weight = (q * (C // head) ** -0.5) @ k.mT + table.permute(2, 0, 1) - 100.0 * apart
-        v = linear((weight.softmax(-1) @ u).transpose(2, 3).flatten(3), name + ".proj")
-        v = v.unflatten(1, (len(rows) // window, -1)).unflatten(3, (window, window))
-        v = v.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return v.roll((shift, shift), (1, 2))[:, :H, :W]
-
-    v = conv(x, "backbone.patch_embed.projection", stride=4).permute(0, 2, 3, 1)
-    v = norm(v, "backbone.patch_embed.norm")
-    features = []
-    for i, depth in enumerate(depths):
-        for j in range(depth):
-            name, shift = f"backbone.stages.{i}.blocks.{j}.", j % 2 * (window // 2)
-            v = v + window_attention(norm(v, name + "norm1"), name + "attn.w_msa", heads[i], shift)
-            v = v + two_layers(norm(v, name + "norm2"), name + "ffn.", F.gelu)
-        features.append(norm(v, f"backbone.norm{i}").permute(0, 3, 1, 2))
-        if i < 3:
-            H, W = v.shape[1:3]
-            v = F.pad(v.permute(0, 3, 1, 2), (0, W % 2, 0, H % 2))
-            v = F.unfold(v, 2, stride=2).mT
-            name = f"backbone.stages.{i}.downsample."
-            v = linear(norm(v, name + "norm"), name + "reduction").unflatten(1, ((H + 1) // 2, -1))
-
-    def sine(h, w, D):  # SinePositionalEncoding(num_feats=D // 2, normalize=True) -> (h w, D)
-        scale = 10000 ** (2 * (torch.arange(D // 2) // 2) / (D // 2))
-        waves = []
-        for n in (h, w):
-            p = torch.arange(1, n + 1)[:, None] / (n + 1e-6) * 2 * math.pi / scale  # (n, D / 2)
-            waves.append(torch.stack((p[:, 0::2].sin(), p[:, 1::2].cos()), 2).flatten(1))
-        y, x = waves
-        return torch.cat((y[:, None].expand(-1, w, -1), x[None].expand(h, -1, -1)), 2).flatten(0, 1)
-
-    name, D = "panoptic_head.pixel_decoder.", s["panoptic_head.query_feat.weight"].shape[1]
-    coarse = features[:0:-1]  # three levels, the coarsest first
-    B, sizes, lengths = len(x), [f.shape[-2:] for f in coarse], [f[0, 0].numel() for f in coarse]
-    v, place, points = [], [], []
-    for i, (f, (h, w)) in enumerate(zip(coarse, sizes)):
-        f = group(conv(f, f"{name}input_convs.{i}.conv"), f"{name}input_convs.{i}.gn")
-        v.append(f.flatten(2).mT)
-        place.append(sine(h, w, D) + s[name + "level_encoding.weight"][i])
-        rows, columns = ((torch.arange(n) + 0.5) / n for n in (h, w))
-        y, x = torch.meshgrid(rows, columns, indexing="ij")
-        points.append(torch.stack((x, y), -1).flatten(0, 1))
-    v, place, points = torch.cat(v, 1), torch.cat(place), torch.cat(points)  # N places
-    layer = name + "encoder.layers.0."
-    offset = linear(v + place, layer + "attentions.0.sampling_offsets")
-    offset = offset.unflatten(-1, (8, 3, 4, 2))
-    share = linear(v + place, layer + "attentions.0.attention_weights").unflatten(-1, (8, 12))
-    share = share.softmax(-1).unflatten(-1, (3, 4))
-    value = linear(v, layer + "attentions.0.value_proj").unflatten(-1, (8, -1)).split(lengths, 1)
-    total = 0
-    for k, (h, w) in enumerate(sizes):
-        at = points[:, None, None] + offset[:, :, :, k] / torch.tensor([w, h])  # (B, N, 8, 4, 2)
-        at = 2 * at.transpose(1, 2).flatten(0, 1) - 1  # (B 8, N, 4, 2)
-        image = value[k].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, (h, w))  # (B 8, d, h, w)
-        picked = F.grid_sample(image, at, align_corners=False).unflatten(0, (B, 8))
-        total = total + (picked * share[:, :, :, k].transpose(1, 2)[:, :, None]).sum(-1)
-    v = v + linear(total.flatten(1, 2).mT, layer + "attentions.0.output_proj")
-    v = norm(v, layer + "norms.0")
-    v = norm(v + two_layers(v, layer + "ffns.0.", F.relu), layer + "norms.1")
-    levels = [u.mT.unflatten(-1, size) for u, size in zip(v.split(lengths, 1), sizes)]
-    fine = group(conv(features[0], name + "lateral_convs.0.conv"), name + "lateral_convs.0.gn")
-    fine = fine + resize(levels[2], fine.shape[-2:])
-    fine = group(conv(fine, name + "output_convs.0.conv", padding=1), name + "output_convs.0.gn")
-    fine = conv(fine.relu(), name + "mask_feature")
-
-    def attend(q, k, u, name, mask=None):
-        weights, biases = s[name + ".in_proj_weight"].chunk(3), s[name + ".in_proj_bias"].chunk(3)
-        inputs = [F.linear(*given) for given in zip((q, k, u), weights, biases)]
-        q, k, u = (t.unflatten(-1, (8, -1)).transpose(1, 2) for t in inputs)
-        out = F.scaled_dot_product_attention(q, k, u, attn_mask=mask).transpose(1, 2).flatten(2)
-        return linear(out, name + ".out_proj")
-
-    def predict(query, size):
-        state = norm(query, "panoptic_head.transformer_decoder.post_norm")
-        embed = linear(state, "panoptic_head.mask_embed.0").relu()
-        embed = linear(embed, "panoptic_head.mask_embed.2").relu()
-        embed = linear(embed, "panoptic_head.mask_embed.4")
-        masks = torch.einsum("bqd,bdhw->bqhw", embed, fine)
-        seen = resize(masks, size).sigmoid().flatten(2) >= 0.5  # (B, Q, h w): the next layer's view
-        return linear(state, "panoptic_head.cls_embed"), masks, seen | ~seen.any(-1, keepdim=True)
-
-    names = ("query_feat", "query_embed")
-    query, own = (s[f"panoptic_head.{n}.weight"].expand(B, -1, -1) for n in names)
-    for i in range(2):
-        layer, size = f"panoptic_head.transformer_decoder.layers.{i}.", sizes[i]
-        memory = levels[i].flatten(2).mT + s["panoptic_head.level_embed.weight"][i]
-        seen, key = predict(query, size)[2][:, None], memory + sine(*size, D)
-        found = attend(query + own, key, memory, layer + "attentions.0.attn", seen)
-        query = norm(query + found, layer + "norms.0")
-        found = attend(query + own, query + own, query, layer + "attentions.1.attn")
-        query = norm(query + found, layer + "norms.1")
-        query = norm(query + two_layers(query, layer + "ffns.0.", F.relu), layer + "norms.2")
-    return predict(query, sizes[0])[:2]
 
 
 @pytest.mark.parametrize("size", [(64, 96), (160, 32)])
