@@ -13,7 +13,7 @@ Both are a segmentation network and a CTC reader without a language model, so a 
 read as it is. They are not the same networks: compare numbers within one engine only. Everything
 before and after the networks follows PaddleOCR 2.9.1 (ppocr/postprocess/db_postprocess.py,
 tools/infer/predict_{system,det,rec}.py), without OpenCV. On 120 pictures crowded with text, 833 of
-the 854 boxes that PaddleOCR found were equal to the pixel, 117 texts and all rewards.
+PaddleOCR's 854 boxes, 117 texts and all rewards were equal.
 
 Weights (Apache-2.0), 20 MB together:
     hf download PaddlePaddle/PP-OCRv5_mobile_det_safetensors
@@ -473,7 +473,7 @@ def load(kind: type, weights: str | Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Each layer's parallel convolutions as one, in place: the same output in half the time or less.
+    """Each layer's parallel convolutions as one, in place: the same output in half the time.
 
     PP-LCNetV3 was trained with layers that add up four k x k convolutions, one of 1 x 1 and the
     input itself, each through a batch norm, scaled at the end: all linear (RepVGG, 2021)."""
