@@ -76,7 +76,6 @@ def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tu
                 remove(path)
         for unfinished in run.glob("checkpoints/*.tmp"):  # of a process that was killed
             shutil.rmtree(unfinished)
-        (run / "samples").mkdir(exist_ok=True)
         save_json(run / "args.json", vars(args))
         cut_log(run, start)
     start = gather(start)[0]

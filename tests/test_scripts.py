@@ -62,6 +62,7 @@ def test_opd_trains_without_scorer_and_vae(monkeypatch, tmp_path):
         assert torch.tensor(list(line.values())).isfinite().all()
     for file in ("adapter/pytorch_lora_weights.safetensors", "args.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
+    assert not (tmp_path / "run/samples").exists()  # the last line would announce it
 
 
 def test_opd_lowers_the_kl(monkeypatch, tmp_path):
