@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from experiments import slips
 from support import flags, lora, model
 
-RUN = "--iterations 3 --eval_prompts 1 --eval_steps 1"
+RUN = "--iterations 5 --eval_prompts 1 --eval_steps 1"
 LOOP = f"{RUN} --prompts_per_iteration 1 --group_size 2 --updates 1 --steps 2"
 SCRIPTS = {  # the smallest run of each
     "train_opd": f"{LOOP} --teacher ocr=toy/adapters/ocr --sample_every 0",
@@ -51,7 +51,7 @@ TRAINING = MODEL | {
     "init": ("base", lambda run: is_fresh(run.start)),
     "rank": ("4", lambda run: run.config["r"] == 4),
     "alpha": ("12", lambda run: run.scales["student"] == 12 / 4),
-    "save_every": ("1", lambda run: len(run.saved) > 1),
+    "save_every": ("2", lambda run: {"step_4", "step_5"} <= run.saved),
     "keep": ("3", lambda run: len(run.saved) == 3),
     "test_prompts": ("ocr=HERE/test.txt", lambda run: "sign reads T K in red" in run.text["rows"]),
 }
@@ -115,7 +115,7 @@ def observe(monkeypatch, folder, script, more):
         call(patch, script, *SCRIPTS[script].split(), *words)
         run.scorer = getattr(sys.modules.get("own_rewards"), "ocr", None)
     out = Path(words[words.index("--out") + 1])
-    run.saved = [path.name for path in out.glob("checkpoints/step_*")]
+    run.saved = {path.name for path in out.glob("checkpoints/step_*")}
     if run.saved:
         run.config = json.loads((out / "adapter/adapter_config.json").read_text())
     for part in run.pipe.transformer.modules():
