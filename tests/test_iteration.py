@@ -1,4 +1,4 @@
-"""Two iterations of every training script against the slow loops of tests/reference.py.
+"""Two iterations of every training script against experiments/slow_loops.py.
 
 The same adapter, the same average and every number of the log. Each row changes flags whose effect
 the first row does not show. Where a row has tests or samples, they are those of the average."""
@@ -9,13 +9,13 @@ import math
 import re
 
 import pytest
-import reference
 import torch
 from conftest import ROOT, call, shell
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import toy
+from experiments import slow_loops as reference
 from support.flags import TASKS
 
 

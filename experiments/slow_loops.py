@@ -1,7 +1,8 @@
-"""The training loops once more, slowly: one sample and one step at a time.
+"""The training loops once more, slowly: one sample and one step at a time, for the miniature.
 
 Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads pipeline and
-LoRAs, every equation is written out anew. test_iteration.py compares the scripts with these loops.
+LoRAs, every equation is written out anew. tests/test_iteration.py holds the scripts against these
+loops, number by number. Read them where a line of a script is not clear.
 """
 
 import hashlib
@@ -444,5 +445,5 @@ def sft(sft_images, batch, eval_steps, **flags):
             mean += loss.item() / batch
             add(total, gradient_of(loss / batch, models))
         line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
-        log.append(descent.log(line, order[iteration]))  # an image's number stands for its prompt
+        log.append(descent.log(line, [slots[0][number] for _, number in order[iteration]]))
     return models, log
