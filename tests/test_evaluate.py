@@ -24,6 +24,7 @@ from rewards.geneval_rules import TAGS, summary
 from rewards.images import as_pictures
 from rewards.pictures import picture_grid, read_pictures, save_grid, save_picture
 from support.flags import TASKS
+from support.run import draw_schedule
 
 
 def evaluate(monkeypatch, out, *flags, models=("base", "ocr=toy/adapters/ocr")):
@@ -250,7 +251,10 @@ def test_metadata_goes_with_its_prompt(monkeypatch, tmp_path):
     args = {"rewards": "toy", "reward_device": None, "reward": {"ocr": 1.0}, "mix": {}}
     args |= {"tasks": ["ocr"], "prompts": {}, "test_prompts": {}, "on_reward_error": "stop"}
     reward = scoring.make_reward(SimpleNamespace(**args), "cpu", {}, {})
+    train = {"ocr": ([line["prompt"] for line in lines], lines)}
+    (drawn,) = draw_schedule(train, {"ocr": 1}, 3, 1, 0)
     slots = [("ocr", line["prompt"], line) for line in lines]
+    assert sorted(drawn, key=lambda slot: slot[2]["n"]) == slots
     assert reward(torch.zeros(3, 3, 32, 32), slots).tolist() == approx([0, 0.25, 0.5])
 
 

@@ -242,6 +242,7 @@ def test_group_advantage_by_hand(global_std, clip):
     assert_close(advantage, torch.tensor(expected).float())
     assert (advantage.abs() == clip).any() == (clip == 1.0) and not advantage.requires_grad
     assert not advantage[[3, 6, 7, 10]].any()  # equal rewards, or one sample: nothing to learn
+    assert group_advantage(torch.eye(40)[0], torch.zeros(40).long()).max() == 5  # by default
 
 
 def test_grpo_refuses_unequal_shapes():
