@@ -1,7 +1,5 @@
 """rewards/geneval*.py without the weights: rules on cases worked out by hand, the detector on
-made-up logits, the converter on published names and shapes, tiny random models on the whole path.
-
-"""
+made-up logits, the converter on published names and shapes, tiny random models all the way."""
 
 import hashlib
 import io
@@ -14,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, raises
+from conftest import ROOT, call, raises
 from PIL import Image
-from test_rewards import MEAN, STD, as_pixels
+from test_rewards import MEAN, STD, as_image, as_pixels, noise
 from torch.testing import assert_close
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -281,9 +279,8 @@ def test_postprocess_cuts_the_padding_and_scales_to_the_image():
     assert cat["mask"].shape == (12, 16) and cat["box"] == (0.0, 0.0, 8.0, 12.0)
 
 
-# ---- The converter. Names and shapes as mmdet 2.25's classes define them: SwinTransformer,
-# MSDeformAttnPixelDecoder, Mask2FormerHead. Written here on their own, so that a mistake in the
-# key map cannot hide.
+# ---- The converter, on mmdet's names and shapes from experiments/published_networks.py
+
 
 def test_every_published_weight_has_its_place():
     """Each tensor holds a number of its own: all come out, and nothing else."""
@@ -339,14 +336,6 @@ def test_convert_refuses(change, message):
     raises(message, geneval_convert.convert, state, tiny_detector_config())
 
 
-def convert_command(*args):
-    """The converter in this process -> its exit code."""
-    try:
-        return geneval_convert.main(geneval_convert.parse_args([str(arg) for arg in args])) or 0
-    except SystemExit as stopped:
-        return stopped.code
-
-
 def test_the_converter_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "any.pth", tmp_path / "out"
     file.write_bytes(b"not a checkpoint")
@@ -358,7 +347,8 @@ def test_the_converter_refuses_in_one_line(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             if constant:
                 patch.setattr(geneval_convert, constant, digest)
-            assert convert_command(*args, "--out", out) == 2
+            with pytest.raises(SystemExit, match="2"):
+                call(patch, "rewards.geneval_convert", *args, "--out", out)
         line = capsys.readouterr().err
         assert message in line and line.startswith("error: ") and line.count("\n") == 1
     assert not out.exists()
@@ -385,24 +375,17 @@ def weights(tiny_files, monkeypatch):
     monkeypatch.setattr(geneval_convert, "detector_config", tiny_detector_config)
     monkeypatch.setattr(geneval_detector, "EDGES", (133, 80))  # a hundred times faster
     if not (folder / "detector").exists():
-        assert convert_command(folder / "tiny.pth", "--out", folder / "detector") == 0
+        files = [folder / "tiny.pth", "--out", folder / "detector"]
+        call(monkeypatch, "rewards.geneval_convert", *files)
     return {"weights": folder / "detector", "clip": folder / "clip"}
 
 
-def noise(n, height=64, width=64, seed=0):
-    """Coloured blotches: (n, 3, height, width) in [0, 1], some of them far from grey."""
-    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-    smooth = F.interpolate(coarse, (height, width), mode="bilinear")
-    return smooth.mul(1.6).sub(0.3).clamp(0, 1)
-
-
-def arrays_of(images):
-    return [np.array(picture) for picture in as_pictures(images)]
+PICTURES = torch.stack([noise(64, 64, seed) for seed in range(4)])
 
 
 def metadata_for(scorer, images):
     """What the scorer itself finds: right for every second image, one too many for the others."""
-    arrays = arrays_of(images)
+    arrays = [np.array(picture) for picture in as_pictures(images)]
     if scorer.mode == "reward_server":
         arrays = [geneval.as_jpeg(array) for array in arrays]
     found = scorer.detect(arrays, [0.3] * len(arrays))
@@ -421,7 +404,7 @@ def metadata_for(scorer, images):
 def test_scores_depend_on_the_image_and_its_metadata_alone(weights, mode, key):
     """Not on batch size, order, the images beside it, its form, or whether the model is new."""
     sizes = [(64, 64), (37, 91), (64, 64), (5, 200), (1, 1), (37, 91)]
-    images = [as_pictures(noise(1, *size, seed=i))[0] for i, size in enumerate(sizes)]
+    images = [as_image(noise(*size, seed)) for seed, size in enumerate(sizes)]
     scorer = GenEval(**weights, mode=mode, batch=6)
     assert (scorer.name, scorer.higher_is_better, scorer.range) == ("geneval", True, (0.0, 1.0))
     metadata = metadata_for(scorer, images)
@@ -443,7 +426,7 @@ def test_counting_has_its_own_threshold(monkeypatch):
     scorer.model = (None, None, None)
     find_nothing = lambda arrays, thresholds: seen.extend(thresholds) or [{} for _ in arrays]
     monkeypatch.setattr(scorer, "detect", find_nothing)
-    scorer.judge(noise(3), [CAT, DOGS, LEFT])
+    scorer.judge(PICTURES[:3], [CAT, DOGS, LEFT])
     assert seen == [0.3, 0.9, 0.3]
 
 
@@ -454,9 +437,9 @@ def test_the_modes_differ_as_upstream(weights, monkeypatch):
     monkeypatch.setattr(geneval_detector, "preprocess", spy)
     scorers = [GenEval(**weights, mode=mode) for mode in ("official", "reward_server")]
     for scorer in scorers:
-        scorer.judge(noise(1), [CAT])
+        scorer.judge(PICTURES[:1], [CAT])
     (plain, plain_swap), (jpeg, jpeg_swap) = seen
-    array, buffer = arrays_of(noise(1))[0], io.BytesIO()
+    array, buffer = np.array(as_image(PICTURES[0])), io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=75, subsampling="4:2:0")
     assert not plain_swap and np.array_equal(plain.permute(1, 2, 0), array)
     assert jpeg_swap and np.array_equal(jpeg.permute(1, 2, 0), np.asarray(Image.open(buffer)))
@@ -518,8 +501,8 @@ def test_clip_pixels_crops_where_torchvision_does():
 
 
 def test_lengths_must_agree():
-    raises("2 prompts and 3 lines", GenEval(), noise(3), ["p"] * 2, [CAT] * 3)
-    raises("3 images and 2 lines", GenEval(), noise(3), ["p"] * 2, [CAT] * 2)
+    raises("2 prompts and 3 lines", GenEval(), PICTURES[:3], ["p"] * 2, [CAT] * 3)
+    raises("3 images and 2 lines", GenEval(), PICTURES[:3], ["p"] * 2, [CAT] * 2)
     raises("mode 'strict'", GenEval, mode="strict")
     scorer = GenEval(weights="nowhere", clip="nowhere")  # nothing is loaded for nothing
     assert scorer(torch.empty(0, 3, 64, 64), [], []).shape == scorer([], [], []).shape == (0,)
@@ -527,16 +510,16 @@ def test_lengths_must_agree():
 
 def test_networks_run_in_float32_and_nan_gives_no_score(weights):
     scorer, seen = GenEval(**weights), []
-    metadata = metadata_for(scorer, noise(4))
+    metadata = metadata_for(scorer, PICTURES)
     _, head, clip = scorer.model
     for layer in (head, clip.visual_projection):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scorer(noise(4), ["p"] * 4, metadata)
+        scorer(PICTURES, ["p"] * 4, metadata)
     assert seen == [torch.float32] * 2
     for layer, message in ((clip.visual_projection, "CLIP's output"), (head, "detector's output")):
         torch.nn.init.constant_(layer.weight, math.nan)
-        raises(f"{message} is not finite", scorer, noise(4), ["p"] * 4, metadata)
+        raises(f"{message} is not finite", scorer, PICTURES, ["p"] * 4, metadata)
 
 
 def test_missing_and_other_weights_are_refused(weights, tmp_path):
@@ -604,12 +587,12 @@ def test_the_prompt_asks_for_what_the_metadata_has(tag):
             assert line["exclude"] == [request | {"count": request["count"] + 1}]
 
 
-def test_prompt_file(tmp_path, capsys):
+def test_prompt_file(tmp_path, monkeypatch, capsys):
     excluded = {line["prompt"] for line in geneval_prompts.training_prompts(400, [], seed=0)}
     test, out = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
     test.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in excluded))
-    args = geneval_prompts.parse_args(["400", "--test", str(test), "--out", str(out)])
-    geneval_prompts.main(args)
+    command = ["rewards.geneval_prompts", 400, "--test", test, "--out", out]
+    call(monkeypatch, *command)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 400 and not excluded & {line["prompt"] for line in lines}
     for i, line in enumerate(lines):
@@ -617,7 +600,7 @@ def test_prompt_file(tmp_path, capsys):
     out.unlink()
     test.write_text("no json\n")
     with pytest.raises(SystemExit, match="2"):
-        geneval_prompts.main(args)
+        call(monkeypatch, *command)
     assert not out.exists() and "is not JSON lines" in capsys.readouterr().err
     raises("at least 1", geneval_prompts.training_prompts, 0, [])
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, call
 from PIL import Image
-from test_rewards import clip_folder, deqa_folder, detector_folder, reader_folder  # noqa: F401
+from test_rewards import make_reward, tiny  # noqa: F401
 from test_rewards_geneval import tiny_files, weights  # noqa: F401
 
-from rewards import deqa, geneval, geneval_detector, geneval_rules, ocr, pickscore, scoring
+from rewards import geneval, geneval_detector, geneval_rules, scoring
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
 TEACHER = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 1 --eval_every 0".split()
@@ -31,15 +31,10 @@ GENEVAL = [  # a line of every task
 
 
 @pytest.fixture
-def scorers(weights, clip_folder, deqa_folder, detector_folder, reader_folder):  # noqa: F811
-    clip = str(clip_folder)
-    return {
-        "geneval": geneval.GenEval(**weights),
-        "geneval_official": geneval.GenEval(**weights, mode="official"),
-        "ocr": ocr.OCR(detector=str(detector_folder), reader=str(reader_folder)),
-        "deqa": deqa.DeQA(weights=str(deqa_folder)),
-        "pickscore": pickscore.PickScore(weights=clip, tokenizer=clip),
-    }
+def scorers(weights, make_reward):  # noqa: F811
+    official = geneval.GenEval(**weights, mode="official")
+    both = {"geneval": geneval.GenEval(**weights), "geneval_official": official}
+    return both | {name: make_reward(name) for name in TASKS[1:]}
 
 
 @pytest.fixture
