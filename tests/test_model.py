@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import reference
 import torch
 from conftest import PROMPTS, ROOT, call, embed, load, predict, shell
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -125,20 +126,6 @@ def test_checkpointing_changes_no_gradient(text):
     assert_close(gradients[1], gradients[0])
 
 
-def test_backbone_predicts_in_batches_with_the_guidance_of_each_lora(pipe, text):
-    lora.load_adapter(pipe.transformer, "teacher", "toy/adapters/ocr", "--teacher")
-    backbone = model.Backbone(pipe.transformer, text, {None: 1.0, "teacher": 2.5}, batch=2)
-    x, t = torch.randn(5, 8, 8, 8), torch.tensor([0.9, 0.1, 0.5, 0.5, 0.7])
-    prompt = torch.tensor([1, 2, 2, 0, 1])
-    for name, guidance in ((None, 1.0), ("teacher", 2.5)):
-        found = backbone.predict(name, x, t.view(5, 1, 1, 1), prompt)
-        assert_close(backbone.predict(name, x, 0.5, prompt)[2:4], found[2:4])
-        with torch.no_grad(), lora.use(pipe.transformer, name):
-            empty = model.velocity(pipe.transformer, x, t, text, 0 * prompt, 1.0)
-            full = model.velocity(pipe.transformer, x, t, text, prompt, 1.0)
-        assert_close(found, empty + guidance * (full - empty))
-
-
 def test_embeddings_are_the_stock_pipelines(pipe, text, tmp_path):
     stock = StableDiffusion3Pipeline.from_pretrained("toy")
     how = {"do_classifier_free_guidance": False, "max_sequence_length": 8}
@@ -169,24 +156,15 @@ def test_cached_embeddings_are_the_same_and_need_no_encoder(pipe, text, monkeypa
 
 
 def test_the_schedule_of_prompts():
-    """Slot by slot, as its position says; shares exact; a task's prompts in whole passes."""
-    sizes, cycle, seed, train = {"ocr": 5, "deqa": 3}, ["ocr", "ocr", "deqa"], 7, {}
-    for task, size in sizes.items():
-        train[task] = [f"{task} {n}" for n in range(size)], [{"n": n} for n in range(size)]
-    schedule = run.draw_schedule(train, {"ocr": 2.0, "deqa": 1.0}, 4, 15, seed)
-    assert [len(slots) for slots in schedule] == [4] * 15
-    draws = {"ocr": [], "deqa": []}
-    for slot, (task, prompt, metadata) in enumerate(sum(schedule, [])):
-        assert task == cycle[slot % 3]
-        number, place = divmod(len(draws[task]), sizes[task])
-        key = run.generator(seed, task, "pass", number)
-        n = torch.randperm(sizes[task], generator=key)[place].item()
-        assert (prompt, metadata) == (f"{task} {n}", {"n": n})
-        draws[task].append(n)
-    for task, size in sizes.items():
-        passes = [draws[task][i : i + size] for i in range(0, len(draws[task]) - size + 1, size)]
-        assert all(sorted(drawn) == list(range(size)) for drawn in passes)
-        assert passes[0] != passes[1]
+    """Through several passes, against the slow one; a process embeds what it draws, and tests."""
+    train = {"ocr": [f"ocr {n}" for n in range(5)], "deqa": [f"deqa {n}" for n in range(3)]}
+    shares, metadata = {"ocr": 2, "deqa": 1}, [{"n": n} for n in range(5)]
+    expected = reference.schedule(train, shares, 7, 4, 15)
+    train = {task: (prompts, metadata) for task, prompts in train.items()}
+    schedule = run.draw_schedule(train, shares, 4, 15, 7)
+    for slots, wanted in zip(schedule, expected, strict=True):
+        assert [slot[:2] for slot in slots] == wanted
+        assert all(prompt.endswith(f" {about['n']}") for _, prompt, about in slots)
     used = run.prompts_used(schedule, [2, 3, 4], 2, {"ocr": (["test"], [{}])})
     assert set(used) == {slots[place][1] for slots in schedule for place in (1, 2)} | {"test"}
 
@@ -198,30 +176,6 @@ def test_trained_steps_are_drawn_anew_each_iteration():
     args.eligible_steps, args.trained_steps = [0, 2, 3, 4], 3
     drawn = {tuple(train_opd.draw_steps(args, n).tolist()) for n in range(50)}
     assert drawn == {(0, 2, 3), (0, 2, 4), (0, 3, 4), (2, 3, 4)}
-
-
-def test_task_cosines():
-    gradients, tasks = torch.randn(4, 15), ["a", "b", "c", "d"]
-    gradients[2] = 0  # a task without samples
-    expected = {f"grad_norm/{tasks[j]}": gradients[j].norm().item() for j in (0, 1, 3)}
-    for j, k in ((0, 1), (0, 3), (1, 3)):
-        cosine = torch.cosine_similarity(gradients[j], gradients[k], dim=0)
-        expected[f"cosine/{tasks[j]}-{tasks[k]}"] = cosine.item()
-    assert_close(run.task_cosines(gradients, tasks), expected)
-
-
-@pytest.mark.parametrize("every, decay", ((1, 0.9), (3, 0.5), (2, 0.0)))
-def test_the_average_against_a_plain_loop(every, decay):
-    student, average, expected = {"x": torch.zeros(2)}, {"x": torch.tensor([1.0, 2.0])}, [1.0, 2.0]
-    args = argparse.Namespace(ema_every=every, ema_decay=decay)
-    for updates in range(1, 100):
-        student["x"][:] = torch.tensor([0.1 * updates, -(updates**0.5)])
-        run.update_average(average, student, updates, args)
-        if updates % every == 0:
-            d = min((1 + updates) / (10 + updates), decay)
-            new = student["x"].tolist()
-            expected = [d * expected[0] + (1 - d) * new[0], d * expected[1] + (1 - d) * new[1]]
-        assert_close(average["x"].tolist(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in ROOT.glob("recipes/*.args")))
@@ -242,14 +196,6 @@ def test_recipes_parse(monkeypatch, tmp_path, recipe):
 # ---- The scheduler
 
 
-def changed(folder, part, **values):
-    """The miniature with other values in one config.json."""
-    shutil.copytree("toy", folder, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
-    file = next((folder / part).glob("*config.json"))
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    return folder
-
-
 GRIDS = {  # SD3.5's ten steps: what t is after one shift by 3, and the published std of two
     "single": [3 * s / (1 + 2 * s) for s in (1 - i / 10 for i in range(11))],
     "double": [0.7, 0.743, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.282, 0.2254, 0.0063],
@@ -265,18 +211,21 @@ def test_both_grids_are_those_of_their_projects():
     assert_close(std, GRIDS["double"], rtol=0, atol=6e-5)
 
 
-@pytest.mark.parametrize(
-    "part, values",
-    [
-        ("scheduler", {"use_dynamic_shifting": True, "max_shift": 3.0}),
-        ("scheduler", {"num_train_timesteps": 500, "shift": 2.0}),
-        ("scheduler", {"use_karras_sigmas": True}),
-        ("vae", {"shift_factor": None}),
-        ("vae", {"shift_factor": 0.3, "scaling_factor": 0.7}),
-    ],
-)
+CONFIGURATIONS = [
+    ("scheduler", {"use_dynamic_shifting": True, "max_shift": 3.0}),
+    ("scheduler", {"num_train_timesteps": 500, "shift": 2.0}),
+    ("scheduler", {"use_karras_sigmas": True}),
+    ("vae", {"shift_factor": None}),
+    ("vae", {"shift_factor": 0.3, "scaling_factor": 0.7}),
+]
+
+
+@pytest.mark.parametrize("part, values", CONFIGURATIONS)
 def test_other_configurations_paint_what_the_stock_pipeline_paints(tmp_path, part, values):
-    folder = changed(tmp_path / "model", part, **values)
+    folder = tmp_path / "model"
+    shutil.copytree("toy", folder, ignore=shutil.ignore_patterns("adapters", "__pycache__"))
+    file = next((folder / part).glob("*config.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
     stock = StableDiffusion3Pipeline.from_pretrained(folder)
     if stock.vae.config.shift_factor is None:  # the stock pipeline fails
         stock.vae.register_to_config(shift_factor=0.0)
