@@ -11,7 +11,8 @@ the score.
 
 Weights: openai/clip-vit-large-patch14 (MIT) and sac+logos+ava1-l14-linearMSE.pth (Apache-2.0; its
 SHA-256 is checked). FETCH_CLIP and FETCH_HEAD below are the commands that download them.
-Not checked here against the real weights.
+`fold` was checked against the five layers of the real head (9.5e-7 apart); the real CLIP was not at
+hand.
 """
 
 import hashlib
