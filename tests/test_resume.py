@@ -362,7 +362,7 @@ def train(script, out, resume=False, **words):
     if script == "stand_in":
         return run_module.guarded(lambda args: stand_in(out, resume=resume, **words))(None)
     more = ["--resume"] if resume else []
-    sys.argv = [script, *map(str, [*SCRIPTS[script], "--iterations", 60, "--out", out, *more])]
+    sys.argv = [script, *map(str, [*SCRIPTS[script], "--iterations", 100, "--out", out, *more])]
     module = importlib.import_module(script)
     module.main(module.parse_args())
 
@@ -424,7 +424,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
     """In turn all processes get SIGKILL while they load, rank 0 gets a signal that makes it save,
     or one gets SIGKILL at a random instant. The others end by themselves; the next one resumes."""
     draw, run, log = random.Random(world), tmp_path / "run", tmp_path / "log.txt"
-    kills, loading, words = 20, 2.0, {}
+    kills, loading, words = 20, 1.0, {}
     if script == "stand_in":
         kills, loading, words = 6, 0.2, {"files": files, "iterations": 60, "save_every": 3}
     assert codes_of(fork(log, world, script, tmp_path / "whole", **words)) == [0] * world
