@@ -118,6 +118,7 @@ TABLE["train_teacher"] = """
     --reward ocr=0.8 deqa=0.2 --rewards rewards | quotes no text
     --reward ocr | range | no_range
     GRPO --out late | no weights here | broken_scorer
+    GRPO --on_reward_error skip --max_bad_steps 4 --out late | 4 updates in a row | broken_scorer
 """
 TABLE["merge"] = """
     --adapters good | at least two
