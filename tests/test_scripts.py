@@ -201,6 +201,10 @@ def test_a_batch_without_scores_is_dropped_and_changes_nothing(monkeypatch, tmp_
         states.append({key: t for key, t in saved.items() if not key.startswith("average.")})
     assert_close(states[1], states[0], rtol=0, atol=0)
     assert any((states[2][key] != t).any() for key, t in states[1].items())
+    monkeypatch.setitem(toy.REWARDS, "deqa", broken)  # too many of them end the run
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "train_teacher", *words, "--out", tmp_path / "bad", "--max_bad_steps", 4)
+    assert "4 updates in a row" in capsys.readouterr().err and len(metrics(tmp_path / "bad")) == 2
 
 
 def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tmp_path):
