@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import gc
+import json
 import os
 import re
 import shutil
@@ -196,40 +197,36 @@ for script, text in TABLE.items():
 
 # ---- What is wrong, set up once
 
-
-def adapter(folder, config='{"lora_alpha": 4}', drop=(), layer=LAYER, **changes):
-    """An adapter of one layer, rank 2. changes: {"A" or "B": another tensor, or another key}."""
-    folder.mkdir(parents=True)
-    tensors = {"A": torch.ones(2, 128), "B": torch.ones(128, 2)} | changes
-    names = {"A": f"{layer}.lora_A.weight", "B": f"{layer}.lora_B.weight"}
-    kept = {names.get(key, key): tensor for key, tensor in tensors.items() if key not in drop}
-    save_file(kept, folder / "adapter_model.safetensors")
-    if config:
-        (folder / "adapter_config.json").write_text(config)
+A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
+ONES = torch.ones(2, 128)
+ADAPTERS = {  # folder: ({key: another tensor, or none}, what its config has besides)
+    "good": ({}, {}),
+    "rank3": ({A: torch.ones(3, 128), B: torch.ones(128, 3)}, {}),
+    "bad/nan": ({A: ONES * torch.nan}, {}),
+    "bad/key": ({"hello": ONES}, {}),
+    "bad/half": ({A: None}, {}),
+    "bad/zero": ({B: 0 * ONES.T}, {}),
+    "bad/kohya": ({"lora_unet_x": ONES}, {}),
+    "bad/shape": ({A: torch.ones(2, 99)}, {}),
+    "bad/layer": ({"nowhere.lora_A.weight": ONES}, {}),
+    "bad/block": ({A.replace("0", "9"): ONES, B.replace("0", "9"): ONES.T}, {}),
+    "bad/silent": ({}, {"lora_alpha": None}),
+    "bad/negative": ({}, {"lora_alpha": -4}),
+    "bad/pattern": ({}, {"alpha_pattern": ["to_q"]}),
+    "bad/expression": ({}, {"alpha_pattern": {"(x+)+y": 4}}),
+    "bad/pissa": ({}, {"init_lora_weights": "pissa"}),
+    "bad/dora": ({}, {"use_dora": True}),
+}
 
 
 def make_adapters(place):
-    bad, ones = place / "bad", torch.ones
-    adapter(place / "good")
-    adapter(place / "rank3", A=ones(3, 128), B=ones(128, 3))
-    adapter(bad / "nan", A=torch.full((2, 128), torch.nan))
-    adapter(bad / "key", hello=ones(2, 2))
-    adapter(bad / "half", drop=["A"])
-    adapter(bad / "zero", B=torch.zeros(128, 2))
-    adapter(bad / "silent", config=None)
-    adapter(bad / "negative", '{"lora_alpha": -4}')
-    adapter(bad / "pattern", '{"lora_alpha": 4, "alpha_pattern": ["to_q"]}')
-    adapter(bad / "expression", '{"lora_alpha": 4, "alpha_pattern": {"(x+)+y": 4}}')
-    adapter(bad / "pissa", '{"lora_alpha": 4, "init_lora_weights": "pissa"}')
-    adapter(bad / "dora", '{"lora_alpha": 4, "use_dora": true}')
-    adapter(bad / "kohya", lora_unet_x=ones(2, 2))
-    adapter(bad / "layer", layer="nowhere")
-    adapter(bad / "block", layer=LAYER.replace("0", "9"))
-    adapter(bad / "shape", A=ones(2, 99))
-    adapter(bad / "bytes")
-    (bad / "bytes/adapter_model.safetensors").write_bytes(b"garbage" * 10)
-    (bad / "pickle").mkdir()
-    (bad / "pickle/adapter_model.bin").write_bytes(b"")
+    for name, (changes, config) in ADAPTERS.items():
+        tensors = {A: ONES, B: ONES.T} | changes
+        tensors = {key: t.clone().contiguous() for key, t in tensors.items() if t is not None}
+        (place / name).mkdir(parents=True)
+        save_file(tensors, place / name / "adapter_model.safetensors")
+        config = json.dumps({"lora_alpha": 4} | config)
+        (place / name / "adapter_config.json").write_text(config)
 
 
 def miniature(folder, part):
@@ -242,18 +239,18 @@ def miniature(folder, part):
 
 
 def make_models(models):
-    indices = {"flux": '{"_class_name": "FluxPipeline"}', "nested": "[" * 100_000}
     toy_index = (ROOT / "toy/model_index.json").read_text()
+    indices = {"flux": '{"_class_name": "FluxPipeline"}', "nested": "[" * 100_000}
     indices["lcm"] = toy_index.replace("FlowMatchEulerDiscreteScheduler", "LCMScheduler")
     for name, index in indices.items():
         (models / name).mkdir(parents=True)
         (models / name / "model_index.json").write_text(index)
     file = miniature(models / "inverted", "scheduler") / "scheduler_config.json"
     file.write_text(file.read_text().replace('"invert_sigmas": false', '"invert_sigmas": true'))
-    weights = "diffusion_pytorch_model.safetensors"
-    file = miniature(models / "pickled", "transformer") / weights
+    name = "diffusion_pytorch_model.safetensors"
+    file = miniature(models / "pickled", "transformer") / name
     file.rename(file.with_suffix(".bin"))
-    (miniature(models / "cut", "transformer") / weights).write_bytes(b"cut")
+    (miniature(models / "cut", "transformer") / name).write_bytes(b"cut")
     (miniature(models / "text", "text_encoder") / "model.safetensors").write_bytes(b"cut")
     file = miniature(models / "nan", "text_encoder_2") / "model.safetensors"
     tensors = {name: tensor * torch.nan for name, tensor in load_file(file).items()}
@@ -275,6 +272,8 @@ FILES = {
     "evaluated/results.json": b"{}",
     "full/mine.txt": b"not a run",
     "blocked.tmp": b"in the way of what is written beside `blocked`",
+    "bad/bytes/adapter_model.safetensors": b"garbage" * 10,
+    "bad/pickle/adapter_model.bin": b"",
     "pictures/list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n',
     "pictures/named/cat.png": b"cut",
     "pictures/cut/0.png": b"cut",
@@ -321,15 +320,8 @@ def take_nan(parameters, take=run.take_gradients):
     return take(parameters) * torch.nan
 
 
-def score_without_range(images, prompts, metadata):
-    return images.mean(dim=(1, 2, 3))
-
-
-def score_without_weights(images, prompts, metadata):
-    raise ValueError("ocr: no weights here")
-
-
-score_without_weights.range = (0, 1)
+without_range, without_weights = raises(ValueError), raises(ValueError("ocr: no weights here"))
+without_weights.range = (0, 1)
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL = shutil.disk_usage("/")._replace(free=1)
 ARRANGE = {  # [(module, what in it, by what it is replaced), ...]
@@ -348,8 +340,8 @@ ARRANGE = {  # [(module, what in it, by what it is replaced), ...]
     "full_disk": [(checkpoint, "save_file", raises(NO_SPACE))],
     "small_disk": [(shutil, "disk_usage", lambda path: FULL)],
     "nan_gradient": [(run, "take_gradients", take_nan)],
-    "no_range": [(toy, "REWARDS", toy.REWARDS | {"ocr": score_without_range})],
-    "broken_scorer": [(toy, "REWARDS", toy.REWARDS | {"ocr": score_without_weights})],
+    "no_range": [(toy, "REWARDS", toy.REWARDS | {"ocr": without_range})],
+    "broken_scorer": [(toy, "REWARDS", toy.REWARDS | {"ocr": without_weights})],
     "hub_gated": hub(errors.GatedRepoError),
     "hub_revision": hub(errors.RevisionNotFoundError),
     "hub_missing": hub(errors.RepositoryNotFoundError),
@@ -370,9 +362,7 @@ def snapshot(place):
 
 
 def words_of(typed):
-    words = []
-    for word in typed.split():
-        words += SHORT[word].split() if word in SHORT else [word]
+    words = " ".join(SHORT.get(word, word) for word in typed.split()).split()
     return ["half \udcff" if word == "SURROGATE" else word for word in words]
 
 
@@ -409,9 +399,10 @@ def test_no_error_is_without_a_row():
     """Every call of `fail` and every error given to argparse came up above."""
     if len(ran) < len(set(ROWS)):
         pytest.skip("only after the whole table")
-    missing = []
-    patterns = ("*.py", "support/*.py", "rewards/*.py", "toy/*.py")
-    for file in [file for pattern in patterns for file in ROOT.glob(pattern)]:
+    missing, files = [], [*ROOT.glob("*.py")]
+    for folder in ("support", "rewards", "toy"):
+        files += (ROOT / folder).glob("*.py")
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             called = getattr(node, "func", None)
             name = getattr(called, "id", getattr(called, "attr", None))

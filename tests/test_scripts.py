@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,17 +76,6 @@ def test_opd_lowers_the_kl(monkeypatch, tmp_path):
     log = metrics(tmp_path / "run")
     total = lambda line: sum(value for name, value in line.items() if name.startswith("kl/"))
     assert total(log[-1]) < 0.8 * total(log[0])
-
-
-def test_an_anchor_that_is_a_teacher_says_the_same_as_one_of_its_own(monkeypatch, tmp_path):
-    """The default anchor is the deqa teacher: its LoRA is loaded once, its states labelled once."""
-    shutil.copytree("toy/adapters/deqa", tmp_path / "lora/copy")
-    for anchor in ("toy/adapters/deqa", tmp_path / "lora/copy"):
-        words = [*OPD, "--iterations", 1, "--anchor", anchor]
-        call(monkeypatch, "train_opd", *words, "--out", tmp_path / Path(anchor).name)
-    assert_close(weights(tmp_path / "deqa"), weights(tmp_path / "copy"))
-    (one,), (two,) = metrics(tmp_path / "deqa"), metrics(tmp_path / "copy")
-    assert two["mar"] == pytest.approx(one["mar"], rel=1e-4) and one["mar"] > 0
 
 
 def test_opd_reports_what_it_made(monkeypatch, tmp_path):
@@ -213,32 +201,10 @@ def test_a_batch_without_scores_is_dropped_and_changes_nothing(monkeypatch, tmp_
         states.append({key: t for key, t in saved.items() if not key.startswith("average.")})
     assert_close(states[1], states[0], rtol=0, atol=0)
     assert any((states[2][key] != t).any() for key, t in states[1].items())
-
-
-def test_too_many_dropped_batches_end_the_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(toy.REWARDS, "deqa", broken)
-    words = [*GRPO, "--on_reward_error", "skip", "--max_bad_steps", 4, "--iterations", 9]
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "train_teacher", *words, "--out", tmp_path)
-    assert stopped.value.code == 2 and "4 updates in a row" in capsys.readouterr().err
-    assert len(metrics(tmp_path)) == 2 and (tmp_path / "checkpoints/step_2").is_dir()
-
-
-@pytest.mark.slow
-def test_a_damaged_teacher_stops_the_real_process_in_one_line(tmp_path):
-    """In a fresh process: nothing else on stderr, no traceback."""
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage" * 10)
-    words = ["--teacher", f"ocr={tmp_path}", *OPD, "--out", tmp_path / "run"]
-    done = shell("train_opd.py", *words)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert len(done.stderr.strip().splitlines()) == 1 and "damaged" in done.stderr
-
-
-@pytest.mark.parametrize("script", ["train_teacher", "merge", "train_opd", "train_sft", "evaluate"])
-def test_help_has_defaults(monkeypatch, capsys, script):
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, script, "--help")
-    assert stopped.value.code == 0 and "default" in capsys.readouterr().out
+    monkeypatch.setitem(toy.REWARDS, "deqa", broken)  # too many of them end the run
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "train_teacher", *words, "--out", tmp_path / "bad", "--max_bad_steps", 4)
+    assert "4 updates in a row" in capsys.readouterr().err and len(metrics(tmp_path / "bad")) == 2
 
 
 def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tmp_path):
