@@ -7,7 +7,6 @@ The real scripts are resumed once each, and with --slow killed 20 times, in one 
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import math
 import os
@@ -345,14 +344,12 @@ def test_self_checks_see_silent_faults(capsys, monkeypatch):
 # ---- Processes, stopped and killed
 
 
-def train(script, out, resume=False, **words):
+def train(script, out, *more, **words):
     """In this process: a stand-in, or a script's own main."""
     if script == "stand_in":
-        return run_module.guarded(lambda args: stand_in(out, resume=resume, **words))(None)
-    more = ["--resume"] if resume else []
-    sys.argv = [script, *map(str, [*SCRIPTS[script], "--iterations", 60, "--out", out, *more])]
-    module = importlib.import_module(script)
-    module.main(module.parse_args())
+        return run_module.guarded(lambda _: stand_in(out, resume="--resume" in more, **words))(None)
+    words = [*SCRIPTS[script], "--iterations", 60, "--out", out, *more]
+    call(pytest.MonkeyPatch(), script, *words)
 
 
 def fork(log, world, *job, **words):
@@ -371,8 +368,8 @@ def fork(log, world, *job, **words):
             torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
             torch.set_num_threads(1)
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            os.environ.update({name: str(n) for name, n in numbers.items()})
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            numbers["MASTER_ADDR"] = "127.0.0.1"
+            os.environ.update({name: str(value) for name, value in numbers.items()})
             train(*job, **words)
             code = 0
         except SystemExit as stop:
@@ -420,7 +417,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
         words["pause"] = 0.01
     for n in range(kills):
         before, number = lines(run), SAVING[n % 3] if n % 4 == 1 else signal.SIGKILL
-        pids = victims = fork(log, world, script, run, resume=True, **words)  # the first time too
+        pids = victims = fork(log, world, script, run, "--resume", **words)  # the first time too
         if n % 4 == 0:
             time.sleep(draw.uniform(0, loading))
         else:  # inside an iteration or a save
@@ -432,7 +429,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
         codes = codes_of(pids)
         assert 0 not in codes and (n % 4 != 1 or codes[0] == 128 + number), log.read_text()
     assert "saved after" in log.read_text() and not (run / "adapter").exists()
-    assert codes_of(fork(log, world, script, run, resume=True, **words)) == [0] * world
+    assert codes_of(fork(log, world, script, run, "--resume", **words)) == [0] * world
     torch.testing.assert_close(last(run), last(tmp_path / "whole"), **BIT_IDENTICAL)
     assert steady(run) == steady(tmp_path / "whole")
 

@@ -210,9 +210,9 @@ def test_the_command_line_overrules_a_file_of_flags_name_by_name(monkeypatch, tm
 def test_folders_of_prompts_as_flow_grpo_and_geneval_have_them(tmp_path):
     line = {"tag": "counting", "include": [{"class": "cat", "count": 2}]}
     line["prompt"] = "a photo of two cats ½ 猫"
-    names = {"train": ["train.txt", "train_metadata.jsonl"]}
-    names["test"] = ["test.txt", "test_metadata.jsonl", "evaluation_metadata.jsonl"]
-    for split, name in [(split, name) for split, several in names.items() for name in several]:
+    names = "train.txt train_metadata.jsonl test.txt test_metadata.jsonl evaluation_metadata.jsonl"
+    for name in names.split():
+        split = "train" if name.startswith("train") else "test"
         text, metadata = line["prompt"], {}
         if name.endswith(".jsonl"):
             text, metadata = json.dumps(line), line
