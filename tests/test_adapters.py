@@ -72,9 +72,8 @@ def test_other_layouts_are_read(pipe, tmp_path, capsys):
     for name, renamed in layouts.items():
         shutil.copytree(tmp_path / "a", tmp_path / name)
         save_file(renamed, tmp_path / name / FILE)
-    shutil.copytree(
-        tmp_path / "a", tmp_path / "diffusers", ignore=shutil.ignore_patterns("adapter*")
-    )
+    without_config = shutil.ignore_patterns("adapter*")
+    shutil.copytree(tmp_path / "a", tmp_path / "diffusers", ignore=without_config)
     expected = lora.read_adapter(tmp_path / "a", "--init")
     for name in ("diffusers", *layouts):
         found, tolerance = lora.read_adapter(tmp_path / name, "--init"), 1e-3 * (name == "half")
@@ -240,8 +239,7 @@ def test_use_switches_and_restores(pipe, text):
         assert torch.equal(predict(transformer, text), alone["teacher"])
     assert torch.equal(predict(transformer, text), active)
     assert {name: p.requires_grad for name, p in transformer.named_parameters()} == flags
-    with lora.use(transformer, "student"):
-        predict(transformer, text).sum().backward()
+    active.sum().backward()
     trained = {name for name, p in transformer.named_parameters() if p.grad is not None}
     assert trained and all(".student." in name for name in trained)
 

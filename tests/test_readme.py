@@ -81,10 +81,8 @@ def flags_of(script):
             module.parse_args()
         sys.argv = given
         return set(re.findall(r"--[\w-]+", text.getvalue()))
-    flags = set(re.findall(r'"(--[\w-]+)"', read(script))) | {"--help"}
-    if script == "experiments/benchmark.py":  # hands on what is not its own
-        flags |= flags_of("train_opd.py")
-    return flags
+    more = flags_of("train_opd.py") if script == "experiments/benchmark.py" else set()  # hands on
+    return more | set(re.findall(r'"(--[\w-]+)"', read(script))) | {"--help"}
 
 
 def test_commands_name_scripts_and_flags_that_exist():

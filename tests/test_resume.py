@@ -7,7 +7,6 @@ The real scripts are resumed once each, and with --slow killed 20 times, in one 
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import math
 import os
@@ -38,7 +37,7 @@ BIT_IDENTICAL = {"rtol": 0, "atol": 0}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-def stand_in(out, files, bad=(), pause=0.0, fails=(), **flags):
+def stand_in(out, files, tasks=("ocr", "deqa"), bad=(), pause=0.0, fails=(), **flags):
     """A run whose gradient depends on the weights and the iteration, as a real one's does.
 
     files: a folder with what the run is made from; bad: the iterations with a NaN gradient; fails:
@@ -47,8 +46,8 @@ def stand_in(out, files, bad=(), pause=0.0, fails=(), **flags):
     args.save_every, args.max_bad_steps, args.lr, args.micro_batch = 1, 2, 0.1, 8
     args.rank = args.alpha = 100
     args.mix, args.init, args.anchor, args.final = {"a": 1}, f"{files}/init", "base", "best"
-    args.teacher = {task: f"{files}/teacher_{task}" for task in ("ocr", "deqa")}
-    args.prompts = {task: f"{files}/{task}.txt" for task in ("ocr", "deqa")}
+    args.teacher = {task: f"{files}/teacher_{task}" for task in tasks}
+    args.prompts = {task: f"{files}/{task}.txt" for task in tasks}
     vars(args).update(flags)
     _, world, _ = start_processes()
     check_out(args)
@@ -113,17 +112,16 @@ def last(run):
     return {name: tensor.clone() for name, tensor in saved.items()}  # not a view of the file
 
 
-def error_of(capsys, code=2, **words):
+def error_of(capsys, **words):
     """The single error line of a stand-in that must fail."""
     with pytest.raises(SystemExit) as stopped:
         stand_in(**words)
-    assert stopped.value.code == code
+    assert stopped.value.code == 2
     process_ends()
     del stopped  # its traceback holds the lock
     gc.collect()
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    return errors[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:7] == "error: "]
+    return line
 
 
 # ---- Checkpoints
@@ -138,8 +136,8 @@ def test_a_checkpoint_is_complete_and_the_newest_are_kept(run, files, tmp_path):
     assert state["iteration"] == 5 and state["origin"]["--lr"] == 0.1
     kinds = {name.split(".")[0] for name in last(run)}
     assert kinds == {"student", "average", "optimizer"} and len(last(run)) == 10
-    moved = copied(files, tmp_path / "moved")
-    stand_in(run, **moved, iterations=7, resume=True, micro_batch=4, save_every=1)
+    moved = shutil.copytree(files, tmp_path / "moved")
+    stand_in(run, moved, iterations=7, resume=True, micro_batch=4)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_6", "step_7"]
     assert [line["iteration"] for line in read_log(run)] == list(range(7))
 
@@ -198,32 +196,26 @@ def test_after_damage_an_older_checkpoint_ends_the_same(run, files, capsys):
     torch.testing.assert_close(last(run), before, **BIT_IDENTICAL)
 
 
-def copied(files, folder, name=None, text=""):
-    """The run's files in another place, one of them changed."""
-    shutil.copytree(files, folder)
-    if name:
-        (folder / name).write_text(text)
-    return {"files": folder}
-
-
-CHANGED = {
-    "--lr": lambda files, to: {"lr": 0.2},
-    "--window": lambda files, to: {"window": 1},
-    "teacher ocr": lambda files, to: copied(files, to, "teacher_ocr/adapter_model.safetensors"),
-    "anchor": lambda files, to: {"anchor": f"{files}/init"},
-    "transformer": lambda files, to: copied(files, to, "model/transformer/config.json"),
-    "prompts deqa": lambda files, to: copied(files, to, "deqa.txt", "more\n"),
-    "the order of the tasks": lambda files, to: {
-        "prompts": {task: f"{files}/{task}.txt" for task in ("deqa", "ocr")}
-    },
+CHANGED = {  # flags, or the file that holds something else
+    "--lr": {"lr": 0.2},
+    "--window": {"window": 1},
+    "anchor": {"anchor": "toy/adapters/ocr"},
+    "the order of the tasks": {"tasks": ("deqa", "ocr")},
+    "teacher ocr": "teacher_ocr/adapter_model.safetensors",
+    "transformer": "model/transformer/config.json",
+    "prompts deqa": "deqa.txt",
 }
 
 
 def test_resume_refuses_other_mathematics_by_name(run, files, tmp_path, capsys):
     before = contents(run)
-    words = {"out": run, "files": files, "iterations": 6, "resume": True}
     for named, change in CHANGED.items():
-        line = error_of(capsys, **words | change(files, tmp_path / named))
+        words = {"out": run, "files": shutil.copytree(files, tmp_path / named), "resume": True}
+        if named.startswith(("teacher", "transformer", "prompts")):
+            (words["files"] / change).write_text("another")
+        else:
+            words |= change
+        line = error_of(capsys, **words, iterations=6)
         assert line.startswith(f"error: --resume: {named} changed since ") and "step_5" in line
     assert contents(run) == before
 
@@ -244,10 +236,11 @@ def test_one_process_at_a_time_writes(run, files, capsys, monkeypatch):
 def test_a_full_disk_leaves_what_was_saved(run, files, capsys, monkeypatch, what, newest):
     """No file above 50 kB can be written, from the checkpoint or from the last line on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    fill = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     words = {"out": run, "files": files, "iterations": 6, "resume": True}
     if what == "adapter":
-        monkeypatch.setattr(checkpoint.Saver, "close", fill)
+        close = checkpoint.Saver.close
+        monkeypatch.setattr(checkpoint.Saver, "close", lambda self: (close(self), fill()))
     else:
         fill()
     try:
@@ -320,9 +313,8 @@ def test_a_bad_update_is_skipped_and_a_resumed_script_ends_with_the_same_bits(
 # ---- Self-checks
 
 
-@pytest.fixture(scope="module")
-def parts():
-    """What a script hands to self_checks, with the teachers of two tasks."""
+def test_self_checks_see_silent_faults(capsys, monkeypatch):
+    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing."""
     args = model_args(init=f"{ROOT}/toy/adapters/merged", rank=1, alpha=1, seed=0, keep=2, out="x")
     args.noise, args.noise_kind, args.eligible_steps, args.clip_range = 0.7, "flow", [0, 1], 0.2
     pipe = model.load_pipeline(args, torch.device("cpu"))
@@ -331,15 +323,10 @@ def parts():
         lora.load_adapter(pipe.transformer, f"teacher_{task}", f"toy/adapters/{task}", "--teacher")
     guidance = {"student": 1.0, "teacher_ocr": 2.0, "teacher_deqa": 1.0}
     text, grid = model.embed_prompts(pipe, PROMPTS, args), model.time_grid(pipe, 3)
-    return args, pipe, text, grid, PROMPTS, guidance, student
-
-
-def test_self_checks_see_silent_faults(capsys, monkeypatch, parts):
-    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing."""
 
     def lines(objective):
-        parts[0].objective = objective
-        checks.self_checks(*parts)
+        args.objective = objective
+        checks.self_checks(args, pipe, text, grid, PROMPTS, guidance, student)
         out, err = capsys.readouterr()
         return [re.search("disk|times|ratio|teachers", line)[0] for line in out.splitlines()], err
 
@@ -357,14 +344,12 @@ def test_self_checks_see_silent_faults(capsys, monkeypatch, parts):
 # ---- Processes, stopped and killed
 
 
-def train(script, out, resume=False, **words):
+def train(script, out, *more, **words):
     """In this process: a stand-in, or a script's own main."""
     if script == "stand_in":
-        return run_module.guarded(lambda args: stand_in(out, resume=resume, **words))(None)
-    more = ["--resume"] if resume else []
-    sys.argv = [script, *map(str, [*SCRIPTS[script], "--iterations", 100, "--out", out, *more])]
-    module = importlib.import_module(script)
-    module.main(module.parse_args())
+        return run_module.guarded(lambda _: stand_in(out, resume="--resume" in more, **words))(None)
+    words = [*SCRIPTS[script], "--iterations", 100, "--out", out, *more]
+    call(pytest.MonkeyPatch(), script, *words)
 
 
 def fork(log, world, *job, **words):
@@ -383,8 +368,8 @@ def fork(log, world, *job, **words):
             torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
             torch.set_num_threads(1)
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            os.environ.update({name: str(n) for name, n in numbers.items()})
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            numbers["MASTER_ADDR"] = "127.0.0.1"
+            os.environ.update({name: str(value) for name, value in numbers.items()})
             train(*job, **words)
             code = 0
         except SystemExit as stop:
@@ -432,7 +417,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
         words["pause"] = 0.01
     for n in range(kills):
         before, number = lines(run), SAVING[n % 3] if n % 4 == 1 else signal.SIGKILL
-        pids = victims = fork(log, world, script, run, resume=True, **words)  # the first time too
+        pids = victims = fork(log, world, script, run, "--resume", **words)  # the first time too
         if n % 4 == 0:
             time.sleep(draw.uniform(0, loading))
         else:  # inside an iteration or a save
@@ -444,7 +429,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
         codes = codes_of(pids)
         assert 0 not in codes and (n % 4 != 1 or codes[0] == 128 + number), log.read_text()
     assert "saved after" in log.read_text() and not (run / "adapter").exists()
-    assert codes_of(fork(log, world, script, run, resume=True, **words)) == [0] * world
+    assert codes_of(fork(log, world, script, run, "--resume", **words)) == [0] * world
     torch.testing.assert_close(last(run), last(tmp_path / "whole"), **BIT_IDENTICAL)
     assert steady(run) == steady(tmp_path / "whole")
 
