@@ -350,7 +350,8 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
          "average[name].data = parameter.data"),
     ],
     "support/model.py": [
-        ("factor", "1000) * t  # as", "999) * t  # as"),
+        ("constant", "register_to_config(num_train_timesteps=counts)",
+         "register_to_config(num_train_timesteps=1000)"),
         ("forgotten", "register_to_config(sample_size=size // pixels)",
          "register_to_config(sample_size=size)"),
         ("not", 'if pipe.time_grid == "single"', 'if pipe.time_grid != "single"'),
