@@ -126,6 +126,9 @@ def test_embeddings_are_the_stock_pipelines(pipe, text, tmp_path):
         embeds, _, pooled, _ = stock.encode_prompt(prompt, None, None, **how)
         row = text["rows"][prompt]
         assert_close((text["embeds"][row], text["pooled"][row]), (embeds[0], pooled[0]))
+    for length in (8, 4):  # of another length another entry of the cache
+        cached = embed(pipe, text_length=length, cache_embeddings=str(tmp_path / "cache"))
+        assert cached["embeds"].shape[1] == 9 + length
     assert pipe.text_encoder is None and pipe.text_encoder_3 is None  # dropped
     without = embed(pipe, no_t5=True)["embeds"]
     assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
