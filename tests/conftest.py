@@ -33,36 +33,34 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: run it with --slow")
 
 
 # ---- Every test starts in the same state: any working directory and any order will do
 
 
-def seed_everything():
+@contextlib.contextmanager
+def clean_state():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    with contextlib.chdir(ROOT):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clean_module():
     """For the fixtures of a module, which are set up before those of a test."""
-    with contextlib.chdir(ROOT):
-        seed_everything()
+    with clean_state():
         yield
 
 
 @pytest.fixture(autouse=True)
-def clean_test(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    seed_everything()
-    yield
+def clean_test():
+    with clean_state():
+        yield
     process_ends()
 
 

@@ -316,13 +316,9 @@ def hub(kind):
     return [(huggingface_hub, "snapshot_download", raises(error))]
 
 
-def take_nan(parameters, take=run.take_gradients):
-    return take(parameters) * torch.nan
-
-
 without_range, without_weights = raises(ValueError), raises(ValueError("ocr: no weights here"))
 without_weights.range = (0, 1)
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+NAN, NO_SPACE = float("nan"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL = shutil.disk_usage("/")._replace(free=1)
 ARRANGE = {  # [(module, what in it, by what it is replaced), ...]
     "many_processes": [(os, "environ", {**os.environ, "WORLD_SIZE": "64"})],
@@ -339,7 +335,7 @@ ARRANGE = {  # [(module, what in it, by what it is replaced), ...]
     ],
     "full_disk": [(checkpoint, "save_file", raises(NO_SPACE))],
     "small_disk": [(shutil, "disk_usage", lambda path: FULL)],
-    "nan_gradient": [(run, "take_gradients", take_nan)],
+    "nan_gradient": [(run, "take_gradients", lambda p, take=run.take_gradients: take(p) * NAN)],
     "no_range": [(toy, "REWARDS", toy.REWARDS | {"ocr": without_range})],
     "broken_scorer": [(toy, "REWARDS", toy.REWARDS | {"ocr": without_weights})],
     "hub_gated": hub(errors.GatedRepoError),

@@ -55,9 +55,8 @@ def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):
     (name / "refs" / "v2").write_text(number)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code = "from support.files import ADAPTER, fetch; print(fetch({!r}, '--init', ADAPTER))"
-    done = shell("-c", code.format("me/lora@v2"))
-    assert done.stdout.strip() == str(name / "snapshots" / number)
+    code = "from support.files import ADAPTER, fetch; print(fetch('me/lora@v2', '--init', ADAPTER))"
+    assert shell("-c", code).stdout.strip() == str(name / "snapshots" / number)
 
 
 def test_sharded_and_half_precision_transformers_load(pipe, text, tmp_path):
@@ -99,8 +98,7 @@ def test_bf16_backbone_with_a_float32_student(pipe, text):
         with lora.use(pipe.transformer, name), lora.use(other.transformer, name):
             exact = predict(pipe.transformer, text, guidance)
             rounded = predict(other.transformer, embed(other), guidance)
-        assert rounded.dtype == torch.float32
-        assert (exact - rounded).norm() < 0.03 * exact.norm()
+        assert rounded.dtype == torch.float32 and (exact - rounded).norm() < 0.03 * exact.norm()
     rounded.square().mean().backward()
     student = lora.adapter_parameters(other.transformer, "student").values()
     assert {p.dtype for p in student} == {torch.float32}
@@ -128,6 +126,9 @@ def test_embeddings_are_the_stock_pipelines(pipe, text, tmp_path):
         embeds, _, pooled, _ = stock.encode_prompt(prompt, None, None, **how)
         row = text["rows"][prompt]
         assert_close((text["embeds"][row], text["pooled"][row]), (embeds[0], pooled[0]))
+    for length in (8, 4):  # of another length another entry of the cache
+        cached = embed(pipe, text_length=length, cache_embeddings=str(tmp_path / "cache"))
+        assert cached["embeds"].shape[1] == 9 + length
     assert pipe.text_encoder is None and pipe.text_encoder_3 is None  # dropped
     without = embed(pipe, no_t5=True)["embeds"]
     assert_close(without[:, :9], text["embeds"][:, :9])  # CLIP's tokens
@@ -169,19 +170,15 @@ def test_recipes_parse(monkeypatch, tmp_path, recipe):
 # ---- The scheduler
 
 
-GRIDS = {  # SD3.5's ten steps: what t is after one shift by 3, and the published std of two
-    "single": [3 * s / (1 + 2 * s) for s in (1 - i / 10 for i in range(11))],
-    "double": [0.7, 0.743, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.282, 0.2254, 0.0063],
-}
-
-
 def test_both_grids_are_those_of_their_projects():
-    """diffusers' double shift: std of Flow-GRPO, Flow-OPD, verl-omni and DanceOPD at noise .7."""
-    assert_close(model.time_grid(load(time_grid="single"), 10), GRIDS["single"])
-    grid = model.time_grid(load(), 10)
-    zero = torch.zeros(1, 1)
+    """Of SD3.5's ten steps: t after one shift by 3; and, after diffusers' two, the published std of
+    Flow-GRPO, Flow-OPD, verl-omni and DanceOPD at noise .7."""
+    single = [3 * s / (1 + 2 * s) for s in (1 - i / 10 for i in range(11))]
+    assert_close(model.time_grid(load(time_grid="single"), 10), single)
+    grid, zero = model.time_grid(load(), 10), torch.zeros(1, 1)
     std = [float(step(zero, zero, t, n, 0.7, grid[1])[1]) for t, n in zip(grid[:-1], grid[1:])]
-    assert_close(std, GRIDS["double"], rtol=0, atol=6e-5)
+    published = [0.7, 0.743, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.282, 0.2254, 0.0063]
+    assert_close(std, published, rtol=0, atol=6e-5)
 
 
 CONFIGURATIONS = [

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import gc
 import json
-import math
 import os
 import random
 import re
@@ -34,7 +33,7 @@ from support.metrics import log_line, read_log
 from support.run import all_reduce, generator, start_processes, stop_processes
 
 BIT_IDENTICAL = {"rtol": 0, "atol": 0}
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
 
 def stand_in(out, files, tasks=("ocr", "deqa"), bad=(), pause=0.0, fails=(), **flags):
@@ -134,8 +133,6 @@ def test_a_checkpoint_is_complete_and_the_newest_are_kept(run, files, tmp_path):
     for role in ("transformer", "text_encoder_3", "teacher ocr", "init", "prompts deqa"):
         assert len(state["origin"][role]) == 64
     assert state["iteration"] == 5 and state["origin"]["--lr"] == 0.1
-    kinds = {name.split(".")[0] for name in last(run)}
-    assert kinds == {"student", "average", "optimizer"} and len(last(run)) == 10
     moved = shutil.copytree(files, tmp_path / "moved")
     stand_in(run, moved, iterations=7, resume=True, micro_batch=4)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_6", "step_7"]
@@ -289,21 +286,10 @@ def steady(run):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_bad_update_is_skipped_and_a_resumed_script_ends_with_the_same_bits(
-    monkeypatch, tmp_path, script
-):
-    """NaN in the first iteration, which the second attempt does not run again."""
-    real, count, run = run_module.take_gradients, iter(range(99)), tmp_path / "run"
-
-    def spoiled(parameters):
-        return real(parameters) * (math.nan if next(count) == 1 else 1)
-
-    monkeypatch.setattr(run_module, "take_gradients", spoiled)
+def test_a_resumed_script_ends_with_the_same_bits(monkeypatch, tmp_path, script):
+    run = tmp_path / "run"
     call(monkeypatch, script, *SCRIPTS[script], "--out", run)
     before, log = weights(run), steady(run)
-    skipped = [line.get("skipped_updates", 0) for line in log]
-    assert sum(skipped) == skipped[0] == 1  # it went on
-    assert all(t.isfinite().all() for t in before.values())
     shutil.rmtree(run / "checkpoints/step_2")
     call(monkeypatch, script, *SCRIPTS[script], "--out", run, "--resume")
     torch.testing.assert_close(weights(run), before, **BIT_IDENTICAL)

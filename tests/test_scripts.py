@@ -52,14 +52,14 @@ def test_opd_lowers_the_kl_without_scorer_and_vae(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pictures, "decode", refuse)
     flags = "--dtype bf16 --checkpointing --no_t5 --text_length 8 --rewards no_such_module"
-    flags += " --init base --rank 4 --mar_weight 0 --anchor nowhere --iterations 6 --prompts"
+    flags += " --init base --rank 4 --mar_weight 0 --anchor nowhere --iterations 5 --prompts"
     for task in ("ocr", "deqa", "geneval", "pickscore"):
         first = Path(f"toy/prompts/{task}_train.txt").read_text().splitlines()[0]
         (tmp_path / f"{task}.txt").write_text(first)
         flags += f" {task}={tmp_path}/{task}.txt"
     call(monkeypatch, "train_opd", *OPD, *flags.split(), "--out", tmp_path / "run")
     log = metrics(tmp_path / "run")
-    assert [line["iteration"] for line in log] == list(range(6))
+    assert [line["iteration"] for line in log] == list(range(5))
     for line in log:
         assert line["grad_norm"] > 0 and torch.tensor(list(line.values())).isfinite().all()
     total = lambda line: sum(value for name, value in line.items() if name.startswith("kl/"))
@@ -67,15 +67,6 @@ def test_opd_lowers_the_kl_without_scorer_and_vae(monkeypatch, tmp_path):
     for file in ("adapter/pytorch_lora_weights.safetensors", "args.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
     assert not (tmp_path / "run/samples").exists()  # the last line would announce it
-
-
-def test_opd_reports_what_it_made(monkeypatch, tmp_path):
-    flags = [*TINY, "--iterations", 1, "--eval_prompts", 2, "--sample_every", 1]
-    command, out = printed("train_opd", monkeypatch, *flags, "--out", tmp_path / "run")
-    for words in ("merged start", "recorded", "oracle", "student - merged start", "samples"):
-        assert words in out
-    for name in ("table.md", "results.json", "grid.png", "samples/00001.png", "args.json"):
-        assert (tmp_path / "run" / name).stat().st_size > 0
 
 
 # ---- The command that a script prints for the next stage
@@ -153,10 +144,10 @@ def test_two_machines_give_the_curve_of_one(tmp_path):
     assert shell(*words, tmp_path / "one").returncode == 0
     launch = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1"
     launch = [sys.executable, *launch.split(), f"--master_port={29500 + os.getpid() % 1000}"]
-    nodes = []
+    nodes, how = [], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
     for rank in (0, 1):
         command = [*launch, f"--node_rank={rank}", *words, str(tmp_path / "two")]
-        nodes.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        nodes.append(subprocess.Popen(command, **how))
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-5)
 
