@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     model_flags(parser)
     flag = parser.add_argument_group("what to train").add_argument
     named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
-    flag("--reward", **named, kind=above_0, bare="1", metavar="NAME[=WEIGHT]", help="or their sum")
+    flag("--reward", **named, kind=above_0, bare="1", metavar="NAME[=W]", help="or a weighted sum")
     flag("--mix", **named, kind=share, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in rewards of --mix")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="skip: no update")
@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     args.tasks = list(args.mix) or args.tasks or list(args.reward)[:1]
     name = "teacher_" + "_".join(args.reward) if args.reward else "grpo_mix"
     args.out = args.out or f"runs/{name}"
-    last = args.steps - 1  # after it there is no noise: it has no density
+    last = args.steps - 1  # not trained, as in the public code
     args.window_end = args.window_end or last
     if not args.window <= args.window_end <= last:
         fail("--window must be at most --window_end, and --window_end below --steps")
