@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
-    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if files lack it")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
     flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the prompts (equal)")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")

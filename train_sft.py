@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     named = {"action": Pairs}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
-    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if files lack it")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
     flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the images (equal)")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
