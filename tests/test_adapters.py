@@ -1,6 +1,5 @@
 """support/lora.py: reading, switching, and what we save loads everywhere."""
 
-import argparse
 import contextlib
 import json
 import re
@@ -14,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import train_opd
 from support import lora
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -232,11 +230,3 @@ def test_use_switches_and_restores(pipe, text):
     active.sum().backward()
     trained = {name for name, p in transformer.named_parameters() if p.grad is not None}
     assert trained and all(".student." in name for name in trained)
-
-
-def test_the_anchor_may_be_a_teacher(pipe):
-    teachers = {task: f"toy/adapters/{task}" for task in ("ocr", "deqa")}
-    args = argparse.Namespace(mar_weight=0.02, teacher_guidance={"ocr": 2.0}, teacher=teachers)
-    wanted = {"base": None, "toy/adapters/deqa": "teacher_deqa", "toy/adapters/ocr": "anchor"}
-    for args.anchor, name in wanted.items():  # a teacher with its own guidance is no anchor
-        assert train_opd.load_anchor(pipe.transformer, args) == name

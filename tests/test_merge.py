@@ -136,6 +136,7 @@ def test_factor_mean_needs_adapters_alike(capsys):
         assert capsys.readouterr().err.startswith("error: --method factor-mean needs")
 
 
+@pytest.mark.filterwarnings("ignore:The density 1.0")
 def test_the_script_on_files(monkeypatch, tmp_path, capsys):
     adapters = [lora(1, 2, 2.0), lora(2, 3, 0.5, [Q, OUT])]
     for folder, adapter in zip("AB", adapters):
@@ -146,6 +147,11 @@ def test_the_script_on_files(monkeypatch, tmp_path, capsys):
     flags = ["--adapters", tmp_path / "A", tmp_path / "B", "--out"]
     call(monkeypatch, "merge", *flags, tmp_path / "exact")
     merged = read_adapter(tmp_path / "exact", "--adapters")
+    assert_close(dense(merged), dense_mean(adapters, [1.0, 1.0]), **CLOSE)
+
+    whole = ["--method", "dare", "--density", 1, "--rank", 12]  # nothing is dropped
+    call(monkeypatch, "merge", *flags, tmp_path / "dare", *whole)
+    merged = read_adapter(tmp_path / "dare", "--adapters")
     assert_close(dense(merged), dense_mean(adapters, [1.0, 1.0]), **CLOSE)
 
     cut = ["--rank", 2, "--weights", 3, 1]
