@@ -47,7 +47,7 @@ FIRST = {  # file: the tests that run first
     "toy/scorers.py": "test_toy.py",
     "support/run.py": "test_iteration.py test_model.py",
     "support/lora.py": "test_adapters.py test_flags.py test_iteration.py",
-    "support/model.py": "test_model.py test_toy.py test_iteration.py",
+    "support/model.py": "test_model.py test_flags.py test_iteration.py",
     "support/checkpoint.py": "test_resume.py test_flags.py test_iteration.py",
     "support/metrics.py": "test_iteration.py test_resume.py",
     "support/arguments.py": "test_flags.py test_errors.py test_iteration.py",

@@ -174,6 +174,17 @@ def test_only_plain_lora_on_the_unchanged_base_is_read(tmp_path, capsys, refusal
         assert refusal in err and (line.split('"')[1] in err) == bool(refusal), line
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_saves_after_changing_the_base_is_refused(tmp_path, capsys, init):
+    """It means something on the changed base only; in its keys it looks like any other LoRA."""
+    stock = StableDiffusion3Pipeline.from_pretrained("toy")
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["attn.to_q"])
+    get_peft_model(stock.transformer, config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        lora.read_adapter(tmp_path, "--init")
+    assert "path_initial_model_for_weight_conversion" in capsys.readouterr().err
+
+
 STRANGE = {
     "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": "kohya",
     "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": "not a linear layer of an SD3",

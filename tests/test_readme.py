@@ -180,9 +180,19 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path):
     assert ran >= 6
 
 
-def test_two_loops_have_the_same_phases():
+SHARED = """step_of = | sample_of = | t, t_next = | slots = | prompt = | prompt_of = | update_of =
+generators = | noise = | policy = | x, x_next = | v = | mean, _ = | fraction = | norm = | if norm
+optimizer. | bad_updates = | run.update_average | saver.iteration_done | metrics.log_line"""
+
+
+def test_two_loops_have_the_same_phases_and_lines():
+    loops = []
     for script in ("train_teacher.py", "train_opd.py"):
         loop = read(script).split("for iteration in bar:")[1].split("saver.finish()")[0]
+        loops.append([line.strip() for line in loop.splitlines()])
         names = re.findall(r"^ *# \d\. ([A-Z]\w+)", loop, re.M)
         names = " ".join(names).replace("Rewards", "Labels")
         assert names == "Prompts Rollout Labels Update Log Samples Checkpoint"
+    for start in re.split(r" \| |\n", SHARED):
+        teacher, opd = ([line for line in loop if line.startswith(start)] for loop in loops)
+        assert teacher and teacher == opd, start
