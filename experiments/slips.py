@@ -49,7 +49,7 @@ FIRST = {  # file: the tests that run first
     "support/lora.py": "test_adapters.py test_flags.py test_iteration.py",
     "support/model.py": "test_model.py test_flags.py test_iteration.py",
     "support/checkpoint.py": "test_resume.py test_flags.py test_iteration.py",
-    "support/metrics.py": "test_iteration.py test_resume.py",
+    "support/metrics.py": "test_model.py test_iteration.py test_resume.py",
     "support/arguments.py": "test_flags.py test_errors.py test_iteration.py",
 }
 SLIPS = {  # file: what kind of slip, the text, what the tired hand writes instead

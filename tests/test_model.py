@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,7 @@ import merge
 from experiments import slow_loops as reference
 from rewards.pictures import sample_images
 from sde import step
-from support import files, lora, model, run
+from support import files, lora, metrics, model, run
 
 # The flags of add_student.
 STUDENT = {"model": "toy", "init": "toy/adapters/ocr", "seed": 0, "rank": 4, "alpha": 8}
@@ -165,6 +166,15 @@ def test_recipes_parse(monkeypatch, tmp_path, recipe):
         monkeypatch.setattr(place, "prompt_files", lambda given, *_: given, raising=False)
     monkeypatch.setattr(sys, "argv", [script, f"@recipes/{recipe}", "--out", str(tmp_path)])
     assert vars(module.parse_args())
+
+
+def test_the_laps_of_an_iteration_add_up(monkeypatch):
+    clock = iter([10.0, 11.5, 14.0, 14.5])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    watch = metrics.Stopwatch(torch.device("cpu"))
+    watch.lap("rollout")
+    watch.lap("labels")
+    assert watch.result() == {"seconds": 4.5, "seconds/rollout": 1.5, "seconds/labels": 2.5}
 
 
 # ---- The scheduler

@@ -139,6 +139,20 @@ def test_a_checkpoint_is_complete_and_the_newest_are_kept(run, files, tmp_path):
     assert [line["iteration"] for line in read_log(run)] == list(range(7))
 
 
+def test_the_adapter_is_the_newest_or_the_best(run, files):
+    """The average of iteration 1, which scores best, or that of the last iteration."""
+    file = "adapter_model.safetensors"
+    best = checkpoint.load_file(run / "checkpoints/step_2/adapter" / file)
+    adapter = checkpoint.load_file(run / "adapter" / file)
+    torch.testing.assert_close(adapter, best, **BIT_IDENTICAL)
+    for step in (9, 10):  # by number, not by name
+        (run / f"checkpoints/step_{step}").mkdir()
+    assert [c.name for c in checkpoint.checkpoints(run)][-2:] == ["step_9", "step_10"]
+    stand_in(run, files, overwrite=True, final="last")
+    for name, tensor in checkpoint.load_file(run / "adapter" / file).items():
+        torch.testing.assert_close(last(run)[name.replace("base_model.model", "average")], tensor)
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
