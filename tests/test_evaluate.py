@@ -354,12 +354,15 @@ def test_the_last_lines_of_a_run(monkeypatch, tmp_path, changed):
     monkeypatch.setattr(scoring, "read_recorded", lambda model: (flags, recorded))
     scores = {"merged start": four("start"), "student": four("student")}
     monkeypatch.setattr(scoring, "score_files", lambda *_: (scores, {}))
-    for name in ("sample_missing", "load_adapter", "save_grid", "save_json"):
+    for name in ("load_adapter", "save_grid", "save_json"):
         monkeypatch.setattr(scoring, name, lambda *_: None)
+    sampled = []
+    monkeypatch.setattr(scoring, "sample_missing", lambda *given: sampled.append(given[2]))
     monkeypatch.setattr(scoring, "next_command", lambda *_: "")
     args = {"out": tmp_path, "init": "x/merged", "guidance": 1.0, "model": "toy", "size": None}
     args |= {"eval_steps": 16, "label_batch": 1, "test_prompts": {"ocr": "file"}}
     scoring.report(SimpleNamespace(**args), SimpleNamespace(transformer=None), {}, TESTS, {})
+    assert sampled == [{"merged start": "start", "student": "average"}]  # by these LoRAs
     lines = (tmp_path / "table.md").read_text().splitlines()
     gain = "student - merged start: +0.0833 ± 0.0417 in Average (paired: same prompts, same noise)"
     error = (0.18 / 16 + 0.08**2) ** 0.5
@@ -408,6 +411,9 @@ def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
     printed = scoring.next_command(args, ["base", "student=toy/adapters/ocr"])
     monkeypatch.setattr(sys, "argv", shlex.split(printed.removeprefix("next: python ")))
     given = vars(script.parse_args())
+    if not flags:  # nothing is repeated that was not given
+        words = printed.split(" --out")[0].split()
+        assert words[2:] == ["evaluate.py", "--models", "base", "student=toy/adapters/ocr"]
     for name in ("model", "rewards", "dtype", "guidance", "size", "no_t5", "text_length"):
         assert given[name] == vars(args)[name], name
     scale = getattr(args, "student_guidance", args.guidance)
