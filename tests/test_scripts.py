@@ -69,6 +69,18 @@ def test_opd_lowers_the_kl_without_scorer_and_vae(monkeypatch, tmp_path):
     assert not (tmp_path / "run/samples").exists()  # the last line would announce it
 
 
+ALL = {"train_opd": OPD, "train_teacher": GRPO, "train_sft": SFT}
+
+
+@pytest.mark.parametrize("script, flags", ALL.items())
+def test_a_gradient_norm_of_0_clips_nothing(monkeypatch, tmp_path, script, flags):
+    """The custom of other code; a norm of 0 would freeze the model."""
+    for norm in ("0", "1e9"):
+        words = [*flags, "--iterations", 2, "--grad_norm", norm, "--out", tmp_path / norm]
+        call(monkeypatch, script, *words)
+    assert_close(weights(tmp_path / "0"), weights(tmp_path / "1e9"), rtol=0, atol=0)
+
+
 # ---- The command that a script prints for the next stage
 
 OWN_REWARDS = """
