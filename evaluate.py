@@ -23,6 +23,7 @@ generates only what is missing: after a crash, or for one more model.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     args.models = {}
     for item in given:
         name, equals, path = item.partition("=")
-        if not equals or Path(item).exists():  # a path may hold a =
+        if not equals or os.path.exists(item):  # a path may hold a =
             name, path = Path(item.rstrip("/")).name, item
         if name in args.models:
             fail(f"{source}: two models are called {name!r}; write NAME=PATH")
@@ -152,7 +153,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     dtype = str(model.backbone_dtype(pipe.transformer))
     how = {"base": run.gather(base)[0], "dtype": dtype, "no_t5": args.no_t5, "seed": args.seed}
     how |= {"text_length": args.text_length, "steps": args.steps, "size": args.size}
-    how["time_grid"] = args.time_grid
+    how |= {"time_grid": args.time_grid}
     marks = {}
     # Contents count and names do not: an adapter that was trained again gets new images.
     for name, path in args.models.items():

@@ -116,10 +116,10 @@ def merge(
         else:
             dense = torch.stack([scaling * B @ A for A, B, scaling in parts])  # (adapters, out, in)
             w, A = torch.tensor(weights).view(-1, 1, 1), torch.eye(into)
-            kept = torch.rand(dense.shape) < density
-            B = (w * dense * kept / density).sum(0)  # dare: its expectation is the method mean
             if method == "ties":
                 B = ties(dense, w, density)
+            else:  # dare: its expectation is the method mean
+                B = (w * dense * (torch.rand(dense.shape) < density) / density).sum(0)
         if rank:
             A, B, energy = truncate(A, B, rank)
             energies.append(energy)

@@ -35,7 +35,7 @@ from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.checks import self_checks
 from support.flags import Pairs, above_0, at_least, lora_alpha, make_parser, model_flags
-from support.flags import positive, run_flags, scale, share, within
+from support.flags import portion, positive, run_flags, scale, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "KL to the task's teacher": "kl/",
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
     flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the prompts (equal)")
+    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of the prompts (equal)")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")
     flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or default MODEL/adapters/deqa")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")

@@ -25,7 +25,7 @@ from support import lora, metrics, model, run
 from support.arguments import check_distillation
 from support.checkpoint import begin_run
 from support.flags import Pairs, above_0, at_least, lora_alpha, make_parser, model_flags
-from support.flags import positive, run_flags, scale, share, within
+from support.flags import portion, positive, run_flags, scale, within
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
     flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=share, metavar="TASK=SHARE", help="of the images (equal)")
+    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of the images (equal)")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
     flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
     flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")

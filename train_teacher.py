@@ -32,7 +32,7 @@ from support.arguments import check_teacher
 from support.checkpoint import begin_run
 from support.checks import self_checks
 from support.flags import Pairs, above_0, at_least, fail, make_parser, model_flags, positive
-from support.flags import run_flags, scale, share, within
+from support.flags import portion, run_flags, scale, within
 
 CURVES = {  # panel of curves.png: beginning of the names in metrics.jsonl
     "reward": "reward",
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     flag = parser.add_argument_group("what to train").add_argument
     named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
     flag("--reward", **named, kind=above_0, bare="1", metavar="NAME[=W]", help="or a weighted sum")
-    flag("--mix", **named, kind=share, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
+    flag("--mix", **named, kind=portion, metavar="TASK=SHARE", help="GRPO-Mix: a reward per task")
     flag("--mix_quality", type=within(0, 1), default=0.2, help="weight of deqa in rewards of --mix")
     flag("--on_reward_error", choices=("stop", "skip"), default="stop", help="skip: no update")
     flag("--tasks", nargs="+", help="whose prompts to use; default: named like the reward")

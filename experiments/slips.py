@@ -1,6 +1,6 @@
 """Do the tests notice a slip? One slip at a time is put into a copy of the project, and they run.
 
-    python experiments/slips.py                              # all of them: about an hour
+    python experiments/slips.py                              # all of them: an hour or more
     python experiments/slips.py --only train_opd.py sde.py   # those of two files
     python experiments/slips.py --only train_opd.py --first_only   # their own tests alone
 

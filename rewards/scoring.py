@@ -352,8 +352,7 @@ def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str
     words = ["python", "evaluate.py"]
     given = vars(args) | {"steps": args.eval_steps}
     defaults = {"model": "toy", "dtype": None, "text_length": 128, "size": None, "steps": 16}
-    defaults["time_grid"] = "double"
-    defaults |= {"guidance": 1.0, "rewards": "toy", "reward_device": None}
+    defaults |= {"time_grid": "double", "guidance": 1.0, "rewards": "toy", "reward_device": None}
     for name, default in defaults.items():
         if given[name] != default:
             words += [f"--{name}", str(given[name])]

@@ -71,7 +71,7 @@ def at_least(low: int, high: int = 10**18) -> Callable[[str], int]:
     return whole
 
 
-positive, share = at_least(1), at_least(1, 1000)
+positive, portion = at_least(1), at_least(1, 1000)  # portion: of the prompts, in --task_mix
 
 
 def within(low: float, high: float = math.inf) -> Callable[[str], float]:

@@ -28,7 +28,6 @@ from support.flags import fail, one_line, reason
 PROJECTIONS = "add_q_proj add_k_proj add_v_proj to_add_out to_q to_k to_v to_out.0".split()
 LORA_TARGETS = [f"attn.{projection}" for projection in PROJECTIONS]
 
-ALPHAS = ("ss_network_alpha", "lora_alpha")  # in a file's header, by kohya's and others' tools
 # adapter_config.json: initialisations of A and B that leave the base as it is (peft 0.21.2), and
 # keys that do not change what A, B and alpha mean. PiSSA, OLoRA and others change the base too.
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -87,8 +86,9 @@ def read_config(folder: Path, file: Path) -> dict:
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {}
     about = read_json(header.get("lora_adapter_metadata", "{}")).items()
-    *_, alone = None, *(float(header[key]) for key in ALPHAS if key in header)
-    return {"lora_alpha": alone} | {key.removeprefix("transformer."): v for key, v in about}
+    alpha = header.get("lora_alpha") or header.get("ss_network_alpha")  # the second is kohya's
+    alone = {"lora_alpha": float(alpha)} if alpha else {}
+    return alone | {key.removeprefix("transformer."): value for key, value in about}
 
 
 def check_config(config: dict, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The frozen model, a stock diffusers pipeline: loading, text embeddings, velocities, samples."""
+"""The frozen model, a stock diffusers pipeline: loading, text embeddings, velocities, noise."""
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     """The stock pipeline without text encoders, frozen, in eval mode, by the flags of model_flags.
 
     Eval mode: dropout would make the update's log-probs differ from the rollout's. The VAE, in
-    float32, stays on the CPU until `decode` needs it. No pickle is opened, no remote code run."""
+    float32, stays on the CPU until it decodes. No pickle is opened, no remote code run."""
     parts = tuple(part for part in PIPELINE if not (args.no_t5 and "_3/" in part))
     folder = fetch(args.model, "--model", parts)
     check_model(folder)  # now that a hub id has become a folder
@@ -58,7 +58,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--model {args.model}: cannot be loaded as Stable Diffusion 3 ({reason(error)})")
     set_size(pipe.transformer, pipe.vae, args.size)
-    pipe.time_grid, counts = args.time_grid, pipe.scheduler.config.num_train_timesteps
+    pipe.time_grid = args.time_grid
+    counts = pipe.scheduler.config.num_train_timesteps  # what t = 1 is called; 1000 in SD3
     pipe.transformer.register_to_config(num_train_timesteps=counts)
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
@@ -224,8 +225,8 @@ class Backbone:
 def time_grid(pipe: StableDiffusion3Pipeline, steps: int) -> list[float]:
     """The scheduler's own grid as floats: 1 = t_0 > t_1 > ... > t_steps = 0.
 
-    diffusers shifts SD3's times twice (its issue 13243), and so do most projects ("double"); others
-    shift once ("single"). Dynamic shifting depends on the number of patches, as in its pipeline."""
+    diffusers shifts SD3's times twice (its issue 13243): "double", as in Flow-GRPO and Flow-OPD.
+    "single" shifts once, as in DiffusionNFT. Dynamic shifting depends on the number of patches."""
     how, config = {"num_inference_steps": steps}, pipe.scheduler.config
     if pipe.time_grid == "single":
         how = {"sigmas": [1 - i / steps for i in range(steps)]}

@@ -146,12 +146,14 @@ CONFIGS = {  # the words of a refusal: what in a config is refused so ("": it is
     "": """
         "init_lora_weights": true | "init_lora_weights": false | "init_lora_weights": null
         "init_lora_weights": "gaussian" | "init_lora_weights": "eva" | "init_lora_weights": "mica"
+        "init_lora_weights": "orthogonal"
         "use_dora": null | "layer_replication": null | "of_the_future": null
         "peft_type": "LORA", "bias": "none", "lora_dropout": 0.1, "task_type": "X"
     """,
     "has changed the base model too": """
         "init_lora_weights": "pissa" | "init_lora_weights": "pissa_niter_16"
-        "init_lora_weights": "loftq" | "init_lora_weights": "new"
+        "init_lora_weights": "loftq" | "init_lora_weights": "new" | "init_lora_weights": "olora"
+        "init_lora_weights": "corda" | "init_lora_weights": "lora_ga"
     """,
     "only plain LoRA": """
         "use_dora": true | "lora_bias": true | "bias": "all" | "layer_replication": [[0, 2]]

@@ -149,6 +149,7 @@ TABLE["evaluate"] = r"""
     --model models/lcm | its scheduler is LCMScheduler
     --models run | did you mean run/adapter?
     --models a/b=base | a/b
+    --models LONG | not an adapter
     --tasks ocr --prompts deqa=good.txt | this run has ocr
     --models base base | two models are called 'base'
     --tasks zebra | unknown task 'zebra'
