@@ -14,8 +14,8 @@ the pixels:
                    drawings of the same task's prompts; lower is better (clean drawings: 1)
 
 `variety` is the mean distance between samples of one prompt (RMS over pixels and channels, 0 to 1).
-A model that always makes the same picture gets 0. The other tasks are prompts out of distribution,
-scored as geneval and ocr score.
+A model that always makes the same picture gets 0. `ocr_strict` is 1 where every letter is right.
+The other tasks are prompts out of distribution, scored as geneval and ocr score.
 """
 
 import functools
@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.strict_rewards import ocr_strict
 from support.files import read_prompts, save_json
 from toy.scorers import REWARDS as TOY_REWARDS
 from toy.scorers import geneval, look, ocr
@@ -117,7 +118,7 @@ def scorer_of(measure, **given):
     return lambda images, prompts, metadata=None: measure(images, **given)
 
 
-REWARDS = dict(TOY_REWARDS)
+REWARDS = TOY_REWARDS | {"ocr_strict": ocr_strict}
 for task in TASKS:
     REWARDS[f"{task}_edges"] = scorer_of(edges)
     REWARDS[f"{task}_noise"] = scorer_of(noise)

@@ -24,32 +24,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import heldout, report
+from experiments.plan import PARTS, VARIANT, plan
 from support.files import save_json
 from support.flags import TASKS, above_0, make_parser, positive
 from support.metrics import read_log
-from toy.build import ADAPTERS
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
-MERGED = ["--init", "toy/adapters/merged"]
-# As GRPO-Mix in toy/build.py, for as many images as the student sees.
-MIX = "--window 3 --window_end 3 --prompts_per_iteration 12 --lr 7e-4 --eval_every 0".split()
-WEIGHTED = ["--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX]
-UNIFORM = ["--mix", *(f"{task}=1" for task in TASKS), *MIX]
-# A quarter of the main job's images, as many optimizer steps: 32 images an iteration.
-SMALL = "--prompts_per_iteration 8 --group_size 4".split()
-EIGHTS = "--prompts_per_iteration 4 --group_size 8".split()  # the same, divisible into 8 updates
-EPOCHS = ["--task_mix", *(f"{task}=8" for task in TASKS)]  # iterations of one task in turn
-QUARTERS = (20, 40, 60, 80)  # iterations
-SFT = 600  # iterations of 64 images
-
+SCALES = (1, 1.5, 2, 3)  # guidance at which the runs of part guidance are scored
+HELD_BACK = 128  # training prompts of a task that the runs of part map do not see
 NO_REPORT = {  # evaluate.py scores the adapters
     "train_opd.py": "--sample_every 0 --eval_prompts 0".split(),
+    VARIANT: "--sample_every 0 --eval_prompts 0".split(),
     "train_sft.py": "--eval_prompts 0".split(),
     "train_teacher.py": [],
 }
@@ -59,16 +48,6 @@ QUICK = {  # flags of --quick
     "train_teacher.py": [*TINY, "--window_end", "2", "--window", "1"],
 }
 QUICK_STAGES = {"opd_merge": (1, 2), "merge_mix": (2,), "merged": ()}
-PARTS = "main objectives gradients MAR interference ablations staleness speed hacking repeat"
-
-
-class Job(NamedTuple):
-    part: str
-    name: str
-    seed: int
-    script: str | None  # None: nothing to train, flags[0] is the adapter
-    flags: list[str]
-    stages: tuple[int, ...]  # the iterations after which it is scored
 
 
 def parse_args():
@@ -86,190 +65,6 @@ def parse_args():
     if args.quick:
         args.out, args.results = Path("runs/miniature_quick"), Path("runs/miniature_quick/results")
     return args
-
-
-# ---- The plan: every run, the most telling first
-
-
-class Plan:
-    def __init__(self, out):
-        self.out, self.jobs = out, []
-        self.from_sft = ["--init", f"{out}/sft_seed0/adapter"]
-
-    def add(self, part, name, script, *flags, seed=0, at=()):
-        self.jobs.append(Job(part, name, seed, script, list(flags), tuple(at)))
-
-    def opd(self, part, name, *flags, seed=0, at=(80,)):
-        self.add(part, name, "train_opd.py", *flags, seed=seed, at=at)
-
-    def small(self, part, name, *flags, seed=0, at=(80,)):
-        self.opd(part, name, *SMALL, *flags, seed=seed, at=at)
-
-    def objective(self, objective, lr, seed=0, at=(80,)):
-        flags = ["--objective", objective]
-        if lr != "1e-3":  # the default
-            flags += ["--lr", lr]
-        self.small("objectives", f"{objective}_lr{lr}", *flags, seed=seed, at=at)
-
-    def grpo(self, name, *flags, part="main", seed=0, at=(54,)):
-        self.add(part, name, "train_teacher.py", *flags, seed=seed, at=at)
-
-    def staleness(self, name, *flags):
-        self.opd("staleness", name, *EIGHTS, *flags)
-
-
-def plan(out):
-    """Every job, in order."""
-    jobs = Plan(out)
-    plan_main_table(jobs)
-    plan_one_seed_of_each_question(jobs)
-    plan_more_seeds(jobs)
-    plan_other_teachers(jobs)
-    plan_reuse_and_ranks(jobs)
-    return jobs.jobs
-
-
-def plan_main_table(jobs):
-    """The main table, and what else was recorded first."""
-    for seed in (0, 1):
-        jobs.opd("main", "opd_merge", seed=seed)
-    jobs.opd("main", "opd_merge", seed=2, at=(5, 10, 20, 40, 60, 80))
-    jobs.add("main", "base", None, "base")
-    for name in (*TASKS, "grpo_mix", "merged"):  # as shipped in toy/
-        jobs.add("main", name, None, f"toy/adapters/{name}")
-    jobs.grpo("merge_mix", *WEIGHTED, *MERGED, at=(10, 30, 54))
-    jobs.small("main", "opd_small")
-    jobs.small("main", "opd_small", seed=1, at=QUARTERS)
-    jobs.small("main", "opd_nomar", "--mar_weight", "0")
-    others = ("kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published")
-    for objective in others:  # ppo is opd_small
-        jobs.objective(objective, "1e-3")
-    for objective in ("ode", "ppo"):
-        jobs.objective(objective, "3e-3")
-    along = [f"{jobs.out}/opd_merge_seed2.stages", f"{jobs.out}/merge_mix_seed0.stages"]
-    jobs.add("gradients", "gradients", "experiments/gradients.py", *along)
-    # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the public code's
-    # objective.
-    published = ["--objective", "ppo-public-code", "--steps", "10", *EPOCHS]
-    jobs.small("speed", "published_schedule", *published, at=(40, 60, 80, 100, 120))
-
-
-def plan_one_seed_of_each_question(jobs):
-    every_prompt = [f"{task}={jobs.out}/prompts/all.txt" for task in TASKS]
-    jobs.small("ablations", "routing_all", "--prompts", *every_prompt)
-    jobs.add("main", "sft", "train_sft.py", at=(SFT,))
-    jobs.small("main", "opd_sft", *jobs.from_sft)
-    jobs.small("main", "opd_base", "--init", "base")
-    for updates in ("8", "1"):
-        plan_updates(jobs, updates)
-    jobs.small("MAR", "anchor_base", "--anchor", "base")
-    jobs.small("MAR", "mar0.1", "--mar_weight", "0.1")
-    for objective in ("ppo-scalar", "ppo-published", "trajectory"):
-        jobs.objective(objective, "3e-4")
-    for method in ("ties", "dare", "factor-mean"):
-        flags = ["--adapters", *TEACHERS, "--method", method]
-        if method != "factor-mean":
-            flags += ["--rank", "24"]
-        jobs.add("ablations", f"merge_{method}", "merge.py", *flags)
-        start = f"{jobs.out}/merge_{method}_seed0/adapter"
-        jobs.small("ablations", f"opd_{method}", "--init", start)
-    jobs.small("ablations", "alternate", *EPOCHS)
-    taste = ["--reward", "pickscore", *MIX, "--lr", "1e-3"]  # most other scores pay for this one
-    jobs.grpo("teacher_pickscore", *taste, part="hacking", at=(10, 20, 40, 60))
-
-
-def plan_updates(jobs, updates):
-    for objective in ("ppo", "kl"):
-        flags = ["--objective", objective, "--updates", updates]
-        jobs.staleness(f"{objective}_updates{updates}", *flags)
-
-
-def plan_more_seeds(jobs):
-    """More seeds and more rows in turn, then the rest of three seeds for the first parts."""
-    jobs.small("main", "opd_small", seed=2, at=QUARTERS)
-    jobs.objective("ode", "3e-3", seed=1, at=QUARTERS)
-    jobs.objective("ode", "3e-3", seed=2)
-    jobs.objective("kl", "3e-3")
-    jobs.grpo("mix_short", *WEIGHTED)
-    for seed in (1, 2):
-        jobs.small("main", "opd_sft", *jobs.from_sft, seed=seed)
-    jobs.small("ablations", "late", "--train_steps", "3,4")
-    jobs.small("ablations", "noise0.3", "--noise", "0.3")
-    jobs.small("ablations", "steps10", "--steps", "10")
-    jobs.grpo("sft_mix", *WEIGHTED, *jobs.from_sft)
-    for seed in (1, 2):
-        jobs.small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
-        jobs.grpo("merge_mix", *WEIGHTED, *MERGED, seed=seed)
-    jobs.small("ablations", "noise1.2", "--noise", "1.2")
-    jobs.small("ablations", "early", "--train_steps", "0,1,2")
-    jobs.small("ablations", "random2", "--train_steps", "random:2")
-    groups = ["--prompts_per_iteration", "16", "--group_size", "2"]
-    jobs.small("ablations", "groups2", *groups)
-    jobs.objective("kl", "1e-3", seed=1, at=QUARTERS)
-    jobs.objective("kl", "1e-3", seed=2)
-    jobs.grpo("mix_uniform", *UNIFORM)
-    for seed in (1, 2):
-        jobs.small("main", "opd_base", "--init", "base", seed=seed)
-    for seed in (1, 2):
-        jobs.grpo("sft_mix", *WEIGHTED, *jobs.from_sft, seed=seed)
-        jobs.grpo("mix_short", *WEIGHTED, seed=seed)
-        jobs.grpo("mix_uniform", *UNIFORM, seed=seed)
-        jobs.add("main", "sft", "train_sft.py", seed=seed, at=(SFT,))
-    jobs.objective("ppo-public-code", "3e-3")
-    for objective in ("ppo", "kl", "ode", "ppo-public-code"):
-        jobs.objective(objective, "3e-4")
-    best = {"kl": "3e-3", "ppo-public-code": "3e-3", "ppo-published": "3e-4"}
-    best |= {"ppo-scalar": "3e-4", "trajectory": "3e-4", "ppo": "3e-3"}
-    for seed in (1, 2):
-        for objective, lr in best.items():
-            jobs.objective(objective, lr, seed=seed)
-        jobs.small("MAR", "mar0.1", "--mar_weight", "0.1", seed=seed)
-        jobs.small("MAR", "anchor_base", "--anchor", "base", seed=seed)
-
-
-def plan_other_teachers(jobs):
-    """The main rows once more with other teachers, trained from the same base with seed 1."""
-    # Stages: before the end, and the end. RESULTS.md section 7 shows them all.
-    stages = {"geneval": (40, 120, 260), "ocr": (20, 45, 90), "deqa": (25, 60, 110)}
-    stages["pickscore"] = (10, 20, 40, 60)
-    other = {task: f"{jobs.out}/other_{task}_seed1/adapter" for task in TASKS}
-    teachers = []
-    for task in TASKS:
-        *flags, _, iterations = ADAPTERS[task]  # ..., "--iterations", N
-        assert int(iterations) == stages[task][-1]
-        flags += ["--eval_every", "0"]
-        jobs.grpo(f"other_{task}", *flags, part="repeat", seed=1, at=stages[task])
-        teachers += ["--teacher", f"{task}={other[task]}"]
-    merge = ["--adapters", *other.values(), "--rank", "24"]
-    jobs.add("repeat", "other_merged", "merge.py", *merge, seed=1)
-    merged = ["--init", f"{jobs.out}/other_merged_seed1/adapter"]
-    sft = ["--init", f"{jobs.out}/other_sft_seed1/adapter"]
-    anchor = ["--anchor", other["deqa"]]
-    jobs.opd("repeat", "other_opd", *teachers, *anchor, *merged, seed=1)
-    jobs.grpo("other_merge_mix", *WEIGHTED, *merged, part="repeat", seed=1)
-    jobs.add("repeat", "other_sft", "train_sft.py", *teachers, seed=1, at=(SFT,))
-    jobs.small("repeat", "other_opd_sft", *teachers, *anchor, *sft, seed=1)
-
-
-def plan_reuse_and_ranks(jobs):
-    """What the ratio and the clip do; and rows that came last."""
-    jobs.staleness("ppo_updates8_clip0.02", "--updates", "8", "--clip_range", "0.02")
-    for objective in ("ppo", "kl"):
-        flags = ["--updates", "8", "--objective", objective, "--lr", "3e-3"]
-        jobs.staleness(f"{objective}_updates8_lr3e-3", *flags)
-    for clip in ("0.02", "100"):
-        flags = ["--updates", "8", "--lr", "3e-3", "--clip_range", clip]
-        jobs.staleness(f"ppo_updates8_lr3e-3_clip{clip}", *flags)
-    for updates in ("2", "4"):
-        plan_updates(jobs, updates)
-    best = ["--eval_every", "20", "--final", "best"]
-    jobs.grpo("mix_uniform_long", *UNIFORM, *best, part="speed", at=(460,))
-    for rank, alpha in (("2", "4"), ("16", "32")):
-        flags = ["--init", "base", "--rank", rank, "--alpha", alpha]
-        jobs.small("ablations", f"base_rank{rank}", *flags)
-    for seed in (1, 2):
-        jobs.objective("ode", "1e-3", seed=seed)
-        jobs.objective("ppo-public-code", "1e-3", seed=seed)
 
 
 # ---- Running a job
@@ -290,17 +85,24 @@ def call(command, log, threads):
     return (time.time() - began) / 60, seconds / 60
 
 
-def evaluate(adapters, num_prompts, outside, folder, log, threads):
+def evaluate(adapters, num_prompts, part, folder, log, threads, guidance=1):
     """Score {name: adapter} with evaluate.py: {name: {metric: {"mean", "se", "n"}}}.
 
-    num_prompts: test prompts per task, 0 for all. The held-out scores are always among them; with
-    `outside` also those on prompts out of distribution."""
-    files = heldout.write_prompts(folder.parent / "prompts")
-    extra = list(files) if outside else ["variety"]
+    num_prompts: test prompts per task, 0 for all. The held-out scores are always among them; in
+    part main also those on prompts out of distribution. Part map has prompts of its own."""
     models = [f"{name}={adapter}" for name, adapter in adapters.items()]
-    flags = ["--rewards", "experiments.heldout", "--tasks", *TASKS, *extra]
-    flags += ["--prompts", *(f"{task}={files[task]}" for task in extra)]
-    flags += ["--num_prompts", num_prompts, "--out", folder / "scores", "--overwrite"]
+    if part == "map":
+        flags = [
+            "--prompts",
+            *(f"{task}={folder.parent}/prompts/{task}_held.txt" for task in TASKS),
+        ]
+    else:
+        files = heldout.write_prompts(folder.parent / "prompts")
+        extra = list(files) if part == "main" else ["variety"]
+        flags = ["--rewards", "experiments.heldout", "--tasks", *TASKS, *extra]
+        flags += ["--prompts", *(f"{task}={files[task]}" for task in extra)]
+    flags += ["--num_prompts", num_prompts, "--guidance", guidance]
+    flags += ["--out", folder / "scores", "--overwrite"]
     call(["evaluate.py", "--models", *models, *flags], log, threads)
     results = json.loads((folder / "scores" / "results.json").read_text())["results"]
     return {name: five_digits(results[name]) for name in adapters}
@@ -322,7 +124,7 @@ def cost(job, run, minutes):
     else:
         images = args["iterations"] * args["prompts_per_iteration"] * args["group_size"]
         per_step = 3  # the student, forward and backward
-        if job.script == "train_opd.py":
+        if job.script in ("train_opd.py", VARIANT):
             per_step += 1 + bool(args["mar_weight"])  # teacher and anchor
         passes = images * (args["steps"] + per_step * args["trained_steps"])
     return {"images": images, "passes": passes, **minutes, "processor": processor()}
@@ -397,13 +199,20 @@ def run_job(job, args):
     else:
         adapters = {"final": job.flags[0]}
     before, last = (4, 4) if args.quick else (128, 0)  # test prompts per task
+    if job.part in ("pays", "strict", "tasks"):
+        before = last  # every point of a curve counts
     *earlier, final = adapters
     scores = {}
     if earlier:
         some = {name: adapters[name] for name in earlier}
-        scores = evaluate(some, before, False, run, log, args.threads)
-    outside = job.part == "main"
-    scores |= evaluate({final: adapters[final]}, last, outside, run, log, args.threads)
+        part = "map" if job.part == "map" else ""
+        scores = evaluate(some, before, part, run, log, args.threads)
+    only = {final: adapters[final]}
+    scores |= evaluate(only, last, job.part, run, log, args.threads)
+    if job.part == "guidance":
+        for scale in SCALES[1:]:
+            found = evaluate(only, last, "", run, log, args.threads, scale)
+            scores[f"{final}@{scale}"] = found[final]
     record |= {"final": final, "scores": scores}
     args.results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")).replace('},{"iteration', '},\n{"iteration')
@@ -447,6 +256,20 @@ def prepare(job, jobs, args):
                 run_job(start, args)
 
 
+def write_prompts(folder):
+    """all.txt: the training prompts of all tasks, for routing_all. TASK_map.txt and TASK_held.txt:
+    those of a task in two parts, for part map."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = ""
+    for task in TASKS:
+        text = Path(f"toy/prompts/{task}_train.txt").read_text()
+        everything += text
+        lines = text.splitlines()  # distinct, in random order
+        (folder / f"{task}_map.txt").write_text("\n".join(lines[HELD_BACK:]) + "\n")
+        (folder / f"{task}_held.txt").write_text("\n".join(lines[:HELD_BACK]) + "\n")
+    (folder / "all.txt").write_text(everything)
+
+
 def main(args):
     os.chdir(ROOT)
     if args.report:
@@ -458,10 +281,7 @@ def main(args):
     todo = [job for job in jobs if not recorded(job, args.results)]
     if args.only:
         todo = [job for job in todo if job.part in args.only]
-    prompts = args.out / "prompts" / "all.txt"  # of all tasks, for routing_all
-    prompts.parent.mkdir(parents=True, exist_ok=True)
-    files = [Path(f"toy/prompts/{task}_train.txt") for task in TASKS]
-    prompts.write_text("".join(file.read_text() for file in files))
+    write_prompts(args.out / "prompts")
     for n, job in enumerate(todo):
         hours = (time.time() - began) / 3600
         if hours > args.budget_hours:

@@ -1,0 +1,365 @@
+"""The plan of miniature.py: every run behind RESULTS.md, the most telling first.
+
+The flags of every run stand in full where they are not the defaults of all time, so that a record
+says what ran when a default changes.
+"""
+
+from typing import NamedTuple
+
+from support.flags import TASKS
+from toy.build import ADAPTERS
+
+TEACHERS = [f"toy/adapters/{task}" for task in TASKS]
+MERGED = ["--init", "toy/adapters/merged"]
+# As GRPO-Mix in toy/build.py, for as many images as the student sees.
+MIX = "--window 3 --window_end 3 --prompts_per_iteration 12 --lr 7e-4 --eval_every 0".split()
+WEIGHTED = ["--mix", "geneval=3", "ocr=1", "pickscore=1", *MIX]
+UNIFORM = ["--mix", *(f"{task}=1" for task in TASKS), *MIX]
+# A quarter of the main job's images, as many optimizer steps: 32 images an iteration.
+SMALL = "--prompts_per_iteration 8 --group_size 4".split()
+EIGHTS = "--prompts_per_iteration 4 --group_size 8".split()  # the same, divisible into 8 updates
+EPOCHS = ["--task_mix", *(f"{task}=8" for task in TASKS)]  # iterations of one task in turn
+QUARTERS = (20, 40, 60, 80)  # iterations
+SFT = 600  # iterations of 64 images
+# The main job of the first round, which all its students vary: 128 images an iteration.
+FIRST = "--objective ppo --prompts_per_iteration 8 --group_size 16 --updates 2 --lr 1e-3".split()
+PARTS = "main objectives gradients MAR interference ablations staleness speed hacking repeat"
+PARTS += " map pays strict tasks later guidance"
+MAP_IMAGES = 2560
+ALONG = (5, 10, 20, 40, 80, 160, 320, 520)  # iterations of 192 images: 960 to 99,840
+VARIANT = "experiments/variants.py"
+
+
+class Job(NamedTuple):
+    part: str
+    name: str
+    seed: int
+    script: str | None  # None: nothing to train, flags[0] is the adapter
+    flags: list[str]
+    stages: tuple[int, ...]  # the iterations after which it is scored
+
+
+# ---- The plan: every run, the most telling first
+
+
+class Plan:
+    def __init__(self, out):
+        self.out, self.jobs = out, []
+        self.from_sft = ["--init", f"{out}/sft_seed0/adapter"]
+
+    def add(self, part, name, script, *flags, seed=0, at=()):
+        self.jobs.append(Job(part, name, seed, script, list(flags), tuple(at)))
+
+    def opd(self, part, name, *flags, seed=0, at=(80,)):
+        self.add(part, name, "train_opd.py", *FIRST, *flags, seed=seed, at=at)
+
+    def small(self, part, name, *flags, seed=0, at=(80,)):
+        self.opd(part, name, *SMALL, *flags, seed=seed, at=at)
+
+    def objective(self, objective, lr, seed=0, at=(80,)):
+        flags = ["--objective", objective]
+        if lr != "1e-3":  # the default
+            flags += ["--lr", lr]
+        self.small("objectives", f"{objective}_lr{lr}", *flags, seed=seed, at=at)
+
+    def grpo(self, name, *flags, part="main", seed=0, at=(54,)):
+        self.add(part, name, "train_teacher.py", *flags, seed=seed, at=at)
+
+    def staleness(self, name, *flags):
+        self.opd("staleness", name, *EIGHTS, *flags)
+
+
+def plan(out):
+    """Every job, in order."""
+    jobs = Plan(out)
+    plan_main_table(jobs)
+    plan_one_seed_of_each_question(jobs)
+    plan_more_seeds(jobs)
+    plan_other_teachers(jobs)
+    plan_reuse_and_ranks(jobs)
+    plan_map(jobs)
+    plan_pays(jobs)
+    plan_strict(jobs)
+    plan_tasks(jobs)
+    plan_later_papers(jobs)
+    plan_guidance(jobs)
+    return jobs.jobs
+
+
+def plan_main_table(jobs):
+    """The main table, and what else was recorded first."""
+    for seed in (0, 1):
+        jobs.opd("main", "opd_merge", seed=seed)
+    jobs.opd("main", "opd_merge", seed=2, at=(5, 10, 20, 40, 60, 80))
+    jobs.add("main", "base", None, "base")
+    for name in (*TASKS, "grpo_mix", "merged"):  # as shipped in toy/
+        jobs.add("main", name, None, f"toy/adapters/{name}")
+    jobs.grpo("merge_mix", *WEIGHTED, *MERGED, at=(10, 30, 54))
+    jobs.small("main", "opd_small")
+    jobs.small("main", "opd_small", seed=1, at=QUARTERS)
+    jobs.small("main", "opd_nomar", "--mar_weight", "0")
+    others = ("kl", "ode", "trajectory", "ppo-public-code", "ppo-scalar", "ppo-published")
+    for objective in others:  # ppo is opd_small
+        jobs.objective(objective, "1e-3")
+    for objective in ("ode", "ppo"):
+        jobs.objective(objective, "3e-3")
+    along = [f"{jobs.out}/opd_merge_seed2.stages", f"{jobs.out}/merge_mix_seed0.stages"]
+    jobs.add("gradients", "gradients", "experiments/gradients.py", *along)
+    # The paper's schedule: whole epochs of one task in turn, nine of ten steps, the public code's
+    # objective.
+    published = ["--objective", "ppo-public-code", "--steps", "10", *EPOCHS]
+    jobs.small("speed", "published_schedule", *published, at=(40, 60, 80, 100, 120))
+
+
+def plan_one_seed_of_each_question(jobs):
+    every_prompt = [f"{task}={jobs.out}/prompts/all.txt" for task in TASKS]
+    jobs.small("ablations", "routing_all", "--prompts", *every_prompt)
+    jobs.add("main", "sft", "train_sft.py", at=(SFT,))
+    jobs.small("main", "opd_sft", *jobs.from_sft)
+    jobs.small("main", "opd_base", "--init", "base")
+    for updates in ("8", "1"):
+        plan_updates(jobs, updates)
+    jobs.small("MAR", "anchor_base", "--anchor", "base")
+    jobs.small("MAR", "mar0.1", "--mar_weight", "0.1")
+    for objective in ("ppo-scalar", "ppo-published", "trajectory"):
+        jobs.objective(objective, "3e-4")
+    for method in ("ties", "dare", "factor-mean"):
+        flags = ["--adapters", *TEACHERS, "--method", method]
+        if method != "factor-mean":
+            flags += ["--rank", "24"]
+        jobs.add("ablations", f"merge_{method}", "merge.py", *flags)
+        start = f"{jobs.out}/merge_{method}_seed0/adapter"
+        jobs.small("ablations", f"opd_{method}", "--init", start)
+    jobs.small("ablations", "alternate", *EPOCHS)
+    taste = ["--reward", "pickscore", *MIX, "--lr", "1e-3"]  # most other scores pay for this one
+    jobs.grpo("teacher_pickscore", *taste, part="hacking", at=(10, 20, 40, 60))
+
+
+def plan_updates(jobs, updates):
+    for objective in ("ppo", "kl"):
+        flags = ["--objective", objective, "--updates", updates]
+        jobs.staleness(f"{objective}_updates{updates}", *flags)
+
+
+def plan_more_seeds(jobs):
+    """More seeds and more rows in turn, then the rest of three seeds for the first parts."""
+    jobs.small("main", "opd_small", seed=2, at=QUARTERS)
+    jobs.objective("ode", "3e-3", seed=1, at=QUARTERS)
+    jobs.objective("ode", "3e-3", seed=2)
+    jobs.objective("kl", "3e-3")
+    jobs.grpo("mix_short", *WEIGHTED)
+    for seed in (1, 2):
+        jobs.small("main", "opd_sft", *jobs.from_sft, seed=seed)
+    jobs.small("ablations", "late", "--train_steps", "3,4")
+    jobs.small("ablations", "noise0.3", "--noise", "0.3")
+    jobs.small("ablations", "steps10", "--steps", "10")
+    jobs.grpo("sft_mix", *WEIGHTED, *jobs.from_sft)
+    for seed in (1, 2):
+        jobs.small("main", "opd_nomar", "--mar_weight", "0", seed=seed)
+        jobs.grpo("merge_mix", *WEIGHTED, *MERGED, seed=seed)
+    jobs.small("ablations", "noise1.2", "--noise", "1.2")
+    jobs.small("ablations", "early", "--train_steps", "0,1,2")
+    jobs.small("ablations", "random2", "--train_steps", "random:2")
+    groups = ["--prompts_per_iteration", "16", "--group_size", "2"]
+    jobs.small("ablations", "groups2", *groups)
+    jobs.objective("kl", "1e-3", seed=1, at=QUARTERS)
+    jobs.objective("kl", "1e-3", seed=2)
+    jobs.grpo("mix_uniform", *UNIFORM)
+    for seed in (1, 2):
+        jobs.small("main", "opd_base", "--init", "base", seed=seed)
+    for seed in (1, 2):
+        jobs.grpo("sft_mix", *WEIGHTED, *jobs.from_sft, seed=seed)
+        jobs.grpo("mix_short", *WEIGHTED, seed=seed)
+        jobs.grpo("mix_uniform", *UNIFORM, seed=seed)
+        jobs.add("main", "sft", "train_sft.py", seed=seed, at=(SFT,))
+    jobs.objective("ppo-public-code", "3e-3")
+    for objective in ("ppo", "kl", "ode", "ppo-public-code"):
+        jobs.objective(objective, "3e-4")
+    best = {"kl": "3e-3", "ppo-public-code": "3e-3", "ppo-published": "3e-4"}
+    best |= {"ppo-scalar": "3e-4", "trajectory": "3e-4", "ppo": "3e-3"}
+    for seed in (1, 2):
+        for objective, lr in best.items():
+            jobs.objective(objective, lr, seed=seed)
+        jobs.small("MAR", "mar0.1", "--mar_weight", "0.1", seed=seed)
+        jobs.small("MAR", "anchor_base", "--anchor", "base", seed=seed)
+
+
+def plan_other_teachers(jobs):
+    """The main rows once more with other teachers, trained from the same base with seed 1."""
+    # Stages: before the end, and the end. RESULTS.md section 7 shows them all.
+    stages = {"geneval": (40, 120, 260), "ocr": (20, 45, 90), "deqa": (25, 60, 110)}
+    stages["pickscore"] = (10, 20, 40, 60)
+    other = {task: f"{jobs.out}/other_{task}_seed1/adapter" for task in TASKS}
+    teachers = []
+    for task in TASKS:
+        *flags, _, iterations = ADAPTERS[task]  # ..., "--iterations", N
+        assert int(iterations) == stages[task][-1]
+        flags += ["--eval_every", "0"]
+        jobs.grpo(f"other_{task}", *flags, part="repeat", seed=1, at=stages[task])
+        teachers += ["--teacher", f"{task}={other[task]}"]
+    merge = ["--adapters", *other.values(), "--rank", "24"]
+    jobs.add("repeat", "other_merged", "merge.py", *merge, seed=1)
+    merged = ["--init", f"{jobs.out}/other_merged_seed1/adapter"]
+    sft = ["--init", f"{jobs.out}/other_sft_seed1/adapter"]
+    anchor = ["--anchor", other["deqa"]]
+    jobs.opd("repeat", "other_opd", *teachers, *anchor, *merged, seed=1)
+    jobs.grpo("other_merge_mix", *WEIGHTED, *merged, part="repeat", seed=1)
+    jobs.add("repeat", "other_sft", "train_sft.py", *teachers, seed=1, at=(SFT,))
+    jobs.small("repeat", "other_opd_sft", *teachers, *anchor, *sft, seed=1)
+
+
+def plan_reuse_and_ranks(jobs):
+    """What the ratio and the clip do; and rows that came last."""
+    jobs.staleness("ppo_updates8_clip0.02", "--updates", "8", "--clip_range", "0.02")
+    for objective in ("ppo", "kl"):
+        flags = ["--updates", "8", "--objective", objective, "--lr", "3e-3"]
+        jobs.staleness(f"{objective}_updates8_lr3e-3", *flags)
+    for clip in ("0.02", "100"):
+        flags = ["--updates", "8", "--lr", "3e-3", "--clip_range", clip]
+        jobs.staleness(f"ppo_updates8_lr3e-3_clip{clip}", *flags)
+    for updates in ("2", "4"):
+        plan_updates(jobs, updates)
+    best = ["--eval_every", "20", "--final", "best"]
+    jobs.grpo("mix_uniform_long", *UNIFORM, *best, part="speed", at=(460,))
+    for rank, alpha in (("2", "4"), ("16", "32")):
+        flags = ["--init", "base", "--rank", rank, "--alpha", alpha]
+        jobs.small("ablations", f"base_rank{rank}", *flags)
+    for seed in (1, 2):
+        jobs.objective("ode", "1e-3", seed=seed)
+        jobs.objective("ppo-public-code", "1e-3", seed=seed)
+
+
+# ---- The second round
+
+
+def plan_map(jobs):
+    """2,560 images in iterations of 8 to 128, by rate, updates and objective.
+
+    Scored on training prompts that are held back from these runs alone: a default is chosen here,
+    and measured on the test prompts afterwards."""
+    for size in (32, 16, 8, 64, 128):
+        for updates in ("2", "1"):
+            for lr in ("2e-3", "4e-3", "1e-3"):
+                few = MAP_IMAGES // size * int(updates)  # optimizer steps
+                if size >= 64 and (lr == "1e-3" or few < 40):
+                    continue  # too few steps to arrive at this rate
+                for objective in ("ppo", "kl"):
+                    add_to_map(jobs, objective, size, updates, lr)
+
+
+def add_to_map(jobs, objective, size, updates, lr, images=MAP_IMAGES, script="train_opd.py"):
+    """A run of plan_map: `images` in iterations of `size`, also scored after half of them."""
+    name = f"map_{objective}_b{size}_u{updates}_lr{lr}"
+    prompts = min(8, size // 2)  # two samples of a prompt or more
+    flags = ["--objective", objective, "--updates", updates, "--lr", lr]
+    flags += ["--prompts_per_iteration", str(prompts), "--group_size", str(size // prompts)]
+    held_back = [f"{task}={jobs.out}/prompts/{task}_map.txt" for task in TASKS]
+    last = images // size
+    jobs.add("map", name, script, *flags, "--prompts", *held_back, at=(last // 2, last))
+
+
+def plan_pays(jobs):
+    """GRPO-Mix from three starts, far beyond the student's images."""
+    starts = {"base": [], "merge": MERGED, "sft": jobs.from_sft}
+    for seed in range(3):
+        for start, flags in starts.items():
+            at = ALONG
+            if seed:
+                at = ALONG[:7] if start == "base" else ALONG[:6]
+            jobs.grpo(f"mix_from_{start}", *WEIGHTED, *flags, part="pays", seed=seed, at=at)
+
+
+def plan_strict(jobs):
+    """The same with rewards of all or nothing: teachers, merge, students and GRPO-Mix."""
+    strict = ["--rewards", "experiments.strict_rewards"]
+    made = {task: f"toy/adapters/{task}" for task in ("deqa", "pickscore")}
+    for task, stages in (("geneval", (65, 130, 260)), ("ocr", (22, 45, 90))):
+        *flags, _, iterations = ADAPTERS[task]
+        assert int(iterations) == stages[-1]
+        flags += ["--eval_every", "0", *strict]
+        jobs.grpo(f"strict_{task}", *flags, part="strict", at=stages)
+        made[task] = f"{jobs.out}/strict_{task}_seed0/adapter"
+    teachers = []
+    for task in TASKS:
+        teachers += ["--teacher", f"{task}={made[task]}"]
+    merge = ["--adapters", *(made[task] for task in TASKS), "--rank", "24"]
+    jobs.add("strict", "strict_merged", "merge.py", *merge)
+    jobs.add("strict", "strict_sft", "train_sft.py", *teachers, at=(SFT,))
+    starts = {"base": ["--init", "base"]}
+    for start in ("merged", "sft"):
+        starts[start] = ["--init", f"{jobs.out}/strict_{start}_seed0/adapter"]
+    for seed in range(3):
+        for start, flags in starts.items():
+            at = ALONG[:7] if start == "base" and not seed else ALONG[:6]
+            mix = [*WEIGHTED, *flags, *strict]
+            jobs.grpo(f"strict_mix_from_{start}", *mix, part="strict", seed=seed, at=at)
+            opd = [*SMALL, *teachers, *flags, "--mar_weight", "0"]
+            jobs.opd("strict", f"strict_opd_from_{start}", *opd, seed=seed, at=QUARTERS)
+
+
+def plan_tasks(jobs):
+    """One to four tasks from the base, the same number of images for each task."""
+    order = ("geneval", "ocr", "pickscore", "deqa")
+    for seed in range(3):
+        for number in (1, 2, 3, 4):
+            tasks = order[:number]
+            own = ["--teacher", *(f"{task}=toy/adapters/{task}" for task in tasks)]
+            size = ["--prompts_per_iteration", str(2 * number), "--group_size", "4"]
+            flags = [*size, *own, "--init", "base", "--mar_weight", "0"]
+            jobs.opd("tasks", f"tasks{number}_opd", *flags, seed=seed, at=QUARTERS)
+            mix = ["--mix", *(f"{task}=1" for task in tasks), *MIX]
+            mix += ["--prompts_per_iteration", str(3 * number)]
+            jobs.grpo(f"tasks{number}_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
+    # The second task alone: what the first takes from it, or gives.
+    for seed in range(3):
+        size = "--prompts_per_iteration 2 --group_size 4 --init base --mar_weight 0".split()
+        own = ["--teacher", "ocr=toy/adapters/ocr"]
+        jobs.opd("tasks", "tasks_ocr_opd", *size, *own, seed=seed, at=QUARTERS)
+        mix = ["--mix", "ocr=1", *MIX, "--prompts_per_iteration", "3"]
+        jobs.grpo("tasks_ocr_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
+
+
+def plan_later_papers(jobs):
+    """What later papers change in the loss, from the merge, without MAR, at two rates."""
+    kl = ["--objective", "kl", "--mar_weight", "0"]
+    ode = ["--objective", "ode", "--noise", "0", "--mar_weight", "0"]
+    one = ["--train_steps", "random:1"]
+    variants = {
+        "kl": kl,
+        "velocity": kl,
+        "noisy": kl,
+        "clean": kl,
+        "extrapolate": kl,
+        "uniform": [*ode, *one],
+        "beta": [*ode, *one],
+        "ode": ode,
+        "ode_velocity": ode,
+    }
+    for name, flags in variants.items():
+        for lr in ("1e-3", "3e-3"):
+            words = [*SMALL, *flags, "--lr", lr]
+            if name not in ("kl", "ode"):
+                words = [name.removeprefix("ode_"), *words]
+            add_variant(jobs, "later", f"later_{name}_lr{lr}", words)
+
+
+def add_variant(jobs, part, name, words, seed=0, at=(80,)):
+    """train_opd.py, or variants.py where the first word is a variant's name."""
+    script = "train_opd.py" if words[0].startswith("--") else VARIANT
+    jobs.add(part, name, script, *words, seed=seed, at=at)
+
+
+def plan_guidance(jobs):
+    """Teachers with guidance 2: three ways to follow them, scored at four scales."""
+    ways = {
+        "sum": [],
+        "branches": ["branches"],
+        "prompt_alone": ["--student_guidance", "1"],
+    }
+    how = [*SMALL, "--objective", "kl", "--mar_weight", "0", "--lr", "3e-3", "--guidance", "2"]
+    for seed in range(3):
+        for name, words in ways.items():
+            variant = words[:1] if name == "branches" else []
+            rest = [] if variant else words
+            words = [*variant, *how, *rest]
+            add_variant(jobs, "guidance", f"guidance_{name}", words, seed=seed)
