@@ -93,6 +93,44 @@ for objective in ("ppo", "kl"):
 for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix"):
     LABELS[f"other_{name}"] = LABELS[name]
 LABELS["other_opd"] = LABELS["opd_merge"]
+STARTS = {"base": "the base", "merge": "the merge", "merged": "the merge", "sft": "SFT"}
+for start, words in STARTS.items():
+    LABELS[f"mix_from_{start}"] = f"GRPO-Mix from {words}"
+    for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
+        LABELS[f"strict_{kind}_from_{start}"] = f"strict rewards: {method} from {words}"
+for name in ("geneval", "ocr", "merged", "sft"):
+    LABELS[f"strict_{name}"] = f"strict rewards: {LABELS[name]}"
+for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
+    LABELS[f"tasks_ocr_{kind}"] = f"{method}, OCR alone"
+    for number, words in enumerate(("GenEval alone", "two tasks", "three tasks", "four tasks"), 1):
+        LABELS[f"tasks{number}_{kind}"] = f"{method}, {words}"
+CHANGES = {  # part later: what is changed
+    "kl": "the KL's weights",
+    "velocity": "velocity errors, one weight for all steps",
+    "noisy": "velocity errors times t",
+    "clean": "velocity errors times 1 - t",
+    "extrapolate": "teachers 1.25 times as far from the base",
+    "ode": "ODE states, the squared distance of a step",
+    "ode_velocity": "ODE states, velocity errors",
+    "uniform": "ODE states, one of five steps, any",
+    "beta": "ODE states, one of five steps, late by Beta(5, 2), velocity errors",
+}
+for name, words in CHANGES.items():
+    for rate in ("1e-3", "3e-3"):
+        LABELS[f"later_{name}_lr{rate}"] = f"{words}, learning rate {rate}"
+WAYS = {
+    "sum": "the guided velocity (today)",
+    "branches": "v(prompt) and v(prompt) - v(empty)",
+    "prompt_alone": "the guided velocity by the student's prompt branch alone",
+}
+for name, words in WAYS.items():
+    LABELS[f"guidance_{name}"] = words
+for objective in ("ppo", "kl"):
+    for size in (8, 16, 32, 64, 128):
+        for updates in (1, 2):
+            for rate in ("1e-3", "2e-3", "4e-3"):
+                words = f"{objective}, {size} images, {updates} updates, learning rate {rate}"
+                LABELS[f"map_{objective}_b{size}_u{updates}_lr{rate}"] = words
 SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in one, passes per image
     "grpo_mix": (460, 192, 15),
     "geneval": (260, 192, 15),
