@@ -18,6 +18,9 @@ COLUMNS = {  # metric: (heading, digits)
     "deqa": ("DeQA", 2),
     "pickscore": ("PickScore", 2),
     "average": ("Average", 4),
+    "strict": ("Average, strict", 4),
+    "geneval_strict": ("GenEval, strict", 3),
+    "ocr_strict": ("OCR, strict", 3),
     "edges": ("edges", 3),
     "noise": ("noise", 2),
     "distance": ("distance", 2),
@@ -170,6 +173,11 @@ def scores(record, stage=None):
     """{metric: {"mean", "se"}} of a record's last stage or of another: what evaluate.py measured,
     the held-out scores averaged over the images of the four tasks, and what the training logged."""
     rows = dict(record["scores"][str(stage or record["final"])])
+    if "ocr_strict" in rows:  # the Average of all or nothing
+        strict = {task: rows.get(f"{task}_strict", rows[task]) for task in TASKS}
+        means = [strict[task]["mean"] / SCALES[task] for task in TASKS]
+        errors = [strict[task]["se"] / SCALES[task] for task in TASKS]
+        rows["strict"] = {"mean": sum(means) / 4, "se": math.hypot(*errors) / 4}
     groups = {"outside": OUTSIDE}
     for name in ("edges", "noise", "distance"):
         groups[name] = [f"{task}_{name}" for task in TASKS]
@@ -204,6 +212,23 @@ def value(runs, name, metric):
     means, errors = [row["mean"] for row in found], [row["se"] for row in found]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return statistics.mean(means), max(spread, statistics.mean(errors)) / len(means) ** 0.5
+
+
+def at_stages(runs, name, metric="average"):
+    """[(stage, mean, standard error)] of a run's stages, over the seeds that were scored there."""
+    found = {}
+    for record in runs.get(name, ()):
+        for stage in record["scores"]:
+            row = scores(record, stage)
+            if metric in row:
+                found.setdefault(stage, []).append((row[metric]["mean"], row[metric]["se"]))
+    points = []
+    for stage, rows in found.items():
+        means, errors = zip(*rows)
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        error = max(spread, statistics.mean(errors)) / len(means) ** 0.5
+        points.append((stage, statistics.mean(means), error))
+    return points
 
 
 def cost_of(name, records, metric):
