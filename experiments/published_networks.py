@@ -62,6 +62,49 @@ def save_head(path):
     return path
 
 
+# ---- Qwen-VL
+
+
+def qwenvl_config(kind, image):
+    """A tiny network of this model_type. image: the id of a picture's token."""
+    text = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 262}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text |= {"rope_parameters": rope, "bos_token_id": 256, "eos_token_id": 258}
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32}
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 32}
+    else:
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32}
+    if kind == "qwen2_5_vl":
+        vision |= {"fullatt_block_indexes": [1]}
+    if kind.startswith("qwen3"):
+        text |= {"head_dim": 8}
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    if kind == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    make = getattr(hf, names.get(kind, "Qwen3VLMoe") + "Config")
+    return make(text_config=text, vision_config=vision, image_token_id=image)
+
+
+def save_qwenvl(folder, kind):
+    """A tiny random Qwen-VL as on the hub: a token for each byte, and settings that sample."""
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = hf.Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": special.split()})
+    tokenizer.save_pretrained(folder)
+    config = qwenvl_config(kind, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    model = spread_out(hf.AutoModelForImageTextToText.from_config(config), seed=1)
+    torch.nn.init.zeros_(model.lm_head.weight[94:])  # it writes ASCII, and never ends
+    model.generation_config = hf.GenerationConfig(do_sample=True, temperature=9.0, top_k=50)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 56**2, "longest_edge": 10**6}
+    processor = hf.Qwen2VLImageProcessorPil(size=size, patch_size=config.vision_config.patch_size)
+    processor.save_pretrained(folder)
+
+
 # ---- DeQA: mPLUG-Owl2
 
 SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
