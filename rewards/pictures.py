@@ -172,7 +172,7 @@ def picture_grid(
             y = 2 * line + pad + height * row
             picture = ImageOps.contain(as_picture(images[row]), (side, side), Image.NEAREST)
             page.paste(picture, (x, y))
-            if scores:
+            if scores and not math.isnan(scores[name][row]):
                 pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
