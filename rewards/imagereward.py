@@ -4,7 +4,7 @@
     scores = ImageReward(device="cuda")(images, prompts)  # (B,), about -2.3 to 2
 
 ViT-L/16 turns the image into 197 vectors. BERT reads the prompt with cross-attention to them. Five
-linear layers turn its [CLS] vector h into a number, which is standardised (ImageReward/ImageReward.py):
+linear layers turn its [CLS] vector h into a number, which is standardised (ImageReward.py):
 
     score = (MLP(h) - 0.16717362830052426) / 1.0333394966054072
 
