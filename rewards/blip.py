@@ -4,12 +4,12 @@
         model = BlipForQuestionAnswering(config)
     check_fit(rename(state), model.state_dict())  # rewards/convert.py; one to one, or ValueError
 
-The left names are those of BLIP's models/vit.py and models/med.py. Its text encoder and text decoder
-have the same names in transformers, and in both the vision encoder's qkv is one matrix. Tensors:
-vision 294 (ViT-L) or 150 (ViT-B), text encoder 316, text decoder 323 (its word embeddings are there
-twice, also as cls.predictions.decoder.weight).
+The original's names are those of BLIP's models/vit.py and models/med.py. Text encoder and text
+decoder have the same names in transformers, and in both the vision encoder's qkv is one matrix.
+Tensors: vision 294 (ViT-L) or 150 (ViT-B), text encoder 316, text decoder 323 (its word embeddings
+are there twice, also as cls.predictions.decoder.weight).
 
-Two of transformers' defaults differ from BLIP: text_config needs num_attention_heads=12 (not 8), and
+Two of transformers' defaults differ from BLIP: text_config needs num_attention_heads=12 (not 8),
 vision_config needs layer_norm_eps=1e-6 (not 1e-5). Neither changes a shape, so no check finds them.
 """
 

@@ -5,7 +5,7 @@
 The first word is the scorer's file in rewards/. It has
 
     SHA256           the published file's hash; no other file is opened
-    REFUSED          {hash: reason} of files that look alike but are something else
+    REFUSED          {first digits of a hash: reason} of files that are easily taken for it
     FETCH            the command that downloads and converts
     make_config()    transformers' config of the published network
     make_network     config -> the network, a torch.nn.Module
@@ -52,8 +52,9 @@ def read_published(path: str | Path, sha256: str | None, refused: dict[str, str]
         raise ValueError(f"there is no file {path}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest in refused:
-        raise ValueError(f"{path} {refused[digest]}")
+    for other, reason in refused.items():
+        if digest.startswith(other):
+            raise ValueError(f"{path} {reason}")
     if sha256 and digest != sha256:
         raise ValueError(f"{path} has SHA-256 {digest[:8]}…, not {sha256[:8]}…")
     try:  # mmap: a tensor is read from the disk when it is used
@@ -64,7 +65,11 @@ def read_published(path: str | Path, sha256: str | None, refused: dict[str, str]
 
 def convert_file(scorer, path: str | Path, out: str | Path) -> int:
     """A published file -> a folder. scorer: the module. Returns the number of tensors."""
-    converted = scorer.convert(read_published(path, scorer.SHA256, scorer.REFUSED))
+    content = read_published(path, scorer.SHA256, scorer.REFUSED)
+    try:
+        converted = scorer.convert(content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold what is expected ({error})") from error
     config = scorer.make_config()
     with torch.device("meta"):  # no memory, no random numbers
         network = scorer.make_network(config)
