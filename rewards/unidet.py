@@ -394,9 +394,9 @@ def cascade(
     for head, predictor, weights in zip(heads["box_head"], heads["box_predictor"], STAGES):
         hidden = head["fc1"](pool(features, boxes).flatten(1)).relu()
         hidden = head["fc2"](hidden).relu()
-        scores = scores + predictor["cls_score"](hidden).sigmoid()[:, :-1] / len(STAGES)
+        scores = scores + predictor["cls_score"](hidden).sigmoid()[:, :-1]
         boxes = clip(decode(boxes, predictor["bbox_pred"](hidden), weights), size)
-    return boxes, scores
+    return boxes, scores / len(STAGES)
 
 
 def box_levels(boxes: torch.Tensor) -> torch.Tensor:
@@ -412,8 +412,9 @@ def pool(features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
     pooled = boxes.new_zeros(len(boxes), len(features[0]), BINS, BINS)
     for k, feature in enumerate(features):
         chosen = (level == k).nonzero().flatten()
-        if len(chosen):
-            pooled[chosen] = roi_align(feature, boxes[chosen] / STRIDES[k])
+        for part in chosen.split(128):  # all 1000 boxes at once need 430 MB, and more time
+            if len(part):
+                pooled[part] = roi_align(feature, boxes[part] / STRIDES[k])
     return pooled
 
 
