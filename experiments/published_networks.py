@@ -667,7 +667,31 @@ def imagereward_shapes(vision, text, side, words):
 
 
 IMAGEREWARD = dict(vision=(1024, 24), text=(768, 12), side=224, words=30524)
-IMAGEREWARD_TINY = dict(vision=(32, 2), text=(24, 2), side=48, words=85)
+IMAGEREWARD_TINY = dict(vision=(32, 2), text=(24, 2), side=48, words=79)
+
+
+def shrink(config, vision, text, side, words, projection=None, patch=None):
+    """The config of a published network with these sizes. Heads, activation and eps stay."""
+    for part, (width, layers) in ((config.vision_config, vision), (config.text_config, text)):
+        part.hidden_size, part.intermediate_size = width, 4 * width
+        part.num_hidden_layers = layers
+    config.vision_config.image_size = side
+    config.text_config.vocab_size = words
+    if projection:  # CLIP
+        config.projection_dim = projection
+        config.text_config.bos_token_id, config.text_config.eos_token_id = words - 2, words - 1
+    else:
+        config.text_config.encoder_hidden_size = vision[0]
+    return config
+
+
+def save_letter_tokenizers(folder):
+    """clip/ and bert/: tokenizers that know letters and digits alone."""
+    letter_tokenizer().save_pretrained(folder / "clip")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
 
 
 def blip_image(s, heads, pixels):
