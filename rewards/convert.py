@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-SCORERS = ("hpsv2", "imagereward")
+SCORERS = ("hpsv2", "imagereward", "blip_vqa")
 
 
 def check_fit(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -84,7 +84,7 @@ def save_converted(state: dict[str, torch.Tensor], config, out: str | Path, dige
     config.save_pretrained(out)
     temporary = Path(out) / "model.tmp"
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(state, temporary, metadata={"format": "pt", "source_sha256": digest})
+    save_file(state, temporary, metadata={"format": "pt", "source_sha256": digest or ""})
     temporary.replace(Path(out) / "model.safetensors")
 
 

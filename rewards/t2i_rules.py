@@ -67,7 +67,7 @@ def phrase_table() -> dict[str, dict[str, list]]:
     return tables
 
 
-def questions(attribute: str, prompt: str) -> list[str]:
+def questions(prompt: str, attribute: str) -> list[str]:
     """The noun phrases of the prompt as questions for BLIP: "a red car?", "a white sheep?"
 
     ValueError for a prompt that is not in the table: without spaCy its phrases are a guess."""
