@@ -248,11 +248,25 @@ def published_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def saved_constants() -> dict[str, torch.Tensor]:
+    """What detectron2 also saved until 2021. A file may hold it, with these values."""
+    constants = {"pixel_mean": torch.tensor(MEAN).view(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    for level in range(len(STRIDES)):
+        name = f"proposal_generator.anchor_generator.cell_anchors.{level}"
+        constants[name] = anchors(level, 1, 1)  # (9, 4)
+    return constants
+
+
 def load_published(network: Network, state: dict[str, torch.Tensor]) -> None:
     """Fill the network from the file's tensors, with each norm folded into its convolution.
 
     norm(w x) = g (w x - mean) / sqrt(var + 1e-5) + b, an affine map of x.
     ValueError unless every tensor is there in its shape and no other one is."""
+    state = dict(state)
+    for name, value in saved_constants().items():
+        tensor = state.get(name, torch.empty(0))
+        if tensor.shape == value.shape and torch.allclose(tensor.float(), value, atol=1e-3):
+            del state[name]
     expected = published_shapes(network)
     shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
     if shapes != expected:
