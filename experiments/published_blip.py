@@ -40,9 +40,9 @@ def vqa_state(sizes, seed=0):
 
 
 def vqa_yes(state, heads, pixels, ids):
-    """pixels (3, H, W), ids (L,) of one question, [ENC] first -> P(yes), by the whole softmax."""
+    """pixels (3, H, W), ids of a question's tokens, [CLS] first -> P(yes), by the whole softmax."""
     image = blip_image(state, heads[0], pixels[None])  # (1, M, D)
-    mask = torch.ones(1, len(ids))
+    ids, mask = torch.tensor([30523, *ids[1:]]), torch.ones(1, len(ids))  # [ENC] for [CLS]
     encoder = {k: v for k, v in state.items() if ENCODER in k}
     seen = blip_text(encoder, heads[1], ids[None], mask, image)  # (1, L, D)
     decoder = {ENCODER + k.removeprefix(DECODER): v for k, v in state.items() if DECODER in k}
@@ -58,8 +58,9 @@ def vqa_yes(state, heads, pixels, ids):
     return yes / (yes + no)
 
 
-def save_vqa(folder, state):
-    """file.pth with this state, and a vocabulary of BERT's size that spells: [UNK] and letters."""
+def save_vqa(folder):
+    """file.pth with VQA_TINY, and a vocabulary of BERT's size that spells. Returns the state."""
+    state = vqa_state(VQA_TINY)
     torch.save({"model": state}, f"{folder}/file.pth")
     words = [f"[unused{i}]" for i in range(30522)]
     words[:5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "?"]
@@ -67,6 +68,7 @@ def save_vqa(folder, state):
     words[200:226] = ["##" + letter for letter in string.ascii_lowercase]
     words[2748], words[2053] = "yes", "no"
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return state
 
 
 def tiny_config(config):
