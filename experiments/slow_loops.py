@@ -255,8 +255,11 @@ def begin(flags, teachers, anchor="base"):
     models = Models(adapters, TOY / "adapters" / f.init)
     shares = {task: f.task_mix.get(task, 1) for task in f.tasks}
     prompts = {task: read(task) for task in f.tasks}
-    return f, models, Descent(models, f), schedule(
-        prompts, shares, f.seed, f.prompts_per_iteration, f.iterations
+    return (
+        f,
+        models,
+        Descent(models, f),
+        schedule(prompts, shares, f.seed, f.prompts_per_iteration, f.iterations),
     )
 
 

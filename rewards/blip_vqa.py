@@ -12,12 +12,12 @@ All questions of an image go through the encoder as one sequence in which no que
 the keys and values of the image's 901 tokens, most of the work, are computed once per image.
 
 Weights: model_base_vqa_capfilt_large.pth of salesforce/BLIP (BSD-3), converted once, and the
-vocabulary of google-bert/bert-base-uncased (Apache-2.0); FETCH below is the command. The file's hash
-is not known here, so the converter checks every name and shape, and that the decoder's output
-matrix is its word embeddings. Salesforce/blip-vqa-capfilt-large on the hub is this network with its
-positions interpolated to 384 pixels; its answers differ, so it is refused.
-Checked here with random weights: against BLIP's published classes written as plain functions
-(experiments/published_blip.py). Not checked here: the real weights.
+vocabulary of google-bert/bert-base-uncased (Apache-2.0). FETCH below is the command for both. The
+file's hash is not known here. The converter checks every name and shape, and that the decoder's
+output matrix is its word embeddings. Salesforce/blip-vqa-capfilt-large on the hub is this network
+with its positions interpolated to 384 pixels: its answers differ, and it is refused.
+Checked here: BLIP's published forward pass, written as plain functions, on random weights
+(experiments/published_blip.py). The real weights were not at hand.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 from rewards.blip import rename
 
 FILE, TOKENIZER = "model_base_vqa_capfilt_large.pth", "google-bert/bert-base-uncased"
-WEIGHTS = "weights/blip_vqa"  # the converter's default
+WEIGHTS = "weights/blip_vqa"
 FETCH = (
     f"curl -LO https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/{FILE} && "
     f"python -m rewards.convert blip_vqa {FILE} --out {WEIGHTS} && "
-    f"hf download {TOKENIZER} --include '*.json' --include vocab.txt"
+    f"hf download {TOKENIZER} --include 'tokenizer*.json' --include vocab.txt"
 )
 SHA256, REFUSED = None, {}  # for rewards/convert.py: any file whose every weight has its place
 START, ENCODE = 30522, 30523  # [DEC], [ENC]: BLIP's two tokens after BERT's vocabulary
@@ -74,6 +74,9 @@ def load(
 ) -> tuple[BlipForQuestionAnswering, BertTokenizer]:
     """ValueError, one line with the command, where something is missing. No download."""
     try:
+        config = BlipConfig.from_pretrained(weights, local_files_only=True)
+        if config.vision_config.image_size == 384:
+            raise OSError("BLIP at 384 pixels gives other answers than at 480")
         network, info = BlipForQuestionAnswering.from_pretrained(
             weights,
             local_files_only=True,
@@ -81,21 +84,17 @@ def load(
             dtype=torch.float32,
             output_loading_info=True,
         )
+        missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        if missing:  # transformers would use random weights in their place
+            raise OSError(f"it lacks {len(missing)} weights: {missing[0]}, …")
         words = BertTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        # After an incomplete download transformers makes an empty tokenizer.
+        if words.convert_tokens_to_ids(["yes", "no"]) != [YES, NO]:
+            raise OSError(f"{tokenizer} is not BERT's uncased vocabulary")
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         what = f"cannot load {weights}, {tokenizer} ({reason})"
         raise ValueError(f"blip_vqa: {what}; {FETCH}") from error
-    missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-    if missing:  # transformers would use random weights in their place
-        what = f"{weights} lacks {len(missing)} weights ({missing[0]}, …)"
-        raise ValueError(f"blip_vqa: {what}; {FETCH}")
-    if network.config.vision_config.image_size == 384:
-        what = f"{weights} is BLIP at 384 pixels, whose answers differ from those at 480"
-        raise ValueError(f"blip_vqa: {what}; {FETCH}")
-    # After an incomplete download transformers makes an empty tokenizer.
-    if words.convert_tokens_to_ids(["yes", "no"]) != [YES, NO]:
-        raise ValueError(f"blip_vqa: {tokenizer} is not BERT's uncased vocabulary; {FETCH}")
     return network.eval().to(device), words
 
 

@@ -4,7 +4,7 @@
 
 The first word is the scorer's file in rewards/. It has
 
-    SHA256           the published file's hash; no other file is opened
+    SHA256           the published file's hash; no other file is opened (None: not known, any is)
     REFUSED          {first digits of a hash: reason} of files that are easily taken for it
     FETCH            the command that downloads and converts
     make_config()    transformers' config of the published network

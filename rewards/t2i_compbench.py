@@ -7,17 +7,19 @@
 
 The benchmark of arXiv 2307.06350 and its ++ edition (Karine-Huang/T2I-CompBench, MIT):
 
-    t2i_color, t2i_shape, t2i_texture   the product of BLIP's P(yes) to each noun phrase: "a red car?"
+    t2i_color       product over the prompt's noun phrases of BLIP's P(yes) to "a red car?"
+    t2i_shape       the same for "an oval mirror?"
+    t2i_texture     the same for "a wooden floor?"
     t2i_numeracy    mean over the objects of 1/2 (found) + 1/2 (found as often as asked)
-    t2i_3d          1/4 score(X) + 1/4 score(Y) + 1/2 place, with min(1, 2 IoU) for the place where
-                    the mean depths are in the right order
-    t2i_3d_fixed    the same, with each object's depth taken inside its box. Upstream takes it at
-                    the place mirrored at the diagonal, and so does t2i_3d.
+    t2i_3d          1/4 score(X) + 1/4 score(Y) + 1/2 place; the place is min(1, 2 IoU) if the mean
+                    depths of X and Y are in the right order, else 0
+    t2i_3d_fixed    the same, with depth taken inside the objects' boxes. Upstream takes it at the
+                    place mirrored at the diagonal, and so does t2i_3d.
 
-Networks: rewards/blip_vqa.py, unidet.py and depth.py, which name weights, licences and what was
-checked. Rules, with all that upstream does unexpectedly: t2i_rules.py. The benchmark has 300 prompts
-a category and takes ten images of each. Its metrics of 2D-spatial relations, non-spatial relations
-and complex prompts are not here.
+Networks: blip_vqa.py, unidet.py and depth.py, which name their weights and licences, and what was
+checked. Rules, with all that upstream does unexpectedly: t2i_rules.py. A category has 300 prompts,
+each with ten images. The benchmark's other categories (2D-spatial, non-spatial, complex) are not
+here.
 
 t2i_export.py writes images for upstream's own scripts and compares the scores image by image. That
 comparison has not been made: no real weights were at hand.
@@ -66,7 +68,7 @@ class AttributeBinding:
         self.model = None
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
-        """ValueError, one line, for a prompt outside the benchmark. To be called before sampling."""
+        """ValueError, one line, for a prompt outside the benchmark. To call before sampling."""
         read(self.name, prompts, questions, self.attribute)
 
     def __call__(
@@ -145,7 +147,7 @@ class Spatial3D:
         mode: str = "official",
         device: torch.device | str = "cpu",
         detector: str | Path = unidet.FILE,
-        estimator: str | Path = depth.WEIGHTS,
+        estimator: str | Path = depth.MODEL,
         batch: int = 8,
     ) -> None:
         if mode not in ("official", "fixed"):

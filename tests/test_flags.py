@@ -26,6 +26,8 @@ SCRIPTS = {  # the smallest run of each
     "train_sft": f"{RUN} --teacher ocr=toy/adapters/ocr --sft_images 2 --batch 2",
     "evaluate": "--models base --num_prompts 1 --steps 1 --tasks ocr",
 }
+
+
 def is_fresh(student):
     """B is 0, and A normal with standard deviation 1 / rank, here 1 / 4."""
     A = torch.cat([tensor.flatten() for name, tensor in student.items() if "lora_A" in name])
