@@ -1,5 +1,5 @@
-"""UniDet R50 once more, slowly: what detectron2 and UniDet define, in plain loops and float64. At the
-end DPT-Hybrid's configuration, and a tiny one.
+"""UniDet R50 once more, slowly: what detectron2 and UniDet define, in plain loops and float64.
+At the end DPT-Hybrid's configuration, a tiny one, and the steps around it.
 
 tests/test_rewards_unidet.py holds rewards/unidet.py against it. Nothing here comes from that file:
 names and shapes are written down from the published classes (xingyizhou/UniDet 94cd0e8,
@@ -146,7 +146,7 @@ def overlap(a, b):
     return both / union if union > 0 else 0.0
 
 
-def slow_nms(boxes, groups, scores, threshold):
+def slow_nms(boxes, groups, scores, threshold, most):
     """Every entry against every better one that is kept. The indices kept, best first."""
     order = sorted(range(len(boxes)), key=lambda n: -scores[n])  # stable: ties keep their order
     kept = []
@@ -157,10 +157,14 @@ def slow_nms(boxes, groups, scores, threshold):
                 free = False
         if free:
             kept.append(n)
+        if len(kept) == most:
+            break
     return kept
 
 
 def slow_level(box):
+    if not has_area(box):
+        return 3
     side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
     return min(max(math.floor(4 + math.log2(side / 224 + 1e-8)), 3), 5)
 
@@ -181,6 +185,15 @@ def slow_roi_align(feature, box, scale):
                     if -1 <= y <= H and -1 <= x <= W:
                         pooled[:, row, column] += bilinear(feature, y, x)
     return pooled / max(grid_w * grid_h, 1)
+
+
+def slow_pool(features, boxes):
+    """Features of P3, P4, P5 (C, H, W) of an image, boxes in its pixels -> (n, C, 7, 7)."""
+    pooled = []
+    for box in boxes:
+        level = slow_level(box)
+        pooled.append(slow_roi_align(features[level - 3], box, 1 / 2**level))
+    return np.array(pooled)
 
 
 def bilinear(feature, y, x):
@@ -262,7 +275,7 @@ def slow_proposals(s, levels, height, width, most):
                 boxes.append(box)
                 groups.append(level)
                 scores.append(score)
-    kept = slow_nms(boxes, groups, scores, 0.7)[:most]
+    kept = slow_nms(boxes, groups, scores, 0.7, most)
     return [boxes[n] for n in kept]
 
 
@@ -285,16 +298,12 @@ def slow_detect(state, x, proposals=1000):
     canvas[0, :, :height, :width] = x
     levels = slow_pyramid(s, canvas)
     boxes = slow_proposals(s, levels, height, width, proposals)
-    arrays = {level: v[0].numpy() for level, v in zip((3, 4, 5), levels)}
+    features = [level[0].numpy() for level in levels[:3]]
     total = 0
     for stage, weights in enumerate(((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))):
-        pooled = []
-        for box in boxes:
-            level = slow_level(box)
-            pooled.append(slow_roi_align(arrays[level], box, 1 / 2**level).ravel())
         linear = lambda v, name: F.linear(v, s[f"{name}.weight"], s[f"{name}.bias"])
         head, predictor = f"roi_heads.box_head.{stage}.", f"roi_heads.box_predictor.{stage}."
-        v = torch.tensor(np.array(pooled)).view(len(boxes), -1)
+        v = torch.tensor(slow_pool(features, boxes)).view(len(boxes), -1)
         v = linear(linear(v, head + "fc1").relu(), head + "fc2").relu()
         total = total + linear(v, predictor + "cls_score").sigmoid()
         deltas = linear(v, predictor + "bbox_pred").tolist()
@@ -311,8 +320,11 @@ def slow_choose(boxes, scores):
         for label, score in enumerate(row):
             if score > 0.1:
                 found.append((score, label, box))
-    kept = slow_nms([f[2] for f in found], [f[1] for f in found], [f[0] for f in found], 0.5)
-    return [found[n] for n in kept[:300] if has_area(found[n][2])]
+    if not found:
+        return []
+    scores, labels, boxes = zip(*found)
+    kept = slow_nms(boxes, labels, scores, 0.5, 300)
+    return [found[n] for n in kept if has_area(boxes[n])]
 
 
 def largest_difference(found, expected, names):
