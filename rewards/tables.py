@@ -158,7 +158,7 @@ def misses(scores: torch.Tensor) -> dict:
 
 
 def paper_table(which: str, summary: dict, tests: dict, with_published: bool = False) -> str:
-    """One of the paper's TABLES with what must be said below it. quality: one per set of prompts."""
+    """One of the paper's TABLES and what must be said below it; quality: one per set of prompts."""
     above, parts = {}, []
     if with_published:
         above = {f"{name} (published)": row for name, row in published(which).items()}

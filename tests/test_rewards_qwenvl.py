@@ -36,9 +36,7 @@ REPLIES = {
     "<OverallScore>4.5</OverallScore>": 0,
     "<OverallScore>4/5</OverallScore>": 0,
     "<OverallScore> 4 </OverallScore>": 0,
-    "<OverallScore>-3</OverallScore>": 0,
     "<Score>4</Score> <QualityScore>5</QualityScore>": 0,
-    "": 0,
 }
 
 
@@ -49,7 +47,7 @@ def test_scores_are_read_as_the_public_code_reads_them(monkeypatch):
     write = lambda pictures, prompts: [next(replies) for _ in zip(pictures, prompts)]
     monkeypatch.setattr(scorer, "replies", write)
     assert scorer.name == "qwenvl@Qwen3-VL-8B-Instruct"
-    assert scorer(torch.zeros(9, 3, 8, 8), ["a"] * 9).tolist() == list(REPLIES.values())
+    assert scorer(torch.zeros(7, 3, 8, 8), ["a"] * 7).tolist() == list(REPLIES.values())
     assert scorer([], []).shape == (0,)
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         scorer(torch.zeros(2, 3, 8, 8), ["a"])
@@ -89,18 +87,10 @@ def test_replies_are_those_of_an_argmax_loop(folder):
     assert special("<|im_end|> <|image_pad|>") == special("a")  # in a prompt they are text
 
 
-FAULTS = {
-    "config.json": "hf download",
-    "model.safetensors": "hf download",
-    "tokenizer.json": "vocabulary",
-    "preprocessor_config.json": "hf download",
-}
-
-
-@pytest.mark.parametrize("file", FAULTS)
+@pytest.mark.parametrize("file", ["config", "model", "tokenizer", "preprocessor_config"])
 def test_an_incomplete_folder_is_an_error_of_one_line(folder, tmp_path, file):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / file).unlink()
-    with pytest.raises(ValueError) as error:
+    for path in copy.glob(f"{file}.*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"qwenvl@copy: .*; hf download [^\n]+$"):
         judge(copy)
-    assert FAULTS[file] in str(error.value) and "\n" not in str(error.value)
