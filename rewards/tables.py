@@ -177,7 +177,9 @@ def paper_table(which: str, summary: dict, tests: dict, with_published: bool = F
         for metric, value in row.items():
             if "missed" in value:
                 count = f"{value['missed']} of {value['n']} replies hold no score and count 0"
-                mean = f"the mean of the others is {value['mean_of_found']:.3f}"
+                mean = "there are no others"
+                if value["missed"] < value["n"]:
+                    mean = f"the mean of the others is {value['mean_of_found']:.3f}"
                 parts.append(f"{name}, {metric}: {count}; {mean}")
     return "\n\n".join(parts)
 
