@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 from experiments.published_networks import save_qwenvl
-from rewards.qwenvl import KINDS, PROMPT, QwenVL, read_score
+from rewards.pictures import as_picture
+from rewards.qwenvl import KINDS, PROMPT, QwenVL
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -24,11 +24,6 @@ def judge(folder):
     return scorer
 
 
-def noise(*size):
-    pixels = torch.rand(*size, 3, generator=torch.Generator().manual_seed(0))
-    return Image.fromarray((pixels * 255).byte().numpy())
-
-
 REPLIES = {
     "<Thought>fine</Thought>\n<OverallScore>4</OverallScore>": 4,
     "<OverallScore>2</OverallScore><OverallScore>5</OverallScore>": 2,
@@ -41,7 +36,8 @@ REPLIES = {
 
 
 def test_scores_are_read_as_the_public_code_reads_them(monkeypatch):
-    assert {reply: read_score(reply) for reply in REPLIES} == REPLIES
+    digest = "578ce7772dee3667a97758269180c51a5d3023b4eec2ed0da29c01c985e18a47"
+    assert hashlib.sha256(PROMPT.encode()).hexdigest() == digest  # the published prompt
     scorer, replies = QwenVL("Qwen/Qwen3-VL-8B-Instruct", batch=2), iter(REPLIES)
     scorer.model = "loaded"
     write = lambda pictures, prompts: [next(replies) for _ in zip(pictures, prompts)]
@@ -53,16 +49,12 @@ def test_scores_are_read_as_the_public_code_reads_them(monkeypatch):
         scorer(torch.zeros(2, 3, 8, 8), ["a"])
 
 
-def test_the_prompt_is_the_published_one():
-    digest = "578ce7772dee3667a97758269180c51a5d3023b4eec2ed0da29c01c985e18a47"
-    assert hashlib.sha256(PROMPT.encode()).hexdigest() == digest
-
-
 @torch.no_grad()
 def test_replies_are_those_of_an_argmax_loop(folder):
     """Greedy, whatever the model's own settings; padding and a cache change nothing."""
     scorer, counts, expected = judge(folder), [], []
-    pictures = [noise(512, 512), noise(90, 40), noise(48, 64)]
+    sizes, noise = [(512, 512), (90, 40), (48, 64)], torch.Generator().manual_seed(0)
+    pictures = [as_picture(torch.rand(3, *size, generator=noise)) for size in sizes]
     prompts = ["a {red} cat", "“ü” 猫 {prompt} {}", "a"]
     start = "<|im_start|>user\n<|vision_start|>"
     if "qwen2" in scorer.model.config.model_type:
