@@ -7,9 +7,11 @@ import json
 import math
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Mask2FormerConfig, SwinConfig
 
@@ -742,10 +744,63 @@ def blip_text(s, heads, ids, mask, image):
     return x
 
 
-def imagereward_scores(state, heads, pixels, ids, mask):
+def imagereward_scores(state, heads, pixels, ids):
     """ImageReward on its own names; heads of vision and text. The MLP as five layers."""
     s = {key.removeprefix("blip."): tensor for key, tensor in state.items()}
-    x = blip_text(s, heads[1], ids, mask, blip_image(s, heads[0], pixels))[:, 0]
+    x = blip_text(s, heads[1], ids, ids > 0, blip_image(s, heads[0], pixels))[:, 0]
     for i in (0, 2, 4, 6, 7):
         x = F.linear(x, s[f"mlp.layers.{i}.weight"], s[f"mlp.layers.{i}.bias"])
     return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+# ---- HPSv2 and ImageReward from pictures and prompts, on tiny weights of random values
+
+QUALITY = {
+    "hpsv2": (open_clip_shapes, OPEN_CLIP_H, OPEN_CLIP_TINY),
+    "imagereward": (imagereward_shapes, IMAGEREWARD, IMAGEREWARD_TINY),
+}
+BICUBIC = Image.Resampling.BICUBIC
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def quality_state(name):
+    """Tiny weights. The first norm of BLIP gets faint vectors, or a wrong eps would not show."""
+    shapes, _, tiny = QUALITY[name]
+    state = random_state(shapes(**tiny))
+    for part in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        if f"blip.visual_encoder.{part}" in state:
+            state[f"blip.visual_encoder.{part}"] *= 0.01
+    return state
+
+
+def hpsv2_from_pictures(state, pictures, tokens):
+    """tokens: a list for each prompt, without start and end. Pillow's bicubic on floats is
+    antialiased and not clamped."""
+    prepared, ids = [], torch.zeros(len(tokens), 77, dtype=torch.long)
+    for picture, row, words in zip(pictures, ids, tokens):
+        size = [round(n * 56 / max(picture.size)) for n in picture.size]
+        planes = [p.convert("F").resize(size, BICUBIC) for p in picture.split()]
+        left, top = ((56 - n) // 2 for n in size)
+        pixels = torch.zeros(3, 56, 56)
+        for plane, pillow in zip(pixels, planes):
+            plane[top : top + size[1], left : left + size[0]] = torch.tensor(np.array(pillow)) / 255
+        prepared.append((pixels - MEAN) / STD)
+        words = [512, *words[:75], 513]
+        row[: len(words)] = torch.tensor(words)
+    image, text = open_clip_vectors(state, 16, torch.stack(prepared), ids)
+    return (image * text).sum(1)
+
+
+def imagereward_from_pictures(state, pictures, tokens):
+    """tokens: a list for each prompt, without [CLS] and [SEP]."""
+    prepared, ids = [], torch.zeros(len(tokens), 35, dtype=torch.long)
+    for picture, row, words in zip(pictures, ids, tokens):
+        size = [int(48 * n / min(picture.size)) for n in picture.size]
+        left, top = (int(round((n - 48) / 2.0)) for n in size)
+        picture = picture.resize(size, BICUBIC).crop((left, top, left + 48, top + 48))
+        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1) / 255
+        prepared.append((pixels - MEAN) / STD)
+        words = [2, *words[:33], 3]
+        row[: len(words)] = torch.tensor(words)
+    return imagereward_scores(state, (16, 12), torch.stack(prepared), ids)
