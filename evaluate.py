@@ -4,6 +4,7 @@
     python evaluate.py --models base toy/adapters/ocr --prompt "sign reads K T in red"
     torchrun --nproc_per_node=2 evaluate.py --models base            # the same table, two processes
     python evaluate.py --scores_only mine=DIR --tasks ocr --prompts ocr=data/ocr_test.txt
+    torchrun --nproc_per_node=8 evaluate.py @recipes/sd35m_quality.args   # or sd35m_compbench.args
 
 A model is `base` or an adapter, written PATH or NAME=PATH. All models get the same prompts and
 noise, so differences between them are paired. If the four teachers are among the models under their
@@ -11,6 +12,7 @@ tasks' names, a row `oracle` scores each task by its own teacher: perfect routin
 
 The columns are the paper's: each metric on the test prompts of its own task, and
 Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4. ± is one standard error over prompts.
+--table quality prints several metrics on one set of prompts, --table compbench T2I-CompBench.
 
 All images are generated first, into OUT/images/MODEL/TASK/00000.png and so on, then scored, one
 scorer at a time. A file carries what made it (weights, prompt, noise, settings). A later call
@@ -31,7 +33,7 @@ import torch
 from rewards.pictures import picture_grid, sample_images, save_grid
 from rewards.scoring import check_prompts, find_missing, find_tests, list_made, load_scorers
 from rewards.scoring import sample_missing, score_files
-from rewards.tables import GENEVAL, most_different, published, summarise, table
+from rewards.tables import TABLES, most_different, paper_table, summarise
 from support import lora, model, run
 from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
 from support.files import prompt_files, save_json, sha256
@@ -46,7 +48,8 @@ def parse_args() -> argparse.Namespace:
     flag("--models", nargs="+", metavar="[NAME=]PATH", help="base or adapters; default base")
     flag("--prompt", action="append", help="images of this prompt, no scores; may be repeated")
     flag("--scores_only", nargs="+", metavar="[NAME=]DIR", help="score the images of a folder")
-    flag("--tasks", nargs="+", default=list(TASKS), help="whose test prompts to use")
+    flag("--table", choices=TABLES, default="main", help="which of the paper's tables")
+    flag("--tasks", nargs="+", help="whose test prompts to use; default those of --table")
     flag("--prompts", "--test_prompts", action=Pairs, metavar="TASK=FILE", help="the test prompts")
     flag("--num_prompts", type=at_least(0), default=0, help="test prompts per task; 0 = all")
     flag("--published", action="store_true", help="add the paper's rows (SD3.5-M, 512 pixels)")
@@ -92,7 +95,8 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     for name in args.model_guidance:
         if name not in args.models:
             fail(f"--model_guidance: no model {name!r}; there are {', '.join(args.models)}")
-    # A task outside the paper's four needs prompts, and a scorer of its name in --rewards.
+    # A task outside the main table's four needs prompts, and a scorer of its name in --rewards.
+    args.tasks = args.tasks or list(TABLES[args.table])
     for task in args.tasks:
         known = task in TASKS or task in args.prompts or args.scores_only
         if Path(task).name != task or not known:
@@ -189,12 +193,13 @@ def main(args: argparse.Namespace) -> None:
         return run.stop_processes()
 
     # 1. Scorers and prompts: what cannot be scored is found before any image is generated.
-    scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device)
+    scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device, args.table)
     tests = run.read_tasks(args.prompts, args.num_prompts or None)
     if args.scores_only:
         tests, files = find_tests(args)
     for task, metrics in scorers.items():
-        check_prompts(metrics[task], *tests[task], args.prompts.get(task, f"prompts of {task}"))
+        for scorer in metrics.values():
+            check_prompts(scorer, *tests[task], args.prompts.get(task, f"prompts of {task}"))
     # 2. Images, with the same prompts and noise for every model. The model is freed afterwards.
     if not args.scores_only:
         files = generate(args, tests, device)
@@ -205,18 +210,13 @@ def main(args: argparse.Namespace) -> None:
     # 4. Tables and grids.
     if rank == 0:
         # {model: {metric: mean, standard error, number}}; published rows have no error.
-        summary, rows = summarise(scores, tests), {}
-        if args.published:
-            rows = {f"{name} (published)": row for name, row in published().items()}
-        text = table(rows | summary)
-        # With the real scorers GenEval has four names, which papers do not tell apart.
-        if any("geneval_tasks" in row for row in summary.values()):
-            text += f"\n\nGenEval by its four names:\n\n{table(summary, columns=GENEVAL)}"
+        summary = summarise(scores, tests)
         reasons = [f"not scored: {metric}: {why}" for metric, why in failed.items()]
         # An error is never a score. Without any score there is no table, and the exit code is 2.
         if not any(scores.values()):
             print("\n".join(reasons), flush=True)
             fail(f"--rewards {args.rewards}: nothing was scored, see above; the images are kept")
+        text = paper_table(args.table, summary, tests, args.published)
         text = "\n\n".join([text, *reasons])
         results = {"flags": vars(args), "results": summary, "not_scored": failed}
         save_json(out / "results.json", results)

@@ -5,11 +5,15 @@
 
 The weights have the published shapes. A time contains all that a score takes: preparing the
 pictures, the networks, what comes after them. Random networks find nothing, so this is arranged:
-three cats in an image for GenEval, whose colours are asked for, and two lines for OCR.
+three cats in an image for GenEval, whose colours are asked for, two lines for OCR, and for UniDet
+a label that all 1,000 proposals get. vqa_1 and vqa_8: BLIP-VQA with so many questions an image.
+
+On a CPU one thread is used, and its own time counts, not that of others on the machine.
 """
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -22,10 +26,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.published_networks import DEQA_7B, deqa_shapes, letter_tokenizer
-from rewards import aesthetic, clipscore, deqa, geneval, geneval_convert, ocr, pickscore
+from experiments.published_unidet import depth_config
+from rewards import aesthetic, blip_vqa, clipscore, depth, deqa, geneval, geneval_convert, hpsv2
+from rewards import imagereward, ocr, pickscore, t2i_compbench, unidet
 from rewards.geneval_rules import CLASSES
+from rewards.images import as_pictures
 
 PROMPT = 'a red cat beside a sign that says "Hello World"'
+PROMPTS = {
+    "t2i_color": "a green bench and a blue bowl",
+    "t2i_numeracy": "two people and three cups",
+}
+PROMPTS |= {"t2i_3d": "a man in front of a chair", "t2i_numeracy": "two people and three cups"}
 METADATA = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
 
 
@@ -57,6 +69,65 @@ def make_pickscore(scorer):
 
 def make_clipscore(scorer):
     scorer.model, scorer.tokenizer = large(), letter_tokenizer()
+
+
+def make_hpsv2(scorer):
+    scorer.model, scorer.tokenizer = clip((1024, 24, 16), (1280, 32, 16), 1024), letter_tokenizer()
+
+
+def bert_tokenizer():
+    """30,522 words as BERT has, of which only letters are read."""
+    letters = [chr(code) for code in range(97, 123)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    words += [f"##{letter}" for letter in letters]
+    words += [f"[unused{n}]" for n in range(30522 - len(words))]
+    return hf.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+
+
+def make_imagereward(scorer):
+    scorer.model = imagereward.make_network(imagereward.make_config()).eval()
+    scorer.tokenizer = bert_tokenizer()
+
+
+def blip():
+    return blip_vqa.make_network(blip_vqa.make_config()).eval(), bert_tokenizer()
+
+
+def make_binding(scorer):
+    scorer.model = blip()
+
+
+class Questions:
+    """BLIP-VQA with a fixed number of questions an image, as long as T2I-CompBench's."""
+
+    def __init__(self, number, device):
+        self.device, self.questions, self.batch = device, ["a red car?"] * number, 8
+
+    def __call__(self, images, prompts, metadata):
+        questions = [self.questions] * len(images)
+        return blip_vqa.ask(self.model, as_pictures(images), questions, self.batch)
+
+
+def make_unidet(device):
+    network = unidet.Network().eval()
+    for predictor in network.roi_heads["box_predictor"]:
+        torch.nn.init.zeros_(predictor["cls_score"].weight)
+        torch.nn.init.constant_(predictor["cls_score"].bias, -6.0)
+        predictor["cls_score"].bias.data[unidet.LABELS.index("person")] = 0.0
+    detector = unidet.UniDet(device)
+    detector.model = network
+    return detector
+
+
+def make_numeracy(scorer):
+    scorer.model = make_unidet(scorer.device)
+
+
+def make_spatial(scorer):
+    estimator = depth.Depth(scorer.device)
+    estimator.model = hf.DPTForDepthEstimation(depth_config()).eval()
+    estimator.model.dpt.embeddings.image_size = (depth.SIDE, depth.SIDE)
+    scorer.model = make_unidet(scorer.device), estimator
 
 
 def make_aesthetic(scorer):
@@ -116,6 +187,21 @@ SCORERS = {
     "pickscore": (pickscore.PickScore, make_pickscore, "CLIP H/14"),
     "clipscore": (clipscore.CLIPScore, make_clipscore, "CLIP L/14"),
     "aesthetic": (aesthetic.Aesthetic, make_aesthetic, "CLIP L/14"),
+    "imagereward": (imagereward.ImageReward, make_imagereward, "BLIP L/16 at 224, BERT"),
+    "hpsv2": (hpsv2.HPSv2, make_hpsv2, "CLIP H/14"),
+    "vqa_1": (functools.partial(Questions, 1), make_binding, "BLIP B/16 at 480, BERT"),
+    "vqa_8": (functools.partial(Questions, 8), make_binding, "BLIP B/16 at 480, BERT"),
+    "t2i_color": (
+        functools.partial(t2i_compbench.AttributeBinding, "color"),
+        make_binding,
+        "BLIP B/16 at 480, BERT",
+    ),
+    "t2i_numeracy": (t2i_compbench.Numeracy, make_numeracy, "UniDet R50 at 479 x 479"),
+    "t2i_3d": (
+        functools.partial(t2i_compbench.Spatial3D, "official"),
+        make_spatial,
+        "UniDet R50, DPT-Hybrid at 480 x 480",
+    ),
     "deqa": (deqa.DeQA, make_deqa, "mPLUG-Owl2 7B at 448 x 448"),
 }
 TITLES = ["scorer", "networks", "images / s, one at a time", "best batch", "images / s", "ratio"]
@@ -123,35 +209,48 @@ TITLES += ["ms an image outside the networks", "peak GB"]
 
 
 def clock(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device == "cpu":
+        return time.process_time()  # of one thread, see main
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(scorer, images, budget=0.0):
     """Median time of a call on all these images, of as many calls as the budget (s) allows."""
-    scorer.batch, times = len(images), []
+    set_batch(scorer, len(images))
+    times, prompts = [], [scorer.prompt] * len(images)
     while not times or (sum(times) < budget and len(times) < 20):
         began = clock(scorer.device)
-        scorer(images, [PROMPT] * len(images), [METADATA] * len(images))
+        scorer(images, prompts, [METADATA] * len(images))
         times.append(clock(scorer.device) - began)
     return statistics.median(times)
 
 
+def set_batch(scorer, batch):
+    """Of a scorer, and of the detectors that T2I-CompBench's scorers hold as their model."""
+    scorer.batch = batch
+    models = [scorer.model]
+    if isinstance(scorer.model, tuple):
+        models = scorer.model
+    for model in models:
+        if isinstance(model, unidet.UniDet | depth.Depth):
+            model.batch = batch
+
+
 def outside_networks(scorer, images):
     """Seconds of a call outside its networks: pictures, boxes, letters. A GPU waits for them."""
-    depth, inside, began = 0, 0.0, 0.0
+    nested, inside, began = 0, 0.0, 0.0
 
     def enter(module, inputs):
-        nonlocal depth, began
-        if depth == 0:
+        nonlocal nested, began
+        if nested == 0:
             began = clock(scorer.device)
-        depth += 1
+        nested += 1
 
     def leave(module, inputs, output):
-        nonlocal depth, inside
-        depth -= 1
-        if depth == 0:
+        nonlocal nested, inside
+        nested -= 1
+        if nested == 0:
             inside += clock(scorer.device) - began
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
@@ -167,7 +266,8 @@ def measure(name, images, batches, device, budget):
     if name == "deqa" and device == "cpu":  # 33 GB and minutes for an image
         return [name, networks, "not run here", "", "", "", "", ""]
     torch.manual_seed(0)
-    scorer = kind(device)
+    scorer = kind(device=device)
+    scorer.prompt = PROMPTS.get(name, PROMPT)
     with torch.device(device):
         make(scorer)
     if device == "cuda":
@@ -202,8 +302,10 @@ def main():
     coarse = torch.rand(max(batches), 3, 16, 16, generator=torch.Generator().manual_seed(0))
     size = (args.size, args.size)
     images = torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if args.device == "cuda":
+    where = "CPU, one thread"
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    else:
         where = torch.cuda.get_device_name()
     print(f"{where}, images of {args.size} x {args.size}, random weights\n")
     for row in (TITLES, ["---"] * len(TITLES)):

@@ -1,19 +1,25 @@
 """Networks of scorers as they were published: names and shapes of their weights, files with random
 weights of any size, and slow forward passes. The tests hold rewards/ against them, and
 benchmark_rewards.py measures them. All of it is written down from the published classes; from
-rewards/ come the numbers of DeQA's tokens alone. So a mistake in a key map cannot hide."""
+rewards/ come the numbers of DeQA's tokens and `publish`. So a mistake in a key map cannot hide."""
 
+import hashlib
 import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Mask2FormerConfig, SwinConfig
 
-from rewards import deqa
+from rewards import convert, deqa
 
 # ---- CLIP
 
@@ -60,6 +66,49 @@ def save_head(path):
         state[f"layers.{layer}.bias"] = torch.randn(outer, generator=generator)
     torch.save(state, path)
     return path
+
+
+# ---- Qwen-VL
+
+
+def qwenvl_config(kind, image):
+    """A tiny network of this model_type. image: the id of a picture's token."""
+    text = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 262}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text |= {"rope_parameters": rope, "bos_token_id": 256, "eos_token_id": 258}
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32}
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 32}
+    else:
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32}
+    if kind == "qwen2_5_vl":
+        vision |= {"fullatt_block_indexes": [1]}
+    if kind.startswith("qwen3"):
+        text |= {"head_dim": 8}
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    if kind == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    make = getattr(hf, names.get(kind, "Qwen3VLMoe") + "Config")
+    return make(text_config=text, vision_config=vision, image_token_id=image)
+
+
+def save_qwenvl(folder, kind):
+    """A tiny random Qwen-VL as on the hub: a token for each byte, and settings that sample."""
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = hf.Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": special.split()})
+    tokenizer.save_pretrained(folder)
+    config = qwenvl_config(kind, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    model = spread_out(hf.AutoModelForImageTextToText.from_config(config), seed=1)
+    torch.nn.init.zeros_(model.lm_head.weight[94:])  # it writes ASCII, and never ends
+    model.generation_config = hf.GenerationConfig(do_sample=True, temperature=9.0, top_k=50)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 56**2, "longest_edge": 10**6}
+    processor = hf.Qwen2VLImageProcessorPil(size=size, patch_size=config.vision_config.patch_size)
+    processor.save_pretrained(folder)
 
 
 # ---- DeQA: mPLUG-Owl2
@@ -542,3 +591,292 @@ def mmdet_forward(s, x, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3):
         query = norm(query + found, layer + "norms.1")
         query = norm(query + two_layers(query, layer + "ffns.0.", F.relu), layer + "norms.2")
     return predict(query, sizes[0])[:2]
+
+
+# ---- HPSv2: the CLIP of open_clip. BLIP: ImageReward, and the two encoders of BLIP-VQA
+
+
+def random_state(shapes, seed=0):
+    """Random values that keep the signal's size; norms too, or a forgotten one would not show."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for key, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) < 2:
+            state[key] = values * 0.3 + float(key.endswith(".weight"))
+        else:
+            state[key] = values / math.sqrt(math.prod(shape[1:]))
+    return state
+
+
+def open_clip_shapes(vision, text, side, patch, projection, words):
+    """{name: shape} of open_clip's CLIP. vision, text: (width, layers)."""
+    (V, _), (T, _) = vision, text
+    shapes = {"logit_scale": (), "visual.proj": (V, projection), "text_projection": (T, projection)}
+    shapes |= {"token_embedding.weight": (words, T), "positional_embedding": (77, T)}
+    shapes |= {"visual.class_embedding": (V,), "visual.conv1.weight": (V, 3, patch, patch)}
+    shapes["visual.positional_embedding"] = ((side // patch) ** 2 + 1, V)
+
+    def add(name, *shape):
+        shapes[name + ".weight"], shapes[name + ".bias"] = shape, shape[:1]
+
+    add("visual.ln_pre", V)
+    add("visual.ln_post", V)
+    add("ln_final", T)
+    for prefix, (D, layers) in {"visual.": vision, "": text}.items():
+        for i in range(layers):
+            name = f"{prefix}transformer.resblocks.{i}."
+            shapes[name + "attn.in_proj_weight"] = (3 * D, D)
+            shapes[name + "attn.in_proj_bias"] = (3 * D,)
+            parts = {"ln_1": (D,), "ln_2": (D,), "attn.out_proj": (D, D)}
+            parts |= {"mlp.c_fc": (4 * D, D), "mlp.c_proj": (D, 4 * D)}
+            for part, shape in parts.items():
+                add(name + part, *shape)
+    return shapes
+
+
+OPEN_CLIP_H = dict(vision=(1280, 32), text=(1024, 24), side=224, patch=14, projection=1024,
+                   words=49408)  # fmt: skip
+OPEN_CLIP_TINY = dict(vision=(32, 2), text=(48, 3), side=56, patch=14, projection=24,
+                      words=514)  # fmt: skip
+
+
+def open_clip_vectors(s, heads, pixels, ids):
+    """open_clip's CLIP in plain functions on its own names s: unit vectors of images and texts.
+
+    pixels (B, 3, H, W); ids (B, 77), where the end token is the largest number."""
+    linear = lambda v, name: F.linear(v, s[name + ".weight"], s[name + ".bias"])
+    norm = lambda v, name: F.layer_norm(v, v.shape[-1:], s[name + ".weight"], s[name + ".bias"])
+
+    def transformer(v, prefix, mask):  # v (B, N, D)
+        layers = {key.removeprefix(prefix).split(".")[0] for key in s if key.startswith(prefix)}
+        for i in range(len(layers)):
+            name = f"{prefix}{i}."
+            qkv = norm(v, name + "ln_1") @ s[name + "attn.in_proj_weight"].T
+            qkv = (qkv + s[name + "attn.in_proj_bias"]).unflatten(-1, (3, heads, -1))
+            q, k, u = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+            weight = (q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1)
+            v = v + linear((weight @ u).transpose(1, 2).flatten(2), name + "attn.out_proj")
+            inner = F.gelu(linear(norm(v, name + "ln_2"), name + "mlp.c_fc"))
+            v = v + linear(inner, name + "mlp.c_proj")
+        return v
+
+    kernel = s["visual.conv1.weight"]
+    x = F.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).mT
+    x = torch.cat((s["visual.class_embedding"].expand(len(x), 1, -1), x), 1)
+    x = norm(x + s["visual.positional_embedding"], "visual.ln_pre")
+    x = transformer(x, "visual.transformer.resblocks.", 0.0)
+    image = norm(x[:, 0], "visual.ln_post") @ s["visual.proj"]
+    x = s["token_embedding.weight"][ids] + s["positional_embedding"]
+    x = transformer(x, "transformer.resblocks.", torch.full((77, 77), -math.inf).triu(1))
+    text = norm(x, "ln_final")[range(len(ids)), ids.argmax(1)] @ s["text_projection"]
+    return [v / v.norm(dim=1, keepdim=True) for v in (image, text)]
+
+
+def blip_shapes(vision, text, side, words, positions=512):
+    """{name: shape} of BLIP's vision and text encoder (models/vit.py, med.py), patches of 16."""
+    (V, vision_layers), (T, text_layers) = vision, text
+    shapes = {"visual_encoder.cls_token": (1, 1, V)}
+    shapes["visual_encoder.pos_embed"] = (1, (side // 16) ** 2 + 1, V)
+    shapes["text_encoder.embeddings.position_ids"] = (1, positions)
+    shapes["text_encoder.embeddings.word_embeddings.weight"] = (words, T)
+    shapes["text_encoder.embeddings.position_embeddings.weight"] = (positions, T)
+
+    def add(name, *shape):
+        shapes[name + ".weight"], shapes[name + ".bias"] = shape, shape[:1]
+
+    add("visual_encoder.patch_embed.proj", V, 3, 16, 16)
+    add("visual_encoder.norm", V)
+    add("text_encoder.embeddings.LayerNorm", T)
+    for i in range(vision_layers):
+        parts = {"norm1": (V,), "norm2": (V,), "attn.qkv": (3 * V, V), "attn.proj": (V, V)}
+        parts |= {"mlp.fc1": (4 * V, V), "mlp.fc2": (V, 4 * V)}
+        for part, shape in parts.items():
+            add(f"visual_encoder.blocks.{i}.{part}", *shape)
+    for i in range(text_layers):
+        parts = {"intermediate.dense": (4 * T, T), "output.dense": (T, 4 * T)}
+        parts["output.LayerNorm"] = (T,)
+        for attention, width in {"attention": T, "crossattention": V}.items():
+            parts |= {f"{attention}.self.query": (T, T), f"{attention}.self.key": (T, width)}
+            parts |= {f"{attention}.self.value": (T, width), f"{attention}.output.dense": (T, T)}
+            parts[f"{attention}.output.LayerNorm"] = (T,)
+        for part, shape in parts.items():
+            add(f"text_encoder.encoder.layer.{i}.{part}", *shape)
+    return shapes
+
+
+def imagereward_shapes(vision, text, side, words):
+    """{name: shape} of ImageReward.pt."""
+    shapes = {"blip." + k: v for k, v in blip_shapes(vision, text, side, words).items()}
+    sizes = (text[0], 1024, 128, 64, 16, 1)
+    layers = {f"mlp.layers.{i}": n for i, n in zip((0, 2, 4, 6, 7), zip(sizes[1:], sizes))}
+    layers |= {"blip.vision_proj": (256, vision[0]), "blip.text_proj": (256, text[0])}
+    for name, shape in layers.items():
+        shapes[name + ".weight"], shapes[name + ".bias"] = shape, shape[:1]
+    return shapes
+
+
+IMAGEREWARD = dict(vision=(1024, 24), text=(768, 12), side=224, words=30524)
+IMAGEREWARD_TINY = dict(vision=(32, 2), text=(24, 2), side=48, words=79)
+
+
+def shrink(config, vision, text, side, words, projection=None, patch=None):
+    """The config of a published network with these sizes. Heads, activation and eps stay."""
+    for part, (width, layers) in ((config.vision_config, vision), (config.text_config, text)):
+        part.hidden_size, part.intermediate_size = width, 4 * width
+        part.num_hidden_layers = layers
+    config.vision_config.image_size = side
+    config.text_config.vocab_size = words
+    if projection:  # CLIP
+        config.projection_dim = projection
+        config.text_config.bos_token_id, config.text_config.eos_token_id = words - 2, words - 1
+    else:
+        config.text_config.encoder_hidden_size = vision[0]
+    return config
+
+
+def save_letter_tokenizers(folder):
+    """clip/ and bert/: tokenizers that know letters and digits alone."""
+    letter_tokenizer().save_pretrained(folder / "clip")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
+
+
+def blip_image(s, heads, pixels):
+    """BLIP's vision encoder in plain functions: pixels (B, 3, H, W) -> (B, N, D), all tokens."""
+    linear = lambda v, name: F.linear(v, s[name + ".weight"], s[name + ".bias"])
+    norm = lambda v, name: F.layer_norm(
+        v, v.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6
+    )
+    name = "visual_encoder."
+    patches, bias = s[name + "patch_embed.proj.weight"], s[name + "patch_embed.proj.bias"]
+    x = F.conv2d(pixels, patches, bias, stride=16).flatten(2).mT
+    x = torch.cat((s[name + "cls_token"].expand(len(x), -1, -1), x), 1) + s[name + "pos_embed"]
+    for i in range(sum(key.endswith("attn.qkv.bias") for key in s)):
+        block = f"{name}blocks.{i}."
+        qkv = linear(norm(x, block + "norm1"), block + "attn.qkv").unflatten(-1, (3, heads, -1))
+        q, k, u = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        found = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ u
+        x = x + linear(found.transpose(1, 2).flatten(2), block + "attn.proj")
+        inner = F.gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1"))
+        x = x + linear(inner, block + "mlp.fc2")
+    return norm(x, name + "norm")
+
+
+def blip_text(s, heads, ids, mask, image):
+    """BLIP's text encoder: ids, mask (B, N), image (B, M, E) -> (B, N, D). Norms come last."""
+    linear = lambda v, name: F.linear(v, s[name + ".weight"], s[name + ".bias"])
+    norm = lambda v, name: F.layer_norm(
+        v, v.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-12
+    )
+
+    def attend(x, other, name, hidden):
+        split = lambda v: v.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        q, k, u = (split(linear(v, f"{name}.self.{part}"))
+                   for v, part in ((x, "query"), (other, "key"), (other, "value")))  # fmt: skip
+        weight = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, -math.inf).softmax(-1)
+        found = linear((weight @ u).transpose(1, 2).flatten(2), f"{name}.output.dense")
+        return norm(x + found, f"{name}.output.LayerNorm")
+
+    name = "text_encoder.embeddings."
+    x = s[name + "word_embeddings.weight"][ids]
+    x = norm(x + s[name + "position_embeddings.weight"][: ids.shape[1]], name + "LayerNorm")
+    for i in range(sum(key.endswith("crossattention.self.query.bias") for key in s)):
+        layer = f"text_encoder.encoder.layer.{i}."
+        x = attend(x, x, layer + "attention", (mask == 0)[:, None, None])
+        x = attend(x, image, layer + "crossattention", torch.tensor(False))
+        inner = F.gelu(linear(x, layer + "intermediate.dense"))
+        x = norm(x + linear(inner, layer + "output.dense"), layer + "output.LayerNorm")
+    return x
+
+
+def imagereward_scores(state, heads, pixels, ids):
+    """ImageReward on its own names; heads of vision and text. The MLP as five layers."""
+    s = {key.removeprefix("blip."): tensor for key, tensor in state.items()}
+    x = blip_text(s, heads[1], ids, ids > 0, blip_image(s, heads[0], pixels))[:, 0]
+    for i in (0, 2, 4, 6, 7):
+        x = F.linear(x, s[f"mlp.layers.{i}.weight"], s[f"mlp.layers.{i}.bias"])
+    return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+# ---- HPSv2 and ImageReward from pictures and prompts, on tiny weights of random values
+
+QUALITY = {
+    "hpsv2": (open_clip_shapes, OPEN_CLIP_H, OPEN_CLIP_TINY),
+    "imagereward": (imagereward_shapes, IMAGEREWARD, IMAGEREWARD_TINY),
+}
+BICUBIC = Image.Resampling.BICUBIC
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def quality_state(name):
+    """Tiny weights. The first norm of BLIP gets faint vectors, or a wrong eps would not show."""
+    shapes, _, tiny = QUALITY[name]
+    state = random_state(shapes(**tiny))
+    for part in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        if f"blip.visual_encoder.{part}" in state:
+            state[f"blip.visual_encoder.{part}"] *= 0.01
+    return state
+
+
+def publish(name, module, folder, state):
+    """Write `state` as the published file is, and convert it. -> The options of a scorer.
+
+    module: rewards.hpsv2 or rewards.imagereward."""
+    content = state
+    if name == "hpsv2":
+        content = {"state_dict": state}
+    torch.save(content, folder / "file.pt")
+    digest = hashlib.sha256((folder / "file.pt").read_bytes()).hexdigest()
+    config = shrink(module.make_config(), **QUALITY[name][2])
+    changed = {"SHA256": digest, "make_config": lambda: config}
+    module = SimpleNamespace(**vars(module) | changed)
+    convert.convert_file(module, folder / "file.pt", folder / name)
+    save_letter_tokenizers(folder)
+    tokenizer = folder / {"hpsv2": "clip", "imagereward": "bert"}[name]
+    return {"weights": folder / name, "tokenizer": tokenizer, "sha256": digest}
+
+
+def lose_weight(file, name):
+    """Take one tensor out of a .safetensors file."""
+    with safe_open(file, "pt") as tensors:
+        state = {key: tensors.get_tensor(key) for key in tensors.keys() if key != name}
+        metadata = tensors.metadata()
+    save_file(state, file, metadata)
+
+
+def hpsv2_from_pictures(state, pictures, prompts, tokenizer):
+    """Pillow's bicubic on floats is antialiased and not clamped."""
+    prepared, ids = [], torch.zeros(len(prompts), 77, dtype=torch.long)
+    tokenizer = hf.CLIPTokenizer.from_pretrained(tokenizer)
+    for picture, row, prompt in zip(pictures, ids, prompts):
+        size = [round(n * 56 / max(picture.size)) for n in picture.size]
+        planes = [p.convert("F").resize(size, BICUBIC) for p in picture.split()]
+        left, top = ((56 - n) // 2 for n in size)
+        pixels = torch.zeros(3, 56, 56)
+        for plane, pillow in zip(pixels, planes):
+            plane[top : top + size[1], left : left + size[0]] = torch.tensor(np.array(pillow)) / 255
+        prepared.append((pixels - MEAN) / STD)
+        prompt = prompt.replace("“", '"').replace("”", '"').replace("&amp;amp;", "&")
+        words = tokenizer(prompt, add_special_tokens=False).input_ids
+        words = [512, *words[:75], 513]
+        row[: len(words)] = torch.tensor(words)
+    image, text = open_clip_vectors(state, 16, torch.stack(prepared), ids)
+    return (image * text).sum(1)
+
+
+def imagereward_from_pictures(state, pictures, prompts, tokenizer):
+    prepared, ids = [], torch.zeros(len(prompts), 35, dtype=torch.long)
+    tokenizer = hf.BertTokenizer.from_pretrained(tokenizer)
+    for picture, row, prompt in zip(pictures, ids, prompts):
+        size = [int(48 * n / min(picture.size)) for n in picture.size]
+        left, top = (int(round((n - 48) / 2.0)) for n in size)
+        picture = picture.resize(size, BICUBIC).crop((left, top, left + 48, top + 48))
+        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1) / 255
+        prepared.append((pixels - MEAN) / STD)
+        words = tokenizer(prompt, add_special_tokens=False).input_ids
+        words = [2, *words[:33], 3]  # [CLS], [SEP]
+        row[: len(words)] = torch.tensor(words)
+    return imagereward_scores(state, (16, 12), torch.stack(prepared), ids)

@@ -11,8 +11,12 @@ from rewards.aesthetic import Aesthetic
 from rewards.clipscore import CLIPScore
 from rewards.deqa import DeQA
 from rewards.geneval import GenEval
+from rewards.hpsv2 import HPSv2
+from rewards.imagereward import ImageReward
 from rewards.ocr import OCR
 from rewards.pickscore import PickScore
+from rewards.qwenvl import JUDGES, QwenVL
+from rewards.t2i_compbench import AttributeBinding, Numeracy, Spatial3D
 
 REWARDS = {
     "geneval": GenEval(),  # the softened reward; the published column fits it
@@ -22,4 +26,14 @@ REWARDS = {
     "pickscore": PickScore(),
     "clipscore": CLIPScore(),
     "aesthetic": Aesthetic(),
+    "imagereward": ImageReward(),
+    "hpsv2": HPSv2(),
+    "t2i_color": AttributeBinding("color"),
+    "t2i_shape": AttributeBinding("shape"),
+    "t2i_texture": AttributeBinding("texture"),
+    "t2i_3d": Spatial3D(),
+    "t2i_3d_fixed": Spatial3D("fixed"),  # with depth inside the boxes, which upstream transposes
+    "t2i_numeracy": Numeracy(),
 }
+for judge in JUDGES:  # only those whose weights are there give a column
+    REWARDS[f"qwenvl@{judge}"] = QwenVL(f"Qwen/{judge}")

@@ -48,9 +48,7 @@ def sample_latents(
     return torch.cat(samples)
 
 
-def sample_images(
-    pipe, text, prompts, keys, steps, guidance, batch: int = 128
-) -> Tensor:
+def sample_images(pipe, text, prompts, keys, steps, guidance, batch: int = 128) -> Tensor:
     """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
     latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch)
     return decode(pipe.vae, latents, batch)
@@ -172,7 +170,7 @@ def picture_grid(
             y = 2 * line + pad + height * row
             picture = ImageOps.contain(as_picture(images[row]), (side, side), Image.NEAREST)
             page.paste(picture, (x, y))
-            if scores:
+            if scores and not math.isnan(scores[name][row]):
                 pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

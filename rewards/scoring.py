@@ -23,7 +23,7 @@ from rewards.pictures import (
     save_grid,
     save_picture,
 )
-from rewards.tables import average, compare, summarise, table
+from rewards.tables import QUALITY, average, compare, summarise, table
 from support.files import read_json, read_prompts, save_json
 from support.flags import TASKS, fail, one_line, reason
 from support.lora import load_adapter, use
@@ -47,12 +47,22 @@ def load_rewards(module: str, device: torch.device | str = "cpu") -> dict[str, C
     return rewards
 
 
-def load_scorers(module: str, tasks: Iterable[str], device: torch.device | str = "cpu") -> dict:
-    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict."""
+def load_scorers(
+    module: str, tasks: Iterable[str], device: torch.device | str = "cpu", which: str = "main"
+) -> dict:
+    """{task: {metric: scorer}}: the task's own, and variants such as geneval_strict. In the table
+    quality each task is a set of prompts, and TASK_METRIC all of the table's metrics on it."""
     if not tasks:
         return {}
     rewards, scorers = load_rewards(module, device), {}
     for task in tasks:
+        if which == "quality":
+            names = [name for name in rewards if name.split("@")[0] in QUALITY]
+            if not names:
+                wanted = ", ".join(QUALITY)
+                fail(f"--table quality: {module} has none of {wanted}; give --rewards rewards")
+            scorers[task] = {f"{task}_{name}": rewards[name] for name in names}
+            continue
         if task not in rewards:
             known = ", ".join(rewards)
             fail(f"task {task!r} has no scorer of its name in {module}: there are {known}")
@@ -203,7 +213,7 @@ def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tu
                     try:
                         values += query(scorer, images, words, about).tolist()
                     except ValueError as error:
-                        why = str(error).removeprefix(f"{task}: ")
+                        why = str(error).removeprefix(f"{getattr(scorer, 'name', task)}: ")
                         break
                     bar.update(len(part) * world)
                 parts = gather((values, why))

@@ -157,6 +157,9 @@ TABLE["evaluate"] = r"""
     --prompt SURROGATE | --prompt is not text
     --model_guidance zebra=1 | zebra
     --published | --rewards rewards
+    --table compbench | unknown task 't2i_color'
+    --table quality --prompts drawbench=good.txt | toy has none of imagereward
+    --rewards rewards --tasks t2i_3d --prompts t2i_3d=good.txt | good.txt: t2i_3d
     --rewards no_such_module | no_such_module
     --rewards json | REWARDS
     --rewards rewards --tasks geneval | "tag"

@@ -258,16 +258,25 @@ def test_metadata_goes_with_its_prompt(monkeypatch, tmp_path):
     assert reward(torch.zeros(3, 3, 32, 32), slots).tolist() == approx([0, 0.25, 0.5])
 
 
-def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, tmp_path, capsys):
+SCORED = {"t2i_color": "a green bench and a blue bowl", "t2i_numeracy": "two cats and a dog"}
+SCORED |= {"t2i_shape": "an oblong cucumber and a teardrop plum", "t2i_3d": "a cat behind a dog"}
+
+
+@pytest.mark.parametrize("which, metrics", [("main", 5), ("quality", 6), ("compbench", 5)])
+def test_without_weights_nothing_is_scored_and_the_images_are_kept(
+    monkeypatch, tmp_path, capsys, which, metrics
+):
     """The real scorers without weights: a line each with the command that fetches them, exit 2."""
     line = {"prompt": "a photo of a cat", "tag": "single_object"}
     line["include"] = [{"class": "cat", "count": 1}]
-    (tmp_path / "g.jsonl").write_text(json.dumps(line))
-    (tmp_path / "o.txt").write_text('a sign that says "Hi"\n')
-    prompts = {task: f"{task}={tmp_path}/o.txt" for task in TASKS}
-    prompts["geneval"] = f"geneval={tmp_path}/g.jsonl"
+    (tmp_path / "geneval.jsonl").write_text(json.dumps(line))
+    for task in tables.TABLES[which]:
+        (tmp_path / f"{task}.txt").write_text(SCORED.get(task, 'a sign that says "Hi"'))
+    prompts = {task: f"{task}={tmp_path}/{task}.txt" for task in tables.TABLES[which]}
+    if which == "main":
+        prompts["geneval"] = f"geneval={tmp_path}/geneval.jsonl"
     flags = ["--model", Path("toy").resolve(), "--rewards", "rewards", "--published"]
-    flags += ["--prompts", *prompts.values(), "--steps", 1, "--out", "out"]
+    flags += ["--table", which, "--prompts", *prompts.values(), "--steps", 1, "--out", "out"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit) as stopped:
@@ -275,8 +284,8 @@ def test_without_weights_nothing_is_scored_and_the_images_are_kept(monkeypatch, 
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and "nothing was scored" in err.splitlines()[-1]
     missing = [line for line in out.splitlines() if line.startswith("not scored: ")]
-    assert ["hf download" in line or "curl -LO" in line for line in missing] == [True] * 5
-    assert len(list(Path("out/images").rglob("*.png"))) == 4
+    assert ["hf download" in line or "curl -L" in line for line in missing] == [True] * metrics
+    assert len(list(Path("out/images").rglob("*.png"))) == len(prompts)
     assert not Path("out/results.json").exists()
 
 
@@ -386,6 +395,44 @@ def test_published_rows_stand_above(monkeypatch, tmp_path):
     flags = ["--rewards", "toy.scorers", "--published"]
     lines = evaluate(monkeypatch, tmp_path / "out", *flags, models=["base"])[0].splitlines()
     assert lines[2].startswith("| SD3.5-M (published) |") and lines[-1].startswith("| base |")
+
+
+def test_a_table_of_quality_for_each_set_of_prompts(monkeypatch, tmp_path):
+    """Several metrics on the same images. A judge's reply without a score counts 0, visibly."""
+    (tmp_path / "own.txt").write_text("red circle\nred circle\nblue square\n")
+    score = lambda images, prompts, _: torch.tensor([4.0 * (x == "red circle") for x in prompts])
+    for name in ("hpsv2", "qwenvl@tiny"):
+        monkeypatch.setitem(toy.REWARDS, name, score)
+    sets = ["drawbench", "pickscore"]
+    flags = ["--prompts", *(f"{name}={tmp_path}/own.txt" for name in sets), "--published"]
+    flags += ["--table", "quality", "--tasks", *sets, "--rewards", "toy.scorers"]
+    text, made = evaluate(monkeypatch, tmp_path / "out", *flags, models=["base"])
+    # Two draws, one of them twice: 8/3, and the root of 2 ((8/3)^2 + (8/3)^2), by 3 images.
+    assert made == 6 and text.count("| base | – | – | 2.6667 ± 1.7778 | – | 2.667 ± 1.778 |\n") == 2
+    assert text.count("| Flow-OPD (published) | 1.36 | 6.23 | 0.33 | 4.05 | – |\n") == 2
+    for name in sets:
+        assert f"3 images of 2 prompts of {name} (the paper does not say which" in text
+        missed = "1 of 3 replies hold no score and count 0; the mean of the others is 4.000"
+        assert f"base, {name}_qwenvl@tiny: {missed}\n" in text
+
+
+def test_the_mean_of_four_with_ten_images_a_prompt():
+    tests, scores = {}, {}
+    for n, task in enumerate(tables.TABLES["compbench"], 1):
+        tests[task] = (["a"] * 10 + ["b"] * 10, [{}] * 20)
+        scores[task] = torch.tensor([0.0] * 10 + [float(n)] * 10)  # two draws: n/2 ± n/2
+    scores["t2i_3d_fixed"] = scores["t2i_3d"] + 1
+    summary = tables.summarise({"base": scores}, tests)
+    lines = tables.paper_table("compbench", summary, tests, with_published=True).splitlines()
+    titles = ["colour", "shape", "3D", "3D, depth not transposed", "numeracy", "mean of 4"]
+    assert lines[0] == " | ".join(["| model", *titles]) + " |"
+    last = ["0.719", "0.629", "0.457", "–", "0.684", "0.62225"]
+    assert lines[-2] == " | ".join(["| Flow-OPD, merge init (published)", *last]) + " |"
+    cells = ["0.500 ± 0.500", "1.000 ± 1.000", "1.500 ± 1.500", "2.500 ± 1.500", "2.000 ± 2.000"]
+    cells.append(f"1.250 ± {7.5**0.5 / 4:.3f}")
+    assert lines[-1] == " | ".join(["| base", *cells]) + " |"
+    for *parts, mean in tables.PUBLISHED["compbench"].values():
+        assert mean == approx(sum(parts) / 4)
 
 
 LOOK = {"prompt": ["red circle"]}  # there is no scorer of the task's name

@@ -26,6 +26,8 @@ SCRIPTS = {  # the smallest run of each
     "train_sft": f"{RUN} --teacher ocr=toy/adapters/ocr --sft_images 2 --batch 2",
     "evaluate": "--models base --num_prompts 1 --steps 1 --tasks ocr",
 }
+
+
 def is_fresh(student):
     """B is 0, and A normal with standard deviation 1 / rank, here 1 / 4."""
     A = torch.cat([tensor.flatten() for name, tensor in student.items() if "lora_A" in name])
@@ -62,8 +64,8 @@ ELSEWHERE = {  # the flags that the tests of another file see in their effect
     "test_memory.py": "compile dry_run",
     "test_resume.py": "resume overwrite",
     "test_scripts.py": "on_reward_error",
-    "test_evaluate.py": "models prompt scores_only tasks num_prompts published steps guidance "
-    "model_guidance seed batch overwrite",
+    "test_evaluate.py": "models prompt scores_only table tasks num_prompts published steps "
+    "guidance model_guidance seed batch overwrite",
 }
 ALL = "model=toy time_grid=double text_length=128 rewards=toy seed=0 guidance=1.0"
 TRAIN = f"""{ALL} lr=0.001 grad_norm=1.0 ema_decay=0.9 ema_every=1 micro_batch=128 label_batch=128
@@ -78,7 +80,7 @@ DEFAULTS = {
         eval_prompts=64 final=last""",
     "train_sft": f"""{TRAIN} rank=32 alpha=64 init=base sft_images=2048 batch=64 iterations=160
         out=runs/sft eval_prompts=256""",
-    "evaluate": f"{ALL} num_prompts=0 steps=16 batch=128 out=runs/evaluate",
+    "evaluate": f"{ALL} table=main num_prompts=0 steps=16 batch=128 out=runs/evaluate",
 }
 
 

@@ -88,7 +88,7 @@ def test_images_without_content_score_near_the_lowest(task):
 
 
 def cells(codes, background=GOLD):
-    """"RC .. BS ..": a red circle above a blue square, each in the middle of its cell."""
+    """ "RC .. BS ..": a red circle above a blue square, each in the middle of its cell."""
     image = np.tile(np.float32(background), (SIZE, SIZE, 1))
     for n, code in enumerate(codes.split()):
         if code != "..":
