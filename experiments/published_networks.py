@@ -765,7 +765,7 @@ QUALITY = {
 }
 EXAMPLE = {  # of ImageReward's README
     "fetch": "curl -L --output-dir weights --remote-name-all "
-    "https://github.com/THUDM/ImageReward/raw/main/assets/images/[1-4].webp",
+    "'https://github.com/THUDM/ImageReward/raw/main/assets/images/[1-4].webp'",
     "files": [f"weights/{i}.webp" for i in (1, 2, 3, 4)],
     "prompt": "a painting of an ocean with clouds and birds, day time, low depth field effect",
     "scores": [0.581162, 0.274528, -1.413182, -2.029570],

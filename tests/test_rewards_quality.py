@@ -46,9 +46,8 @@ def test_scores_are_those_of_the_original(name, make):
 
 
 @pytest.mark.parametrize(  # size: numbers in the published file, by its bytes
-    "name, before, after, size",
-    [("hpsv2", 686, 910, 1_972_490_005 / 2), ("imagereward", 625, 294 + 316 + 2, 1.79e9 / 4)],
-)
+    "name, before, after, size", [("hpsv2", 686, 910, 1_972_490_005 / 2),
+                                  ("imagereward", 625, 294 + 316 + 2, 1.79e9 / 4)])  # fmt: skip
 def test_every_published_weight_has_its_place(name, before, after, size):
     state = networks.empty_state(name)
     assert len(state) == before
