@@ -806,29 +806,60 @@ QUALITY = {
     "hpsv2": (open_clip_shapes, OPEN_CLIP_H, OPEN_CLIP_TINY),
     "imagereward": (imagereward_shapes, IMAGEREWARD, IMAGEREWARD_TINY),
 }
+EXAMPLE = {  # of ImageReward's README
+    "fetch": "curl -L --output-dir weights --remote-name-all "
+    "'https://github.com/THUDM/ImageReward/raw/main/assets/images/[1-4].webp'",
+    "files": [f"weights/{i}.webp" for i in (1, 2, 3, 4)],
+    "prompt": "a painting of an ocean with clouds and birds, day time, low depth field effect",
+    "scores": [0.581162, 0.274528, -1.413182, -2.029570],
+}
 BICUBIC = Image.Resampling.BICUBIC
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
-def quality_state(name):
-    """Tiny weights. The first norm of BLIP gets faint vectors, or a wrong eps would not show."""
+def coarse_pictures(*sizes):
+    """Pictures of (width, height) with 5 x 5 random colours."""
+    rng = np.random.default_rng(0)
+    colours = [Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)) for _ in sizes]
+    return [picture.resize(size, Image.Resampling.NEAREST) for picture, size in zip(colours, sizes)]
+
+
+def quality_state(name, mlp=None):
+    """Tiny weights. The first norm of BLIP gets faint vectors, or a wrong eps would not show.
+
+    mlp: the number that ImageReward's MLP always returns."""
     shapes, _, tiny = QUALITY[name]
     state = random_state(shapes(**tiny))
+    if mlp is not None:
+        state |= {key: torch.zeros_like(state[key]) for key in state if key.startswith("mlp.")}
+        state["mlp.layers.7.bias"] += mlp
     for part in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
         if f"blip.visual_encoder.{part}" in state:
             state[f"blip.visual_encoder.{part}"] *= 0.01
     return state
 
 
-def publish(name, module, folder, state):
+def empty_state(name):
+    """The published shapes without values; ImageReward's MLP, which converting folds, is 0."""
+    shapes, large, _ = QUALITY[name]
+    shapes = shapes(**large)
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return state | {key: torch.zeros(shapes[key]) for key in shapes if key.startswith("mlp.")}
+
+
+def as_published(name, state):
+    if name == "hpsv2":
+        return {"state_dict": state}
+    return state
+
+
+def publish(module, folder, state):
     """Write `state` as the published file is, and convert it. -> The options of a scorer.
 
     module: rewards.hpsv2 or rewards.imagereward."""
-    content = state
-    if name == "hpsv2":
-        content = {"state_dict": state}
-    torch.save(content, folder / "file.pt")
+    name = module.__name__.removeprefix("rewards.")
+    torch.save(as_published(name, state), folder / "file.pt")
     digest = hashlib.sha256((folder / "file.pt").read_bytes()).hexdigest()
     config = shrink(module.make_config(), **QUALITY[name][2])
     changed = {"SHA256": digest, "make_config": lambda: config}
@@ -839,10 +870,11 @@ def publish(name, module, folder, state):
     return {"weights": folder / name, "tokenizer": tokenizer, "sha256": digest}
 
 
-def lose_weight(file, name):
+def lose_weight(file):
     """Take one tensor out of a .safetensors file."""
     with safe_open(file, "pt") as tensors:
-        state = {key: tensors.get_tensor(key) for key in tensors.keys() if key != name}
+        state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        del state[min(state)]
         metadata = tensors.metadata()
     save_file(state, file, metadata)
 

@@ -1,7 +1,6 @@
 """HPSv2.1 and ImageReward: random weights under the published names, converted and scored on the
 path of the real ones, against the original forward passes written as plain functions."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,23 +11,18 @@ from PIL import Image
 from torch.testing import assert_close
 
 from experiments import published_networks as networks
-from experiments.published_networks import MEAN, QUALITY, STD
 from rewards import convert, hpsv2, imagereward
 
 MODULES = {"hpsv2": hpsv2, "imagereward": imagereward}
 SCORERS = {"hpsv2": hpsv2.HPSv2, "imagereward": imagereward.ImageReward}
-SIZES = [(64, 64), (56, 28), (71, 22), (49, 48), (19, 90)]  # width, height
-RNG = np.random.default_rng(0)
-PICTURES = [Image.fromarray(RNG.integers(0, 256, (5, 5, 3), np.uint8)).resize(n, 0) for n in SIZES]
+PICTURES = networks.coarse_pictures((64, 64), (56, 28), (71, 22), (49, 48), (19, 90))
 PROMPTS = ["a cat", "", "two dogs " * 30, "Ünïcödé ½ 猫 “q” &amp;amp;", "a cat"]
 both = pytest.mark.parametrize("name", MODULES)
 
 
 @pytest.fixture
 def make(tmp_path):
-    """(name, state) -> a scorer of this state, published as the real one is, and converted."""
-    publish = lambda name, state: networks.publish(name, MODULES[name], tmp_path, state)
-    return lambda name, state: SCORERS[name](**publish(name, state))
+    return lambda name, state: SCORERS[name](**networks.publish(MODULES[name], tmp_path, state))
 
 
 @both
@@ -51,61 +45,52 @@ def test_scores_are_those_of_the_original(name, make):
     assert_close(reward(pixels, PROMPTS[:1]), scores[:1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, before, size, parts",  # size: numbers in the published file, by its bytes
-    [("hpsv2", 686, 1_972_490_005 / 2, [519, 388, 1, 1, 1]),  # two towers, their projections, scale
-     ("imagereward", 625, 1.79e9 / 4, [294, 316, 2])],
-)  # fmt: skip
-def test_every_published_weight_has_its_place(name, before, size, parts):
-    shapes = QUALITY[name][0](**QUALITY[name][1])
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    numbers = sum(tensor.numel() for tensor in state.values())
-    assert len(state) == before and numbers == pytest.approx(size, rel=0.002)
-    state |= {key: torch.zeros(shapes[key]) for key in state if key.startswith("mlp.")}
-    converted = MODULES[name].convert({"state_dict": state} if name == "hpsv2" else state)
+@pytest.mark.parametrize(  # size: numbers in the published file, by its bytes
+    "name, before, after, size", [("hpsv2", 686, 910, 1_972_490_005 / 2),
+                                  ("imagereward", 625, 294 + 316 + 2, 1.79e9 / 4)])  # fmt: skip
+def test_every_published_weight_has_its_place(name, before, after, size):
+    state = networks.empty_state(name)
+    assert len(state) == before
+    assert sum(tensor.numel() for tensor in state.values()) == pytest.approx(size, rel=0.002)
+    converted = MODULES[name].convert(networks.as_published(name, state))
     with torch.device("meta"):
         network = MODULES[name].make_network(MODULES[name].make_config())
     convert.check_fit(converted, network.state_dict())
-    first = [key.partition(".")[0] for key in converted]
-    assert sorted(first.count(part) for part in set(first)) == sorted(parts)
+    assert len(converted) == after
 
 
 @both
 def test_a_file_that_is_not_the_published_one_is_refused(name, make, tmp_path, monkeypatch, capsys):
-    state = networks.quality_state(name)
+    state, file = networks.quality_state(name), tmp_path / "file.pt"
     last = list(state)[-1 if name == "hpsv2" else 7]
-    less = {key: tensor for key, tensor in state.items() if key != last}
     raises("1 unknown weights: .*x.weight", make, name, state | {"x.weight": torch.zeros(2)})
-    raises("1 missing weights: ", make, name, less)
     raises("1 weights of other shapes: .*7", make, name, state | {last: torch.zeros(7)})
-    assert not (tmp_path / name).exists()
-    torch.save(print, tmp_path / "file.pt")  # no tensor
-    raises("cannot be read .*[Ww]eights", convert.read_published, tmp_path / "file.pt", None, {})
-    monkeypatch.setattr(sys, "argv", ["", name, f"{tmp_path}/file.pt", "--out", f"{tmp_path}/out"])
-    hashed = SimpleNamespace(hexdigest=lambda: "07cb0d20" + 56 * "0")  # HPS_v2_compressed.pt
-    monkeypatch.setattr(convert.hashlib, "file_digest", lambda *given: hashed)
+    state.pop(last)
+    raises("1 missing weights: ", make, name, state)
+    torch.save(print, file)  # no tensor
+    raises("cannot be read .*[Ww]eights", convert.read_published, file, None, {})
+    v20 = SimpleNamespace(hexdigest=lambda: "07cb0d20")
+    monkeypatch.setattr("hashlib.file_digest", lambda *given: v20)
+    monkeypatch.setattr("sys.argv", ["", name, str(file), "--out", str(tmp_path / name)])
     with pytest.raises(SystemExit, match="2"):
         convert.main()
     line, reason = capsys.readouterr().err, {"hpsv2": "is HPS v2.0"}.get(name, "has SHA-256 07cb")
     assert reason in line and line.endswith(MODULES[name].FETCH + "\n") and line.count("\n") == 1
+    assert not (tmp_path / name).exists()
 
 
 @both
 def test_other_weights_get_no_score(name, make, tmp_path):
     """The error has the command that fetches and converts."""
-    reward = make(name, networks.quality_state(name))
-    one, other = {"hpsv2": ("logit_scale", "bert")}.get(name, ("head.bias", "clip"))
+    reward, one = make(name, networks.quality_state(name)), "logit_scale|head.bias"
+    words, other = reward.vocabulary, tmp_path / {"hpsv2": "bert"}.get(name, "clip")
     command = f"hf download .* && python -m rewards.convert {name} weights/.*hf download"
-    refused = lambda what: raises(f"{name}: .*({what}).*; {command}", reward, PICTURES[:1], ["a"])
-    reward.sha256, digest = "0", reward.sha256
-    refused("was not converted from")
-    reward.sha256, reward.vocabulary = digest, tmp_path / other
-    refused("vocabulary|cannot load")
-    reward.vocabulary = tmp_path / {"bert": "clip", "clip": "bert"}[other]
-    networks.lose_weight(reward.weights / "model.safetensors", one)
-    refused(one)
-    reward.weights = "no/such"
-    refused("cannot load no/such")
+    refused = lambda what, it: raises(f"{name}: .*({what}).*; {command}", it, PICTURES[:1], ["a"])
+    refused("cannot load no/such", SCORERS[name](weights="no/such"))
+    refused("was not converted from", SCORERS[name](weights=tmp_path / name, tokenizer=words))
+    refused("vocabulary|cannot load", SCORERS[name]("cpu", tmp_path / name, other, 2, None))
+    networks.lose_weight(tmp_path / name / "model.safetensors")
+    refused(one, reward)
 
 
 def test_golden_values_without_the_weights(make, monkeypatch):
@@ -116,40 +101,35 @@ def test_golden_values_without_the_weights(make, monkeypatch):
     monkeypatch.setattr(imagereward, "LENGTH", 60)
     assert torch.equal(hps(PICTURES, PROMPTS), scores[0]) and scores[0].abs().max() <= 1
     assert_close(image(PICTURES[:2], PROMPTS[:2]), scores[1], rtol=1e-5, atol=1e-6)
-    for last, golden in ((0.0, -0.161780), (1.0, 0.805956)):
-        state = networks.quality_state("imagereward")
-        state |= {key: torch.zeros_like(state[key]) for key in state if key.startswith("mlp.")}
-        state["mlp.layers.7.bias"] += last
-        score = make("imagereward", state)(PICTURES[:1], ["a"])
+    for mlp, golden in ((0.0, -0.161780), (1.0, 0.805956)):
+        score = make("imagereward", networks.quality_state("imagereward", mlp))(PICTURES[:1], ["a"])
         assert_close(score, torch.tensor([golden]), rtol=0, atol=1e-6)
 
 
 def test_images_and_prompts_are_prepared_as_upstream_does():
     x = hpsv2.prepare(Image.new("RGB", (512, 256), "white"), 224)
     assert x[:, 56:168].min() > 1.9  # 112 rows of the picture between 56 black ones
-    assert torch.equal(torch.cat((x[:, :56], x[:, 168:]), 1), (-MEAN / STD).expand(3, 112, 224))
+    assert torch.equal(
+        torch.cat((x[:, :56], x[:, 168:]), 1), (-networks.MEAN / networks.STD).expand(3, 112, 224)
+    )
     assert hpsv2.prepare(Image.new("RGB", (1, 1000)), 224).shape == (3, 224, 224)
     columns = Image.fromarray(np.arange(35, dtype=np.uint8)[None].repeat(32, 0)).convert("RGB")
     for width, first in ((32, 0), (33, 0), (34, 1), (35, 2)):  # 3 surplus columns: 1.5 -> 2
-        x = imagereward.prepare(columns.crop((0, 0, width, 32)), 32) * STD + MEAN
+        x = imagereward.prepare(columns.crop((0, 0, width, 32)), 32) * networks.STD + networks.MEAN
         assert_close(x[0, 0] * 255, torch.arange(first, first + 32.0), rtol=0, atol=1e-4)
-    assert hpsv2.clean("a “cat’s” ‘hat‛ &amp;quot;ＡＢ，&amp;quot;") == 'a "cat\'s" \'hat\' "AB,"'
-    assert hpsv2.clean("\ufeffÜ ½ 猫 ﬁ &lt;3") == "Ü ½ 猫 ﬁ <3"
+    assert hpsv2.clean("\ufeff“Ü½猫’s” ‘ﬁ‛ &amp;quot;ＡＢ，&amp;quot;") == '"Ü½猫\'s" \'ﬁ\' "AB,"'
 
 
 @pytest.mark.slow
 @both
 def test_the_published_weights(name):
-    """Two pictures tell right prompts from wrong ones; ImageReward's four published scores."""
+    reward, example = SCORERS[name](), networks.EXAMPLE
     images = [Image.new("RGB", (512, 512), colour) for colour in ("red", "blue")]
-    page = "https://github.com/THUDM/ImageReward/raw/main/assets/images"
     try:
-        right = SCORERS[name]()(images, ["the colour red", "the colour blue"])
+        right = reward(images, ["the colour red", "the colour blue"])
     except ValueError as error:
-        pytest.skip(f"{error} && curl -L --output-dir weights -O '{page}/[1-4].webp'")
-    assert (right > SCORERS[name]()(images, ["the colour blue", "the colour red"])).all()
+        pytest.skip(f"{error} && {example['fetch']}")
+    assert (right > reward(images, ["the colour blue", "the colour red"])).all()
     if name == "imagereward":
-        prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-        images = [Image.open(f"weights/{i}.webp") for i in (1, 2, 3, 4)]
-        golden = torch.tensor([0.581162, 0.274528, -1.413182, -2.029570])
-        assert_close(imagereward.ImageReward()(images, [prompt] * 4), golden, rtol=0, atol=1e-3)
+        scores = reward([Image.open(f) for f in example["files"]], [example["prompt"]] * 4)
+        assert_close(scores, torch.tensor(example["scores"]), rtol=0, atol=1e-3)
