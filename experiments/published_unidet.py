@@ -1,4 +1,5 @@
 """UniDet R50 once more, slowly: what detectron2 and UniDet define, in plain loops and float64.
+At the end DPT-Hybrid's configuration, a tiny one, and the steps around it.
 
 tests/test_rewards_unidet.py holds rewards/unidet.py against it. Nothing here comes from that file:
 names and shapes are written down from the published classes (xingyizhou/UniDet 94cd0e8,
@@ -11,6 +12,10 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers as hf
+from PIL import Image
+
+from experiments.published_networks import spread_out
 
 FULL = dict(width=64, blocks=(3, 4, 6, 3), channels=256, hidden=1024, labels=722)
 TINY = dict(width=4, blocks=(2, 1, 1, 1), channels=8, hidden=16, labels=9)
@@ -76,11 +81,21 @@ def unidet_state(sizes=TINY, seed=0, saturated=False):
         if "conv3.norm.weight" in name or "fpn" in name:
             value *= 0.4
         if "cls_score" in name:
-            value *= 1e5 if saturated else 1.5
+            value *= 1e8 if saturated else 1.5
         if "anchor_deltas.weight" in name:
             value *= 0.3
         state[name] = value
     return state
+
+
+def old_constants():
+    """What detectron2 before 2021-05 saved too."""
+    constants = {"pixel_mean": torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)}
+    constants["pixel_std"] = torch.ones(3, 1, 1)
+    for i in range(5):
+        name = f"proposal_generator.anchor_generator.cell_anchors.{i}"
+        constants[name] = torch.tensor(slow_anchors(i + 3, 1, 1))
+    return constants
 
 
 # ---- Boxes: lists x0, y0, x1, y1
@@ -131,7 +146,7 @@ def overlap(a, b):
     return both / union if union > 0 else 0.0
 
 
-def slow_nms(boxes, groups, scores, threshold):
+def slow_nms(boxes, groups, scores, threshold, most):
     """Every entry against every better one that is kept. The indices kept, best first."""
     order = sorted(range(len(boxes)), key=lambda n: -scores[n])  # stable: ties keep their order
     kept = []
@@ -142,10 +157,14 @@ def slow_nms(boxes, groups, scores, threshold):
                 free = False
         if free:
             kept.append(n)
+        if len(kept) == most:
+            break
     return kept
 
 
 def slow_level(box):
+    if not has_area(box):
+        return 3
     side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
     return min(max(math.floor(4 + math.log2(side / 224 + 1e-8)), 3), 5)
 
@@ -166,6 +185,15 @@ def slow_roi_align(feature, box, scale):
                     if -1 <= y <= H and -1 <= x <= W:
                         pooled[:, row, column] += bilinear(feature, y, x)
     return pooled / max(grid_w * grid_h, 1)
+
+
+def slow_pool(features, boxes):
+    """Features of P3, P4, P5 (C, H, W) of an image, boxes in its pixels -> (n, C, 7, 7)."""
+    pooled = []
+    for box in boxes:
+        level = slow_level(box)
+        pooled.append(slow_roi_align(features[level - 3], box, 1 / 2**level))
+    return np.array(pooled)
 
 
 def bilinear(feature, y, x):
@@ -247,8 +275,19 @@ def slow_proposals(s, levels, height, width, most):
                 boxes.append(box)
                 groups.append(level)
                 scores.append(score)
-    kept = slow_nms(boxes, groups, scores, 0.7)[:most]
+    kept = slow_nms(boxes, groups, scores, 0.7, most)
     return [boxes[n] for n in kept]
+
+
+def slow_input(picture, edges=(479, 480)):
+    """RGB picture -> (3, h, w): BGR less the mean; the short and the long edge at most `edges`."""
+    width, height = picture.size
+    scale = edges[0] / min(width, height)
+    if max(width, height) * scale > edges[1]:
+        scale = edges[1] / max(width, height)
+    resized = picture.resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.BILINEAR)
+    red, green, blue = (np.array(channel, dtype=float) for channel in resized.split())
+    return torch.tensor(np.stack((blue - 103.53, green - 116.28, red - 123.675)))
 
 
 def slow_detect(state, x, proposals=1000):
@@ -259,16 +298,12 @@ def slow_detect(state, x, proposals=1000):
     canvas[0, :, :height, :width] = x
     levels = slow_pyramid(s, canvas)
     boxes = slow_proposals(s, levels, height, width, proposals)
-    arrays = {level: v[0].numpy() for level, v in zip((3, 4, 5), levels)}
+    features = [level[0].numpy() for level in levels[:3]]
     total = 0
     for stage, weights in enumerate(((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))):
-        pooled = []
-        for box in boxes:
-            level = slow_level(box)
-            pooled.append(slow_roi_align(arrays[level], box, 1 / 2**level).ravel())
         linear = lambda v, name: F.linear(v, s[f"{name}.weight"], s[f"{name}.bias"])
         head, predictor = f"roi_heads.box_head.{stage}.", f"roi_heads.box_predictor.{stage}."
-        v = torch.tensor(np.array(pooled)).view(len(boxes), -1)
+        v = torch.tensor(slow_pool(features, boxes)).view(len(boxes), -1)
         v = linear(linear(v, head + "fc1").relu(), head + "fc2").relu()
         total = total + linear(v, predictor + "cls_score").sigmoid()
         deltas = linear(v, predictor + "bbox_pred").tolist()
@@ -285,5 +320,79 @@ def slow_choose(boxes, scores):
         for label, score in enumerate(row):
             if score > 0.1:
                 found.append((score, label, box))
-    kept = slow_nms([f[2] for f in found], [f[1] for f in found], [f[0] for f in found], 0.5)
-    return [found[n] for n in kept[:300] if has_area(found[n][2])]
+    if not found:
+        return []
+    scores, labels, boxes = zip(*found)
+    kept = slow_nms(boxes, labels, scores, 0.5, 300)
+    return [found[n] for n in kept if has_area(boxes[n])]
+
+
+def largest_difference(found, expected, names):
+    """Between a detector's dict and slow_choose's list: of scores, and of boxes in pixels.
+
+    Compared as sets, since equally good objects have no order; infinite if one has no partner."""
+    scores, labels, boxes = zip(*expected)
+    falling = (found["scores"].diff() <= 0).all()
+    if len(found["labels"]) != len(labels) or not falling:
+        return math.inf
+    other = np.array([names[label] for label in labels])[:, None] != np.array(found["labels"])
+    away = torch.cdist(torch.tensor(boxes), found["boxes"], p=math.inf)
+    away[torch.tensor(other)] = math.inf
+    furthest = max(away.amin(0).max().item(), away.amin(1).max().item())
+    return max(furthest, (found["scores"] - torch.tensor(scores)).abs().max().item())
+
+
+def random_boxes(n, seed=0, height=480, width=480):
+    """(n, 4) of all sizes in an image; two have no area, one is the whole image."""
+    sides = torch.tensor([width, height])
+    places = torch.rand(n, 2, 2, generator=torch.Generator().manual_seed(seed)) ** 2
+    boxes = torch.cat((places.amin(1), places.amax(1)), 1) * sides.repeat(2)
+    boxes[0, 2:], boxes[1, 3], boxes[2] = boxes[0, :2], boxes[1, 1], torch.tensor([0, 0, *sides])
+    return boxes
+
+
+# ---- Depth
+
+
+def depth_config(tiny=False):
+    """DPT-Hybrid as Intel/dpt-hybrid-midas has it: 414 tensors."""
+    sizes = dict(is_hybrid=True, reassemble_factors=[1, 1, 1, 0.5])
+    if not tiny:
+        return hf.DPTConfig(**sizes, neck_hidden_sizes=[256, 512, 768, 768])
+    backbone = hf.BitConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 32],
+        depths=[1, 1, 1],
+        num_groups=2,
+        global_padding="same",
+        embedding_dynamic_padding=True,
+        out_features=["stage1", "stage2", "stage3"],
+    )
+    sizes |= dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    sizes |= dict(num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3])
+    sizes |= dict(backbone_featmap_shape=[1, 32, 24, 24], fusion_hidden_size=8)
+    return hf.DPTConfig(**sizes, backbone_config=backbone, neck_hidden_sizes=[8, 16, 16, 16])
+
+
+def save_depth(folder, without=()):
+    """A tiny one as on the hub, without the weights whose names begin so."""
+    model = spread_out(hf.DPTForDepthEstimation(depth_config(tiny=True)))
+    state = model.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith(tuple(without))}
+    model.save_pretrained(folder, state_dict=state)
+    return folder
+
+
+def slow_depth(model, picture, size):
+    """The steps around the network by hand; size: (width, height) of the result."""
+    squashed = np.array(picture.resize((480, 480), Image.BILINEAR)).astype(np.float32)
+    x = torch.from_numpy((squashed - 127.5) / 127.5).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        depth = model(x).predicted_depth[0].double().numpy()
+    depth = (depth - depth.min()) / (depth.max() - depth.min())
+    for axis, new in enumerate(picture.size[::-1]):  # corners stay corners
+        at = np.linspace(0, 479, new)
+        line = lambda values, at=at: np.interp(at, np.arange(480), values)
+        depth = np.apply_along_axis(line, axis, depth)
+    stored = Image.fromarray(np.floor(depth * 255).astype(np.uint8))
+    return torch.tensor(np.array(stored.resize(size, Image.BILINEAR)) / 255).float()

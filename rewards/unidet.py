@@ -273,7 +273,7 @@ def load_published(network: Network, state: dict[str, torch.Tensor]) -> None:
         names = sorted(expected.keys() | shapes.keys())
         wrong = [name for name in names if expected.get(name) != shapes.get(name)]
         has, needs = shapes.get(wrong[0], "absent"), expected.get(wrong[0], "absent")
-        refuse(f"{len(wrong)} tensors do not fit, the first is {wrong[0]}: {has}, not {needs}")
+        refuse(f"tensors that do not fit: {len(wrong)} ({wrong[0]} is {has}, not {needs})")
     folded = {}
     for name in network.state_dict():
         layer, _, kind = name.rpartition(".")
@@ -301,10 +301,16 @@ def find_objects(network: Network, x: torch.Tensor) -> list[dict]:
     for i, boxes in enumerate(proposals):
         features = [level[i] for level in levels[:3]]  # P3 … P5, (C, h / stride, w / stride)
         boxes, scores = cascade(network.roi_heads, features, boxes, (h, w))
-        if not (boxes.isfinite().all() and scores.isfinite().all()):
-            raise ValueError("unidet: the network's output is not finite; check the device")
+        check_finite(boxes, scores)
         results.append(choose(boxes.cpu(), scores.cpu()))
     return results
+
+
+def check_finite(*outputs: torch.Tensor) -> None:
+    """Nothing would be found in NaN, and an image without objects has a score."""
+    for output in outputs:
+        if not output.isfinite().all():
+            raise ValueError("unidet: the network's output is not finite; check the device")
 
 
 def anchors(level: int, height: int, width: int) -> torch.Tensor:
@@ -356,8 +362,9 @@ def propose(
         boxes.append(decode(chosen, deltas, (1, 1, 1, 1)))
         logits.append(best)
         origin.append(torch.full((best.shape[1],), k))
-    boxes, logits = clip(torch.cat(boxes, 1), size).cpu(), torch.cat(logits, 1).cpu()
-    origin = torch.cat(origin)
+    boxes, logits, origin = torch.cat(boxes, 1), torch.cat(logits, 1), torch.cat(origin)
+    check_finite(boxes, logits)
+    boxes, logits = clip(boxes, size).cpu(), logits.cpu()
     results = []
     for box, logit in zip(boxes, logits):
         valid = nonempty(box).nonzero().flatten()
@@ -439,8 +446,8 @@ def roi_align(feature: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     over a regular grid act on rows and columns separately: two matrix products for all boxes."""
     rows = bin_weights(boxes[:, 1], boxes[:, 3], feature.shape[1])  # (n, 7, H)
     columns = bin_weights(boxes[:, 0], boxes[:, 2], feature.shape[2])  # (n, 7, W)
-    strips = torch.einsum("nph,chw->npcw", rows, feature)
-    return torch.einsum("npcw,nqw->ncpq", strips, columns)
+    strips = torch.einsum("nph,hwc->npwc", rows, feature.permute(1, 2, 0))
+    return (columns[:, None] @ strips).movedim(3, 1)
 
 
 def bin_weights(low: torch.Tensor, high: torch.Tensor, length: int) -> torch.Tensor:
