@@ -1,19 +1,25 @@
 """Networks of scorers as they were published: names and shapes of their weights, files with random
 weights of any size, and slow forward passes. The tests hold rewards/ against them, and
 benchmark_rewards.py measures them. All of it is written down from the published classes; from
-rewards/ come the numbers of DeQA's tokens alone. So a mistake in a key map cannot hide."""
+rewards/ come the numbers of DeQA's tokens and `publish`. So a mistake in a key map cannot hide."""
 
+import hashlib
 import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Mask2FormerConfig, SwinConfig
 
-from rewards import deqa
+from rewards import convert, deqa
 
 # ---- CLIP
 
@@ -742,10 +748,124 @@ def blip_text(s, heads, ids, mask, image):
     return x
 
 
-def imagereward_scores(state, heads, pixels, ids, mask):
+def imagereward_scores(state, heads, pixels, ids):
     """ImageReward on its own names; heads of vision and text. The MLP as five layers."""
     s = {key.removeprefix("blip."): tensor for key, tensor in state.items()}
-    x = blip_text(s, heads[1], ids, mask, blip_image(s, heads[0], pixels))[:, 0]
+    x = blip_text(s, heads[1], ids, ids > 0, blip_image(s, heads[0], pixels))[:, 0]
     for i in (0, 2, 4, 6, 7):
         x = F.linear(x, s[f"mlp.layers.{i}.weight"], s[f"mlp.layers.{i}.bias"])
     return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+# ---- HPSv2 and ImageReward from pictures and prompts, on tiny weights of random values
+
+QUALITY = {
+    "hpsv2": (open_clip_shapes, OPEN_CLIP_H, OPEN_CLIP_TINY),
+    "imagereward": (imagereward_shapes, IMAGEREWARD, IMAGEREWARD_TINY),
+}
+EXAMPLE = {  # of ImageReward's README
+    "fetch": "curl -L --output-dir weights --remote-name-all "
+    "https://github.com/THUDM/ImageReward/raw/main/assets/images/[1-4].webp",
+    "files": [f"weights/{i}.webp" for i in (1, 2, 3, 4)],
+    "prompt": "a painting of an ocean with clouds and birds, day time, low depth field effect",
+    "scores": [0.581162, 0.274528, -1.413182, -2.029570],
+}
+BICUBIC = Image.Resampling.BICUBIC
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def coarse_pictures(*sizes):
+    """Pictures of (width, height) with 5 x 5 random colours."""
+    rng = np.random.default_rng(0)
+    colours = [Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)) for _ in sizes]
+    return [picture.resize(size, Image.Resampling.NEAREST) for picture, size in zip(colours, sizes)]
+
+
+def quality_state(name, mlp=None):
+    """Tiny weights. The first norm of BLIP gets faint vectors, or a wrong eps would not show.
+
+    mlp: the number that ImageReward's MLP always returns."""
+    shapes, _, tiny = QUALITY[name]
+    state = random_state(shapes(**tiny))
+    if mlp is not None:
+        state |= {key: torch.zeros_like(state[key]) for key in state if key.startswith("mlp.")}
+        state["mlp.layers.7.bias"] += mlp
+    for part in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        if f"blip.visual_encoder.{part}" in state:
+            state[f"blip.visual_encoder.{part}"] *= 0.01
+    return state
+
+
+def empty_state(name):
+    """The published shapes without values; ImageReward's MLP, which converting folds, is 0."""
+    shapes, large, _ = QUALITY[name]
+    shapes = shapes(**large)
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return state | {key: torch.zeros(shapes[key]) for key in shapes if key.startswith("mlp.")}
+
+
+def as_published(name, state):
+    if name == "hpsv2":
+        return {"state_dict": state}
+    return state
+
+
+def publish(module, folder, state):
+    """Write `state` as the published file is, and convert it. -> The options of a scorer.
+
+    module: rewards.hpsv2 or rewards.imagereward."""
+    name = module.__name__.removeprefix("rewards.")
+    torch.save(as_published(name, state), folder / "file.pt")
+    digest = hashlib.sha256((folder / "file.pt").read_bytes()).hexdigest()
+    config = shrink(module.make_config(), **QUALITY[name][2])
+    changed = {"SHA256": digest, "make_config": lambda: config}
+    module = SimpleNamespace(**vars(module) | changed)
+    convert.convert_file(module, folder / "file.pt", folder / name)
+    save_letter_tokenizers(folder)
+    tokenizer = folder / {"hpsv2": "clip", "imagereward": "bert"}[name]
+    return {"weights": folder / name, "tokenizer": tokenizer, "sha256": digest}
+
+
+def lose_weight(file):
+    """Take one tensor out of a .safetensors file."""
+    with safe_open(file, "pt") as tensors:
+        state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        del state[min(state)]
+        metadata = tensors.metadata()
+    save_file(state, file, metadata)
+
+
+def hpsv2_from_pictures(state, pictures, prompts, tokenizer):
+    """Pillow's bicubic on floats is antialiased and not clamped."""
+    prepared, ids = [], torch.zeros(len(prompts), 77, dtype=torch.long)
+    tokenizer = hf.CLIPTokenizer.from_pretrained(tokenizer)
+    for picture, row, prompt in zip(pictures, ids, prompts):
+        size = [round(n * 56 / max(picture.size)) for n in picture.size]
+        planes = [p.convert("F").resize(size, BICUBIC) for p in picture.split()]
+        left, top = ((56 - n) // 2 for n in size)
+        pixels = torch.zeros(3, 56, 56)
+        for plane, pillow in zip(pixels, planes):
+            plane[top : top + size[1], left : left + size[0]] = torch.tensor(np.array(pillow)) / 255
+        prepared.append((pixels - MEAN) / STD)
+        prompt = prompt.replace("“", '"').replace("”", '"').replace("&amp;amp;", "&")
+        words = tokenizer(prompt, add_special_tokens=False).input_ids
+        words = [512, *words[:75], 513]
+        row[: len(words)] = torch.tensor(words)
+    image, text = open_clip_vectors(state, 16, torch.stack(prepared), ids)
+    return (image * text).sum(1)
+
+
+def imagereward_from_pictures(state, pictures, prompts, tokenizer):
+    prepared, ids = [], torch.zeros(len(prompts), 35, dtype=torch.long)
+    tokenizer = hf.BertTokenizer.from_pretrained(tokenizer)
+    for picture, row, prompt in zip(pictures, ids, prompts):
+        size = [int(48 * n / min(picture.size)) for n in picture.size]
+        left, top = (int(round((n - 48) / 2.0)) for n in size)
+        picture = picture.resize(size, BICUBIC).crop((left, top, left + 48, top + 48))
+        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1) / 255
+        prepared.append((pixels - MEAN) / STD)
+        words = tokenizer(prompt, add_special_tokens=False).input_ids
+        words = [2, *words[:33], 3]  # [CLS], [SEP]
+        row[: len(words)] = torch.tensor(words)
+    return imagereward_scores(state, (16, 12), torch.stack(prepared), ids)
