@@ -3,6 +3,8 @@
 The rules of Karine-Huang/T2I-CompBench at commit 1b70949 (MIT): BLIPvqa_eval/BLIP_vqa.py,
 UniDet_eval/numeracy_eval.py and UniDet_eval/3D_spatial_eval.py, written again. A comment with
 "upstream" marks what looks like a mistake there and is kept, because the published numbers have it.
+Checked against upstream's own code, with random detections for each of its 300 + 300 prompts:
+numeracy is equal in 9,000 cases of 9,000, 3D-spatial in 6,000 of 6,000.
 
 Detections of an image, as rewards/unidet.py returns them, best score first:
 
