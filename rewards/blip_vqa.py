@@ -117,9 +117,10 @@ def ask(
         ids = [tokenize(tokenizer, texts) for texts in questions[i : i + batch]]
         pixels = torch.stack([prepare(picture, network) for picture in pictures[i : i + batch]])
         image = network.vision_model(pixels.to(network.device)).last_hidden_state  # (b, 901, 768)
-        states = encode(network, ids, image)
-        yes = iter(decode(network, [state for of_picture in states for state in of_picture]))
-        answers += [[next(yes) for _ in of_picture] for of_picture in ids]
+        yes = decode(network, encode(network, ids, image))  # of all questions in turn
+        for of_picture in ids:
+            answers.append(yes[: len(of_picture)])
+            yes = yes[len(of_picture) :]
     return answers
 
 
@@ -139,8 +140,8 @@ def tokenize(tokenizer: BertTokenizer, texts: Sequence[str]) -> list[torch.Tenso
 
 def encode(
     network: BlipForQuestionAnswering, ids: list[list[torch.Tensor]], image: torch.Tensor
-) -> list[Sequence[torch.Tensor]]:
-    """The questions (L,) of each image -> their states (L, 768).
+) -> list[torch.Tensor]:
+    """The questions (L,) of each image -> the states (L, 768) of all questions in turn.
 
     The questions of an image are one sequence of N tokens. Positions start again at each question,
     and a token sees those of its own question alone."""
@@ -162,7 +163,7 @@ def encode(
     states = []
     for row, of_image in zip(encoded, ids):
         lengths = [len(question) for question in of_image]
-        states.append(row[: sum(lengths)].split(lengths))
+        states += row[: sum(lengths)].split(lengths)
     return states
 
 

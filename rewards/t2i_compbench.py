@@ -190,10 +190,10 @@ def read(name: str, prompts: Sequence[str], rule: Callable, *more) -> list:
         raise ValueError(f"{name}: {error}") from None
 
 
-def pair(name: str, images: torch.Tensor | Sequence[Image.Image], read: list) -> list[Image.Image]:
-    """The images as pictures, as many as prompts."""
+def pair(name: str, images: torch.Tensor | Sequence[Image.Image], asked: list) -> list[Image.Image]:
+    """The images as pictures; there must be as many as prompts."""
     pictures = as_pictures(images)
-    if len(pictures) != len(read):
-        counts = f"{len(pictures)} images and {len(read)} prompts"
+    if len(pictures) != len(asked):
+        counts = f"{len(pictures)} images and {len(asked)} prompts"
         raise ValueError(f"{name}: {counts}; give one prompt per image")
     return pictures

@@ -85,8 +85,10 @@ def export_images(args: argparse.Namespace) -> None:
 
 def find_samples(folder: Path) -> tuple[list[Path], list[str]]:
     """The images of FOLDER/samples in the order of their numbers, and their prompts."""
-    images = {}
-    for file in sorted(folder.glob("samples/*")):
+    images, found = {}, sorted(folder.glob("samples/*"))
+    if not found:
+        fail(f"no images in {folder}/samples; write them first (see --help)")
+    for file in found:
         match = re.fullmatch(r"([^_]+)_(\d+)\.png", file.name)
         if not match:
             fail(f"{file}: expected a name PROMPT_000000.png")
@@ -95,7 +97,7 @@ def find_samples(folder: Path) -> tuple[list[Path], list[str]]:
             needed = "a number of its own for each image, not for each image of a prompt"
             fail(f"{folder}/samples: number {number} occurs twice; expected {needed}")
         images[number] = file, match[1]
-    if sorted(images) != list(range(len(images))) or not images:
+    if sorted(images) != list(range(len(images))):
         fail(f"{folder}/samples: expected images with the numbers 0, 1, 2 ... without a gap")
     ordered = [images[number] for number in range(len(images))]
     return [file for file, _ in ordered], [prompt for _, prompt in ordered]

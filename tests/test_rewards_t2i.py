@@ -63,7 +63,7 @@ def test_binding_equals_the_published_network(tiny, batch):
         ids = scorer.model[1](questions).input_ids
         expected.append([published.vqa_yes(tiny[1], (12, 12), pixels, tokens) for tokens in ids])
     answers = blip_vqa.ask(scorer.model, pictures, asked, batch)
-    assert_close(sum(answers, []), sum(expected, []), atol=1e-5, rtol=0)
+    assert_close(sum(answers, []), sum(expected, []), atol=1e-6, rtol=0)
     expected = torch.tensor([rules.binding_score(yes) for yes in expected])
     assert_close(scores, expected, atol=1.01e-4, rtol=0)  # the last decimal may round otherwise
     assert_close(scorer(pictures[::-1], prompts[::-1]), scores.flip(0), atol=1.01e-4, rtol=0)
