@@ -147,8 +147,7 @@ class Saver:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
         self.student, self.average, self.optimizer = student, average, optimizer
         self.scale = args.alpha / args.rank  # of the student's LoRA
-        self.kept = None  # (iterations, tensors) of the last completed iteration
-        self.saving = threading.RLock()
+        self.kept, self.saving = None, threading.RLock()  # kept: (iterations, tensors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of all that the next iteration depends on."""
@@ -221,8 +220,6 @@ class Saver:
             if score > max(scores, default=-math.inf):
                 with self.written("best") as beside:
                     save_adapter(beside, self.average, self.scale)
-
-    # ---- The end of a run
 
     def finish(self) -> None:
         """After the loop: publish adapter/, a copy of the newest checkpoint's, or with --final best
