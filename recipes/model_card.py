@@ -39,7 +39,7 @@ def write_card(folder: Path, args: argparse.Namespace, scores: str = "") -> None
     complete_config(folder / "adapter_config.json", base, revision)
     iterations, rewards = published(args)
     widget = copy_pictures(Path(args.out), folder / "pictures", iterations)
-    parts = ["---", front_matter(base, widget), "---", "", f"# {Path(args.out).name}", ""]
+    parts = ["---", front_matter(base, widget), "---", "", f"# {Path(args.out).resolve().name}", ""]
     method = METHODS.get(Path(sys.argv[0]).stem, "")
     parts += [f"A LoRA for {base or 'Stable Diffusion 3'}, {method}.", "", *sources(args), ""]
     parts += ["<Gallery />", ""] if widget else []
@@ -88,6 +88,8 @@ def published(args: argparse.Namespace) -> tuple[int, str]:
     if getattr(args, "final", "last") == "best":
         line = max(log, key=lambda line: line.get("test") or -math.inf)
     rewards = [f"- {name}: {value}" for name, value in line.items() if name.startswith("test/")]
+    if rewards:
+        rewards = ["Mean rewards on the test prompts, from 0 to 1:", "", *rewards]
     return line["iteration"] + 1, "\n".join(rewards)
 
 
@@ -158,10 +160,12 @@ def usage(base: str, revision: str, args: argparse.Namespace, widget: list[dict]
         "import torch",
         "from diffusers import StableDiffusion3Pipeline",
         "",
-        f"pipe = StableDiffusion3Pipeline.from_pretrained({model}, torch_dtype=torch.bfloat16)",
+        f"pipe = StableDiffusion3Pipeline.from_pretrained({model}, dtype=torch.bfloat16)",
         f"pipe.load_lora_weights({adapter!r})  # or ORG/NAME, once this folder is uploaded",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        f"image = pipe({', '.join(words)}).images[0]",
+        "image = pipe(",
+        *(f"    {word}," for word in words),
+        ").images[0]",
     ]
 
 

@@ -49,9 +49,7 @@ def sample_latents(
     return torch.cat(samples)
 
 
-def sample_images(
-    pipe, text, prompts, keys, steps, guidance, batch: int = 128
-) -> Tensor:
+def sample_images(pipe, text, prompts, keys, steps, guidance, batch: int = 128) -> Tensor:
     """The same, decoded: (B, 3, H, W) in [0, 1], on the CPU."""
     latents = sample_latents(pipe, text, prompts, keys, steps, guidance, batch)
     return decode(pipe.vae, latents, batch)

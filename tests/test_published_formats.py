@@ -37,8 +37,6 @@ def offline(published, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(published[MODEL].parents[2]))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     files.fetch.cache_clear()
-    yield
-    files.fetch.cache_clear()
 
 
 def test_the_model_is_read_from_the_cache_and_from_a_folder(offline, published):
@@ -116,11 +114,11 @@ def test_a_gated_model_is_one_line_and_later_only_what_is_read_is_fetched(
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    changed = {"ENDPOINT": url, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}
+    changed["HUGGINGFACE_CO_URL_TEMPLATE"] = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in changed.items():
+        monkeypatch.setattr(constants, name, value)
+    files.fetch.cache_clear()
     monkeypatch.setattr(Hub, "folder", published[MODEL])
     monkeypatch.setattr(Hub, "gated", True)
     with pytest.raises(SystemExit):
