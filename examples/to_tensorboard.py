@@ -15,7 +15,8 @@ from pathlib import Path
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:
-    sys.exit("error: the package is missing; pip install tensorboard")
+    print("error: the package is missing: pip install tensorboard", file=sys.stderr)
+    raise SystemExit(2) from None
 
 for run in sys.argv[1:]:
     shutil.rmtree(Path(run, "tensorboard"), ignore_errors=True)

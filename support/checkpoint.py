@@ -136,9 +136,6 @@ def newest_checkpoint(run: Path, origin: dict) -> int:
     return int(newest.name[5:])
 
 
-# ---- Saving
-
-
 class Saver:
     """Keeps the last completed iteration in host memory; writes it as a checkpoint when it is due,
     and when a signal or an error ends the run. Only rank 0 writes."""

@@ -243,9 +243,7 @@ def time_grid(pipe: StableDiffusion3Pipeline, steps: int) -> list[float]:
     return [float(sigma) for sigma in pipe.scheduler.sigmas]
 
 
-def initial_noise(
-    pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator]
-) -> Tensor:
+def initial_noise(pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator]) -> Tensor:
     """Normal noise, one (C, H, W) per generator: (B, C, H, W)."""
     config, device = pipe.transformer.config, pipe.transformer.device
     side = config.sample_size
