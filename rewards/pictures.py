@@ -149,8 +149,8 @@ def picture_grid(
 ) -> None:
     """A column per model, a row per prompt; the prompt above its row, a score under each image.
 
-    columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file. The file
-    tells where each picture is: "pictures", a list of [column, prompt, left, top, right, bottom]."""
+    columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file. In the
+    file stands where each picture is: [[column, prompt, left, top, right, bottom], ...]."""
     if not prompts:
         return
     side = max(112, *(image.shape[-1] for images in columns.values() for image in images))
