@@ -56,7 +56,7 @@ def write_card(folder: Path, args: argparse.Namespace, scores: str = "") -> None
 def base_of(args: argparse.Namespace) -> str:
     """The base model: --model, or what the adapters of a merge agree on; "" if that is unknown."""
     found = [getattr(args, "model", "")]
-    if "adapters" in args:
+    if hasattr(args, "adapters"):
         found = [base_of_adapter(path) for path in args.adapters]
     base = found[0] if len({*found}) == 1 else ""
     in_cache = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", base)
@@ -142,7 +142,7 @@ def usage(base: str, revision: str, args: argparse.Namespace, widget: list[dict]
     """Lines of Python: stock diffusers with the settings of the run's own pictures."""
     given = vars(args)
     model, adapter = repr(base or "BASE MODEL"), f"{args.out}/adapter"
-    if "adapters" in args:  # a merge's --out is no run
+    if hasattr(args, "adapters"):  # a merge's --out is no run
         adapter = args.out
     if revision:
         model += f", revision={revision!r}"
