@@ -44,7 +44,7 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
     assert fetched[2] == {"model_index.json", "transformer/*"}
     index = json.loads(Path("toy/model_index.json").read_text())
     parts = {part for part in index if Path("toy", part).is_dir()}
-    assert folders(fetched[0]) == parts | {"model_index.json"}  # not the single-file copies in a repository
+    assert folders(fetched[0]) == parts | {"model_index.json"}  # no single-file copies
 
 
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):
