@@ -25,7 +25,8 @@ from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from support.files import check_adapter, check_model, fetch, new_folder
+from recipes.model_card import write_card
+from support.files import check_model, fetch, new_folder
 from support.flags import TASKS, at_least, check_folder, fail, make_parser, reason, within
 from support.lora import check_layers, read_adapter, save_adapter
 from support.model import check_weights
@@ -46,8 +47,6 @@ def parse_args() -> argparse.Namespace:
     flag("--out", default="runs/merged", help="folder of the adapter or the fused transformer")
     flag("--overwrite", action="store_true", help="replace an earlier result in --out")
     args = parser.parse_args()
-    for path in args.adapters:
-        check_adapter(path, "--adapters")
     args.weights = args.weights or [1.0] * len(args.adapters)
     if not args.fuse and len(args.adapters) < 2:
         fail("--adapters: merging needs at least two")
@@ -156,6 +155,7 @@ def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[floa
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A / root, B * root
     with new_folder(args.out) as folder:
         save_adapter(folder, tensors)
+        write_card(folder, args)
     rank = max(len(A) for A, _ in merged.values())
     print(f"{args.method} of {len(args.adapters)} adapters, {len(merged)} layers, rank {rank}")
     if energies:

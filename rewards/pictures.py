@@ -1,5 +1,6 @@
 """Images: sampled, decoded, in files, in grids; and the curves of a run."""
 
+import json
 import math
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -148,7 +149,8 @@ def picture_grid(
 ) -> None:
     """A column per model, a row per prompt; the prompt above its row, a score under each image.
 
-    columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file."""
+    columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file. In the
+    file stands where each picture is: [[column, prompt, left, top, right, bottom], ...]."""
     if not prompts:
         return
     side = max(112, *(image.shape[-1] for images in columns.values() for image in images))
@@ -160,7 +162,7 @@ def picture_grid(
     longest = int(max(font.getlength(prompt) for prompt in prompts))
     width = max(pad + (side + pad) * len(columns), 2 * pad + longest)
     page = Image.new("RGB", (width, line + pad + height * len(prompts)), "white")
-    pen = ImageDraw.Draw(page)
+    pen, places, info = ImageDraw.Draw(page), [], PngInfo()
     for row, prompt in enumerate(prompts):
         pen.text((pad, line + pad + height * row), prompt, "black", font)
     for column, (name, images) in enumerate(columns.items()):
@@ -170,10 +172,12 @@ def picture_grid(
             y = 2 * line + pad + height * row
             picture = ImageOps.contain(as_picture(images[row]), (side, side), Image.NEAREST)
             page.paste(picture, (x, y))
+            places.append([name, prompts[row], x, y, x + picture.width, y + picture.height])
             if scores and not math.isnan(scores[name][row]):
                 pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
+    info.add_text("pictures", json.dumps(places))
+    page.save(path, pnginfo=info)
 
 
 def save_grid(path: str | Path, scores: dict, files: dict, tests: dict, rows: dict) -> None:

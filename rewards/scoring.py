@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from recipes.model_card import write_card
 from rewards.pictures import (
     as_picture,
     find_images,
@@ -344,6 +345,7 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
             lines.append(f"student / oracle: {mean / oracle:.1%}")
     (run / "table.md").write_text("\n".join(lines) + "\n")
     save_json(run / "results.json", {"flags": vars(args), "results": live})
+    write_card(run / "adapter", args, "\n".join(lines))
     print("\n" + "\n".join(lines) + f"\n\n-> {run}/: {list_made(run)}")
     example = tests[next(iter(tests))][0][0]
     models = ["base", f"student={run}/adapter"]

@@ -1,8 +1,7 @@
 """Checkpoints: a run that is stopped at any instant goes on as if nothing had happened.
 
-A checkpoint holds all that the next iteration depends on: student, average, optimizer and the
-number of iterations done. Prompts and noise are functions of (seed, iteration, sample), so there is
-no generator state to save.
+A checkpoint holds student, average, optimizer and the number of iterations done. Prompts and noise
+are functions of (seed, iteration, sample), so there is no generator state to save.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from recipes.model_card import write_card
 from support.files import ADAPTER, TEXT, fetch, new_folder, read_json, save_json, sha256
 from support.flags import fail
 from support.lora import save_adapter
@@ -136,9 +136,6 @@ def newest_checkpoint(run: Path, origin: dict) -> int:
     return int(newest.name[5:])
 
 
-# ---- Saving
-
-
 class Saver:
     """Keeps the last completed iteration in host memory; writes it as a checkpoint when it is due,
     and when a signal or an error ends the run. Only rank 0 writes."""
@@ -147,8 +144,7 @@ class Saver:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
         self.student, self.average, self.optimizer = student, average, optimizer
         self.scale = args.alpha / args.rank  # of the student's LoRA
-        self.kept = None  # (iterations, tensors) of the last completed iteration
-        self.saving = threading.RLock()
+        self.kept, self.saving = None, threading.RLock()  # kept: (iterations, tensors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of all that the next iteration depends on."""
@@ -222,8 +218,6 @@ class Saver:
                 with self.written("best") as beside:
                     save_adapter(beside, self.average, self.scale)
 
-    # ---- The end of a run
-
     def finish(self) -> None:
         """After the loop: publish adapter/, a copy of the newest checkpoint's, or with --final best
         of best/. Signals have their usual effect again."""
@@ -236,6 +230,7 @@ class Saver:
                 source = checkpoints(self.run)[-1] / "adapter"
             with self.written("adapter") as beside:
                 shutil.copytree(source, beside, dirs_exist_ok=True)
+                write_card(beside, self.args)
 
     def give_up(self, message: str) -> NoReturn:
         """Save the last good state and stop, on every process."""
@@ -247,8 +242,7 @@ class Saver:
 
     def catch_signals(self) -> None:
         """From here on signals and uncaught errors save before the process ends. A thread waits for
-        signals: the main thread may be waiting for a process that is gone, or be slow, and
-        launchers grant 30 seconds."""
+        signals: the main thread may be waiting for others, and launchers grant 30 seconds."""
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once

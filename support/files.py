@@ -138,7 +138,8 @@ def prompt_files(
 # What is downloaded: the parts of a diffusers pipeline (not the single files beside them), a LoRA.
 TEXT = "tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3".split()
 PARTS = ("transformer", "vae", "scheduler", *TEXT)  # --no_t5 leaves out those with _3
-PIPELINE = ("model_index.json", *(f"{part}/*" for part in PARTS))
+KINDS = "*.json *.txt *.model *model.safetensors *model-*.safetensors".split()  # no .fp16 variants
+PIPELINE = ("model_index.json", *(f"{part}/{kind}" for part in PARTS for kind in KINDS))
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 ADAPTER = ("adapter_config.json", *WEIGHTS)
 
@@ -166,7 +167,7 @@ def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         fail(f"{where}: neither a folder nor on the hub (if private: `hf auth login`)")
     except (OSError, errors.HfHubHTTPError) as error:
-        fail(f"{where}: no folder, and no answer ({reason(error)}); try `hf download {name}`")
+        fail(f"{where}: no folder, and no answer ({reason(error)}); once online, it is downloaded")
 
 
 EULER = "FlowMatchEulerDiscreteScheduler"

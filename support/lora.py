@@ -47,8 +47,7 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
     check_adapter(str(folder), flag)
     file = next(folder / name for name in ADAPTER[1:] if (folder / name).is_file())
     try:
-        tensors = load_file(file)
-        config = read_config(folder, file)
+        tensors, config = load_file(file), read_config(folder, file)
     except Exception as error:  # each library raises its own kind for a damaged file
         fail(f"{where}: damaged adapter ({reason(error)})")
     check_config(config, where)
@@ -200,10 +199,9 @@ def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> No
 def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple[dict, dict]:
     """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
 
-    Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. They have the
-    scale alpha / rank of the flags, whatever --init has: B is divided by it, so that a learning
-    rate always means the same. Returns {"LAYER.lora_A.weight": parameter} of each. The student
-    stays active; it alone has gradients."""
+    Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. Their scale is
+    the flags' alpha / rank, whatever --init has: B is divided by it, so that a learning rate always
+    means the same. Returns {"LAYER.lora_A.weight": parameter} of each; the student is active."""
     layers, where, scale = None, f"--init {args.init}", args.alpha / args.rank
     if args.init != "base":
         layers = read_adapter(args.init, "--init", model=args.model)
@@ -258,8 +256,7 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], scale: fl
     config = config_of(layers)
     metadata = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     peft_names = {f"base_model.model.{key}": tensor for key, tensor in saved.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(peft_names, Path(folder, "adapter_model.safetensors"))
     config.save_pretrained(folder)
+    save_file(peft_names, Path(folder, "adapter_model.safetensors"))
     about = {"transformer_lora_adapter_metadata": metadata}
     StableDiffusion3Pipeline.save_lora_weights(folder, saved, **about)

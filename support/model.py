@@ -154,7 +154,7 @@ def cache_files(
 
 def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool):
     """The stock pipeline with its text encoders. A missing weight, which transformers would draw at
-    random, is an error."""
+    random, is an error; so is a tokenizer that transformers 5 has made without any file."""
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
     if no_t5:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -165,7 +165,12 @@ def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5
                 parts[name], info = kind.from_pretrained(folder, subfolder=name, **how)
                 if info["missing_keys"]:
                     raise ValueError(f"{name} lacks {min(info['missing_keys'])}")
-        return StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+        text = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            own = getattr(text, name)
+            if own is not None and len(own) < len(own.all_special_ids) + 2:
+                raise ValueError(f"{name} lacks files, so it knows no word; download it again")
+        return text
     except Exception as error:
         fail(f"--model {folder}: cannot load its text encoders ({reason(error)})")
 

@@ -38,6 +38,8 @@ def start_processes() -> tuple[int, int, torch.device]:
             # After torchrun's --max-restarts the store still holds addresses of dead processes
             # (pytorch #135712). With several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set(f"started/{rank}", "")  # one that failed before this line never comes
+        store.wait([f"started/{other}" for other in range(world)], timedelta(minutes=5))
         # Hours: processes that score or download may wait long. torchrun notices one that dies.
         how = {"rank": rank, "world_size": world, "timeout": timedelta(hours=12)}
         if device.type == "cuda":
@@ -202,7 +204,8 @@ def test_prompts_used(tests: dict[str, tuple]) -> list[str]:
 
 OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 CURES = "the batch flags, or give --checkpointing, --no_t5 or --dtype bf16"
-PEER_GONE = ("by peer", "Broken pipe", "remote process exit")  # the words of gloo and nccl
+# In the words of gloo, nccl and the store.
+PEER_GONE = ("by peer", "Broken pipe", "remote process exit", "wait timeout", "got 0 bytes")
 
 
 def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:

@@ -1,5 +1,6 @@
 """support/lora.py: reading, switching, and what we save loads everywhere."""
 
+import argparse
 import contextlib
 import json
 import re
@@ -9,10 +10,14 @@ import pytest
 import torch
 from conftest import call, load, predict
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from recipes.model_card import write_card
+from rewards.pictures import as_picture, picture_grid
 from support import lora
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -243,3 +248,52 @@ def test_use_switches_and_restores(pipe, text):
     active.sum().backward()
     trained = {name for name, p in transformer.named_parameters() if p.grad is not None}
     assert trained and all(".student." in name for name in trained)
+
+
+# ---- The model card
+
+BASES = {  # base model: what is found as it in the card and in the config
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "some/model@v2": "some/model",
+    "/hub/models--some--my-model/snapshots/0abc/": "some/my-model",
+    "toy": "toy",
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_card_has_what_the_hub_shows(pipe, tmp_path, base):
+    save(pipe.transformer, tmp_path / "adapter")
+    images, prompts = torch.rand(2, 3, 128, 128), ["sign: \"A\" # 'B'", "ein Vögelchen 猫"]
+    columns = {"start": images.flip(0), "student": images}
+    picture_grid(tmp_path / "samples/00003.png", columns, prompts)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 2, "test/ocr": 0.5, "loss": 1}\n')
+    args = argparse.Namespace(model=base, out=str(tmp_path), eval_steps=2, guidance=1.0)
+    write_card(tmp_path / "adapter", args)
+    card = ModelCard.load(tmp_path / "adapter/README.md")
+    hub = BASES[base] if "/" in BASES[base] else None
+    assert card.data.base_model == hub and card.data.pipeline_tag == "text-to-image"
+    assert (card.data.get("license_name") == "stabilityai-ai-community") == ("stab" in base)
+    assert [shown["text"] for shown in card.data.widget] == prompts and "<Gallery />" in card.text
+    for shown, image in zip(card.data.widget, images):
+        with Image.open(tmp_path / "adapter" / shown["output"]["url"]) as picture:
+            assert picture.tobytes() == as_picture(image).tobytes()
+    assert "- test/ocr: 0.5\n" in card.text and "loss" not in card.text
+    if base == "toy":
+        exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1], {})
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == BASES[base]
+    assert config["revision"] == ("v2" if "@" in base else None)
+    wrapped = PeftModel.from_pretrained(load().transformer, tmp_path / "adapter")
+    assert type(wrapped) is PeftModel  # not one of a language model
+    lora.read_adapter(tmp_path / "adapter", "--init")
+
+
+def test_a_merge_has_the_base_that_its_adapters_agree_on(tmp_path, monkeypatch):
+    adapters = ["toy/adapters/ocr", "toy/adapters/deqa"]
+    call(monkeypatch, "merge", "--adapters", *adapters, "--out", tmp_path / "a")
+    own = shutil.copytree("toy/adapters/ocr", tmp_path / "own")
+    call(monkeypatch, "merge", "--adapters", *adapters, own, "--out", tmp_path / "b")
+    for name, base in (("a", "toy"), ("b", None)):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == base
+        assert "- merged: toy/adapters/deqa" in (tmp_path / name / "README.md").read_text()

@@ -167,7 +167,7 @@ TABLE["evaluate"] = r"""
     HUB some/model | gated; accept its licence | hub_gated
     HUB some/model@v9 | some/model@v9: neither a folder nor on the hub | hub_revision
     HUB some/model | neither a folder nor on the hub | hub_missing
-    HUB some/model | try `hf download some/model` | hub_offline
+    HUB some/model | once online, it is downloaded | hub_offline
     HUB some--/model | neither a folder nor on the hub | hub_name
     --models base --scores_only pictures | --scores_only
     --scores_only nowhere | nowhere

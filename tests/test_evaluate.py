@@ -363,7 +363,7 @@ def test_the_last_lines_of_a_run(monkeypatch, tmp_path, changed):
     monkeypatch.setattr(scoring, "read_recorded", lambda model: (flags, recorded))
     scores = {"merged start": four("start"), "student": four("student")}
     monkeypatch.setattr(scoring, "score_files", lambda *_: (scores, {}))
-    for name in ("load_adapter", "save_grid", "save_json"):
+    for name in ("load_adapter", "save_grid", "save_json", "write_card"):
         monkeypatch.setattr(scoring, name, lambda *_: None)
     sampled = []
     monkeypatch.setattr(scoring, "sample_missing", lambda *given: sampled.append(given[2]))

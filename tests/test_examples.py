@@ -4,6 +4,7 @@ import itertools
 import re
 import runpy
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def test_examples_import_the_two_maths_modules_alone():
     project = {path.stem for path in ROOT.glob("*.py")} | {"support", "rewards", "toy"}
     for path in ROOT.glob("examples/*.py"):
         imports = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-        assert project & {*imports} == {"losses", "sde"}, path
+        used = {"losses", "sde"} if path.stem != "to_tensorboard" else set()
+        assert project & {*imports} == used, path
 
 
 def test_flow2d_takes_every_objective(example, tmp_path):
@@ -107,3 +109,14 @@ def test_own_reward_rises(example, tmp_path):
     out = example("own_reward", "--out", tmp_path)
     before, after = arrow(out, "reward:")
     assert after > before + 2 * float(re.search(r"deviation ([\d.]+)", out)[1])
+
+
+def test_to_tensorboard_hands_on_every_number(example, monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 7, "loss": 0.5, "kl/ocr": null}\n')
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package := mock.MagicMock())
+    example("to_tensorboard", tmp_path)
+    board = package.SummaryWriter.return_value.__enter__.return_value
+    board.add_scalar.assert_called_once_with("loss", 0.5, 7)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    with pytest.raises(SystemExit, match="2"):
+        example("to_tensorboard", tmp_path)

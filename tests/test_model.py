@@ -39,11 +39,12 @@ def test_only_what_is_used_is_fetched(monkeypatch, tmp_path):
     load(model="some/model", no_t5=True)
     merge.fuse("some/model", {}, tmp_path / "fused")
     files.fetch.cache_clear()
-    assert fetched[0] - fetched[1] == {"text_encoder_3/*", "tokenizer_3/*"}
+    folders = lambda patterns: {pattern.split("/")[0] for pattern in patterns}
+    assert folders(fetched[0] - fetched[1]) == {"text_encoder_3", "tokenizer_3"}
     assert fetched[2] == {"model_index.json", "transformer/*"}
     index = json.loads(Path("toy/model_index.json").read_text())
-    parts = {f"{part}/*" for part in index if Path("toy", part).is_dir()}
-    assert fetched[0] == parts | {"model_index.json"}  # not the single-file copies in a repository
+    parts = {part for part in index if Path("toy", part).is_dir()}
+    assert folders(fetched[0]) == parts | {"model_index.json"}  # no single-file copies
 
 
 def test_hub_ids_work_offline_from_the_hubs_own_cache(tmp_path, monkeypatch):

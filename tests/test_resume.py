@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, call, model_args, process_ends, weights
+from conftest import PROMPTS, ROOT, call, model_args, process_ends, shell, weights
 
 from support import checkpoint, checks, lora, model
 from support import run as run_module
@@ -446,6 +446,11 @@ def test_a_process_that_fails_prints_its_own_message_and_ends_the_others(files, 
     assert [c.name for c in checkpoint.checkpoints(run)] == ["step_3"]
 
 
+def worker_of(launcher):
+    children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    return int(" ".join(file.read_text() for file in children).split()[-1])
+
+
 @linux
 @pytest.mark.slow
 def test_torchrun_restarts_and_resumes_what_was_killed(tmp_path):
@@ -459,12 +464,52 @@ def test_torchrun_restarts_and_resumes_what_was_killed(tmp_path):
     process = subprocess.Popen([sys.executable, *map(str, words)], **how)
     for number in (4, 12):
         wait_for_lines(run, number)
-        children = Path(f"/proc/{process.pid}/task").glob("*/children")
-        workers = " ".join(file.read_text() for file in children).split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(worker_of(process), signal.SIGKILL)
     wait_for_lines(run, 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 1
     saved = checkpoint.checkpoints(run)[-1]
     assert checkpoint.whole(saved) and int(saved.name[5:]) in (lines(run) - 1, lines(run))
     assert [line["iteration"] for line in read_log(run)] == list(range(lines(run)))
+
+
+# ---- Two machines that see one folder: two launchers with node ranks of their own
+
+SFT = "--batch 6 --iterations 4 --sft_images 12 --eval_steps 2 --eval_prompts 0".split()
+ON_TWO = {"train_opd": SCRIPTS["train_opd"], "train_sft": SFT}
+
+
+def two_machines(*words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1"
+    launch = [sys.executable, *launch.split(), f"--master_port={port}"]
+    how = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    ranks = ("--node_rank=0", "--node_rank=1")
+    return [subprocess.Popen([*launch, rank, *map(str, words)], **how) for rank in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ON_TWO)
+def test_two_machines_give_the_curve_of_one(tmp_path, script):
+    words = [f"{script}.py", *ON_TWO[script], "--lr", "1e-4", "--out"]
+    assert shell(*words, tmp_path / "one").returncode == 0
+    nodes = two_machines(*words, tmp_path / "two")
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    ends = weights(tmp_path / "two"), weights(tmp_path / "one")
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ON_TWO)
+def test_a_process_killed_on_one_machine_ends_the_other_within_a_minute(tmp_path, script):
+    run = tmp_path / "run"
+    words = [*ON_TWO[script], "--iterations", 9999, "--save_every", 9999, "--out", run]
+    nodes = two_machines(f"{script}.py", *words)
+    wait_for_lines(run, 3)
+    os.kill(worker_of(nodes[1]), signal.SIGKILL)
+    here, there = (node.communicate(timeout=60)[1] for node in nodes)
+    assert [node.returncode for node in nodes] == [1, 1] and "SIGKILL" in there
+    assert "error: another process has stopped" in here and "saved after" in here

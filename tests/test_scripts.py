@@ -5,10 +5,8 @@ Its numbers are compared with an independent implementation in test_iteration.py
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -147,21 +145,6 @@ def test_a_batch_that_one_process_cannot_score_is_dropped_by_both(monkeypatch, t
     done = shell("train_teacher.py", *words, "--out", tmp_path / "run", processes=2)
     assert done.returncode == 0 and "only here" in done.stderr, done.stderr
     assert [line.get("skipped_updates", 0) for line in metrics(tmp_path / "run")] == [0, 2, 0]
-
-
-@pytest.mark.slow
-def test_two_machines_give_the_curve_of_one(tmp_path):
-    """Two launchers with node ranks of their own, as on two machines that see one folder."""
-    words = ["train_opd.py", *OPD, "--lr", "1e-4", "--out"]
-    assert shell(*words, tmp_path / "one").returncode == 0
-    launch = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1"
-    launch = [sys.executable, *launch.split(), f"--master_port={29500 + os.getpid() % 1000}"]
-    nodes, how = [], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    for rank in (0, 1):
-        command = [*launch, f"--node_rank={rank}", *words, str(tmp_path / "two")]
-        nodes.append(subprocess.Popen(command, **how))
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-5)
 
 
 # ---- Scorers that fail; flags and files
