@@ -84,8 +84,8 @@ def clip_tokenizer(pad):
 
 def t5_tokenizer():
     """T5's, with its special tokens and its 32,100 numbers; a token is a letter."""
-    letters = [("▁", -2.0), *((letter, -3.0) for letter in "etaoinshrdlucmfwypvbgkqjxz,.0123456789")]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "etaoinshrdlucmfwypvbgkqjxz,.0123456789"]
     pieces += [(f"<unused {n}>", -99.0) for n in range(32000 - len(pieces))]
     return T5TokenizerFast(vocab=pieces, extra_ids=100, model_max_length=512)
 

@@ -87,6 +87,11 @@ def largest_batch(args: argparse.Namespace, world: int = 1) -> dict[str, int]:
     return {phase: min(size, limits[phase]) for phase, size in sizes.items()}
 
 
+def for_gpu(args: argparse.Namespace, device: torch.device) -> bool:
+    """Where there is no GPU, --dtype bf16 (the recipes have it) says that the run will have one."""
+    return device.type == "cuda" or args.dtype == "bf16"
+
+
 def prompts_embedded(args: argparse.Namespace, world: int) -> int:
     """At most so many prompts are embedded by a process: of training, of pictures, of tests."""
     G, tasks = args.group_size, len(args.teacher)
@@ -107,7 +112,7 @@ def copied(folder: str, part: str, module: torch.nn.Module) -> int:
 def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     """What one process holds {name: (place, from which phase on, bytes)}, and what a phase takes on
     top {(place, phase): bytes at its peak}. place: "device" or "host"; on a CPU they are one."""
-    dtype, encoders, moved = precision(args.dtype, device), dict(ENCODERS), device.type != "cpu"
+    dtype, encoders, gpu = precision(args.dtype, device), dict(ENCODERS), for_gpu(args, device)
     if args.no_t5:
         del encoders["text_encoder_3"]
     with torch.device("meta"):
@@ -121,7 +126,9 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()  # diffusers' own .to warns
     text.to(dtype)
     bare = size_of(transformer)
-    read = copied(folder, "transformer", transformer) + copied(folder, "vae", vae)
+    # While it is loaded: its file, and its table of positions, which is built before it is read.
+    read = copied(folder, "transformer", transformer)
+    read += 4 * sum(buffer.numel() for buffer in transformer.buffers())
     student, *_ = load_loras(args, transformer)
     number = sum(p.numel() for p in student.values())
     trained = 4 * number  # bytes of one float32 copy
@@ -139,7 +146,9 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     # Noise, states and means of a rollout; of its rows x, x_next, two means and two labels.
     states, tasks = (2 * steps + 2 + 6 * S) * b * latent, len(args.teacher)
     pictures = bool(args.sample_every or args.eval_prompts)
-    vae_is = ("device", "rollout") if moved and pictures else ("host", "loading")
+    vae_is = ("host", "loading")
+    if gpu and pictures:  # it is moved when it first decodes
+        vae_is = ("device", "rollout")
     held = {
         f"transformer, {str(dtype).removeprefix('torch.')}": ("device", "loading", bare),
         "VAE, float32": (*vae_is, size_of(vae)),
@@ -151,9 +160,9 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
         "states, means and labels, float32": ("device", "rollout", states),
         "gradients, one per task": ("device", "update", tasks * trained),
     }
-    extra = {("host", "loading"): moved * bare + read, ("device", "text"): size_of(text)}
+    extra = {("host", "loading"): gpu * bare + read, ("device", "text"): size_of(text)}
     files = [copied(folder, part, encoder) for part, encoder in text.items()]
-    extra["host", "text"] = moved * size_of(text) + max(files)
+    extra["host", "text"] = gpu * size_of(text) + max(files)
     extra["host", "saving"] = 4 * trained  # the next state, and what is written of it
     # Of the scales one that doubles the rows, if any.
     scales = {args.guidance, *args.teacher_guidance.values()} - {1}
@@ -196,12 +205,13 @@ def dry_run(args: argparse.Namespace, load_loras: Callable) -> None:
     _, world, device = start_processes()
     print_batch(args)
     if rank_and_world()[0] == 0:
-        if device.type == "cpu" and args.dtype is None:
-            print("no GPU here: counted in float32, as on a CPU; --dtype bf16 counts for a GPU")
         held, extra = phases(args, load_loras, folder, device, world)
-        if device.type == "cpu":
+        if not for_gpu(args, device):
+            print("no GPU here: counted for a CPU, in float32; --dtype bf16 counts for a GPU")
             print_memory("memory", held, extra, "device", "host")
         else:
+            if device.type == "cpu":
+                print("no GPU here: counted for one, as --dtype bf16 asks")
             print_memory("the GPU's memory", held, extra, "device")
             print_memory("the host's memory", held, extra, "host")
         # Student, average and two moments in float32, and the average in two formats.

@@ -24,12 +24,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import support  # noqa: F401  first: it quiets the notices of transformers
 import torch
@@ -39,15 +37,15 @@ from safetensors.torch import load_file
 
 import train_opd
 from experiments import sd35m
+from experiments.phases import ENVIRONMENT, Watch
 from recipes import memory
 from rewards.pictures import sample_images
-from support import checkpoint, lora, metrics, model
+from support import lora, metrics, model
 from support.files import save_json
 from support.flags import TASKS, make_parser
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-# Freed memory goes back to the system at once, or a phase's peak would hide the next one's.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def bright(images, prompts, metadata):
@@ -57,60 +55,6 @@ def bright(images, prompts, metadata):
 
 bright.range = (0, 1)
 REWARDS = dict.fromkeys(TASKS, bright)  # of --rewards full_size
-
-
-class Watch:
-    """Seconds and peak memory of a process's phases, kept in a file."""
-
-    def __init__(self, file):
-        self.file, self.phases = file, {}
-        self.start = self.peak = resident()
-        self.since = time.perf_counter()
-        threading.Thread(target=self.sample, daemon=True).start()
-
-    def sample(self):
-        while True:
-            self.peak = max(self.peak, resident())
-            time.sleep(0.01)
-
-    def mark(self, phase):
-        """What was used since the last mark belongs to this phase."""
-        now, peak = time.perf_counter(), max(self.peak, resident()) - self.start
-        entry = self.phases.setdefault(phase, {"seconds": 0.0, "peak": 0})
-        entry["seconds"] += now - self.since
-        entry["peak"] = max(entry["peak"], peak)
-        self.since, self.peak = now, 0
-        save_json(self.file, self.phases)
-
-    def around(self, owner, name, phase):
-        """Calls of owner.name belong to this phase."""
-        real = getattr(owner, name)
-
-        def call(*given, **named):
-            self.mark("the rest")
-            out = real(*given, **named)
-            self.mark(phase)
-            return out
-
-        setattr(owner, name, call)
-
-    def laps(self):
-        """Those of a training script, by its own stopwatch."""
-        real = metrics.Stopwatch.lap
-
-        def lap(stopwatch, phase):
-            real(stopwatch, phase)
-            self.mark(phase)
-
-        metrics.Stopwatch.lap = lap
-        self.around(model, "load_pipeline", "loading")
-        self.around(model, "embed_prompts", "text")
-        self.around(checkpoint.Saver, "iteration_done", "saving")
-
-
-def resident():
-    """Bytes of this process in memory, files that are mapped into it included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def run(script, *flags):
@@ -143,7 +87,7 @@ def training(folder):
 def distillation(folder):
     """Four images an iteration, one of each task; two trained steps of three; MAR."""
     words = "--prompts_per_iteration 4 --group_size 1 --updates 1 --steps 3 --iterations 3"
-    words += " --lr 1e-3 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
+    words += " --lr 2e-4 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
     return [*training(folder), "--init", folder / "merged", *words.split()]
 
 
