@@ -11,6 +11,7 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -120,12 +121,15 @@ def recipe_args(recipe, *flags):
             save_json(folder / name / "tokenizer_config.json", {"model_max_length": length})
         save_json(folder / "model_index.json", index)
         save_random_lora(folder / "lora", transformer, "any")
-        memory.fetch = lambda *_: str(folder)
-        lora.fetch = lambda *_: str(folder / "lora")
         prompts = [f"{task}={ROOT}/toy/prompts/{task}_train.txt" for task in TASKS]
-        sys.argv = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run"]
-        sys.argv += ["--init", "base", "--prompts", *prompts, *flags]
-        yield train_opd.parse_args()
+        words = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run"]
+        words += ["--init", "base", "--prompts", *prompts, *flags]
+        with (
+            patch.object(memory, "fetch", lambda *_: str(folder)),
+            patch.object(lora, "fetch", lambda *_: str(folder / "lora")),
+            patch.object(sys, "argv", words),
+        ):
+            yield train_opd.parse_args()
 
 
 def save_pipeline(folder, parts=None):

@@ -310,6 +310,8 @@ def main():
         again = [sys.executable, __file__, "--step", name, "--out", folder]
         with open(log, "w") as file:
             how = {"stdout": file, "stderr": subprocess.STDOUT, "env": os.environ | ENVIRONMENT}
+            if args.tiny:
+                how["env"]["OMP_NUM_THREADS"] = "1"
             done = subprocess.run([*again, *["--tiny"] * args.tiny], **how).returncode
         if done != (143 if name == "stopped" else 0):
             raise SystemExit(f"{name} failed with code {done}: see {log}")
