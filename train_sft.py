@@ -80,15 +80,15 @@ def main(args: argparse.Namespace) -> None:
     numbers = {"image": (range(args.sft_images), [None] * args.sft_images)}
     schedule = run.draw_schedule(numbers, {"image": 1}, args.batch, args.iterations, args.seed)
     samples = run.share(args.batch, rank, world)  # of 0 .. batch - 1, this process's b samples
-    prompts = [prompt for _, prompt, _ in slots]
-    text = model.embed_prompts(pipe, prompts + run.test_prompts_used(tests), args)
-    rows = torch.tensor([text["rows"][prompt] for prompt in prompts])  # (images,)
+    used = {slots[row[i][1]][1] for row in schedule for i in samples}  # prompts of what it learns
+    used |= {slots[i][1] for i in run.share(args.sft_images, rank, world)}  # and samples
+    text = model.embed_prompts(pipe, [*used, *run.test_prompts_used(tests)], args)
+    rows = torch.tensor([text["rows"].get(prompt, 0) for _, prompt, _ in slots])  # (images,)
     # Flow matching trains the unguided velocity: guidance scale 1.
     backbone = model.Backbone(pipe.transformer, text, {"student": 1.0}, args.label_batch)
     start, saver = begin_run(args, pipe, student, average, optimizer)
     latents = sample_teachers(args, pipe, text, slots, Path(args.out, "teachers.safetensors"))
     bad_updates = 0  # in a row, for NaN or infinity
-
     bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}

@@ -1,17 +1,34 @@
-"""Stable Diffusion 3.5 Medium without its weights: its public configuration, for benchmark.py.
+"""Stable Diffusion 3.5 Medium without its weights: its public configuration, and random weights.
 
     torchrun --nproc_per_node=8 experiments/sd35m.py sd35m_opd
 
 estimates the memory of recipes/sd35m_opd.args as train_opd.py --dry_run does, without hub and GPU.
+cost.py counts a recipe's operations from the same configuration. benchmark.py and
+tests/full_size.py run it with random weights.
 """
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,24 +49,61 @@ VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4}
 VAE |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
 VAE |= {"scaling_factor": 1.5305, "shift_factor": 0.0609}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-CLIP_L |= {"num_attention_heads": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-CLIP_G |= {"num_attention_heads": 20, "projection_dim": 1280}
+TEXT = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+CLIP_L = TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+CLIP_L |= {"num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu"}
+CLIP_L |= {"pad_token_id": 1}
+CLIP_G = TEXT | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+CLIP_G |= {"num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"}
+CLIP_G |= {"pad_token_id": 1}
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+PARTS = {"transformer": TRANSFORMER, "vae": VAE, "clip_l": CLIP_L, "clip_g": CLIP_G, "t5": T5_XXL}
+
+# The same layers a tenth as wide and a tenth as many, to try a script that is for the real ones.
+TINY = {"transformer": TRANSFORMER | {"num_layers": 3, "num_attention_heads": 2}}
+TINY["transformer"] |= {"caption_projection_dim": 128, "joint_attention_dim": 256}
+TINY["transformer"] |= {"pooled_projection_dim": 128, "dual_attention_layers": (0, 1)}
+TINY["transformer"] |= {"pos_embed_max_size": 64, "sample_size": 64}
+TINY["vae"] = VAE | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "projection_dim": 64}
+TINY |= {"clip_l": CLIP_L | SMALL, "clip_g": CLIP_G | SMALL}
+TINY["t5"] = T5_XXL | {"d_model": 256, "d_ff": 128, "num_layers": 1, "num_heads": 2}
 
 
-def save_random_lora(folder, transformer, name):
-    """A LoRA of rank 32, as the published teachers; transformer may be on "meta"."""
-    lora.add_adapter(transformer, name, rank=32, alpha=64)
+def clip_tokenizer(pad):
+    """CLIP's, with its special tokens, its 49,408 numbers and its 77 places, and no merges: a token
+    is a letter. CLIP-L pads with the end token, CLIP-G with "!", which has number 0."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += [f"<unused {n}>" for n in range(49406 - len(words))]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: n for n, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77)
+
+
+def t5_tokenizer():
+    """T5's, with its special tokens and its 32,100 numbers; a token is a letter."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "etaoinshrdlucmfwypvbgkqjxz,.0123456789"]
+    pieces += [(f"<unused {n}>", -99.0) for n in range(32000 - len(pieces))]
+    return T5TokenizerFast(vocab=pieces, extra_ids=100, model_max_length=512)
+
+
+def save_random_lora(folder, transformer, name, rank=32):
+    """A LoRA of rank 32, as the published teachers, whose updates are about as large as the random
+    weights; transformer may be on "meta"."""
+    lora.add_adapter(transformer, name, rank=rank, alpha=2 * rank)
     shapes = lora.adapter_parameters(transformer, name)
-    tensors = {key: 0.01 * torch.randn(shape.shape) for key, shape in shapes.items()}
-    lora.save_adapter(folder, tensors, 64 / 32)
+    tensors = {key: 0.03 * torch.randn(shape.shape) for key, shape in shapes.items()}
+    lora.save_adapter(folder, tensors, 2)
 
 
-def dry_run(recipe):
-    """train_opd.py --dry_run with a recipe. Configurations and a random LoRA replace the hub."""
+@contextlib.contextmanager
+def recipe_args(recipe, *flags):
+    """The flags of train_opd.py with a recipe. Inside, configurations and a random LoRA replace the
+    hub, and the miniature's prompts those of the recipe."""
     with tempfile.TemporaryDirectory() as work:
         folder, index = Path(work), {"_class_name": "StableDiffusion3Pipeline"}
         with torch.device("meta"):
@@ -67,40 +121,52 @@ def dry_run(recipe):
             save_json(folder / name / "tokenizer_config.json", {"model_max_length": length})
         save_json(folder / "model_index.json", index)
         save_random_lora(folder / "lora", transformer, "any")
-        memory.fetch = lambda *_: str(folder)
-        lora.fetch = lambda *_: str(folder / "lora")
         prompts = [f"{task}={ROOT}/toy/prompts/{task}_train.txt" for task in TASKS]
-        sys.argv = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run"]
-        sys.argv += ["--dtype", "bf16", "--init", "base", "--prompts", *prompts]
-        train_opd.main(train_opd.parse_args())
+        words = ["train_opd.py", f"@{ROOT}/recipes/{recipe}.args", "--dry_run"]
+        words += ["--init", "base", "--prompts", *prompts, *flags]
+        with (
+            patch.object(memory, "fetch", lambda *_: str(folder)),
+            patch.object(lora, "fetch", lambda *_: str(folder / "lora")),
+            patch.object(sys, "argv", words),
+        ):
+            yield train_opd.parse_args()
 
 
-def save_pipeline(folder):
-    """A folder with SD3.5-Medium's transformer and VAE (random weights) and five random LoRAs."""
+def save_pipeline(folder, parts=None):
+    """A folder with SD3.5-Medium's transformer and VAE (random weights, two bytes a number) and
+    five random LoRAs. Without `parts` its text encoders are small, with the widths of the real
+    ones; parts: configurations like PARTS and TINY."""
     torch.manual_seed(0)
-    small = StableDiffusion3Pipeline.from_pretrained(ROOT / "toy")
-    small.tokenizer.model_max_length = 77
-    small.tokenizer_3.model_max_length = 256
-    text = {"vocab_size": len(small.tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
-    text |= {"bos_token_id": 0, "eos_token_id": 1}
-    t5 = {"vocab_size": len(small.tokenizer_3), "d_model": 4096, "d_kv": 64, "d_ff": 128}
+    if parts is None:
+        small = {"num_hidden_layers": 2, "intermediate_size": 128}
+        parts = PARTS | {"clip_l": CLIP_L | small, "clip_g": CLIP_G | small}
+        parts["t5"] = T5_XXL | {"d_ff": 128, "num_layers": 1, "num_heads": 2}
+    clip = lambda name: CLIPTextModelWithProjection(CLIPTextConfig(**parts[name]))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # so that it is never there in four bytes
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**TRANSFORMER)
-    StableDiffusion3Pipeline(
-        transformer=transformer.to("cpu", torch.bfloat16),
-        vae=AutoencoderKL(**VAE),
-        scheduler=small.scheduler,
-        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=768)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=1280)),
-        text_encoder_3=T5EncoderModel(T5Config(**t5, num_layers=1, num_heads=2)),
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer,
-        tokenizer_3=small.tokenizer_3,
-    ).save_pretrained(folder)
+        transformer = SD3Transformer2DModel(**parts["transformer"])
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.to("cpu", torch.bfloat16),  # with its table of positions
+        vae=AutoencoderKL(**parts["vae"]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip("clip_l"),
+        text_encoder_2=clip("clip_g"),
+        text_encoder_3=T5EncoderModel(T5Config(**parts["t5"])),
+        tokenizer=clip_tokenizer("<|endoftext|>"),
+        tokenizer_2=clip_tokenizer("!"),
+        tokenizer_3=t5_tokenizer(),
+    )
+    torch.set_default_dtype(before)
+    pipe.save_pretrained(folder)
     for name in (*TASKS, "merged"):
         save_random_lora(Path(folder) / "adapters" / name, transformer, name)
     return folder
+
+
+def dry_run(recipe):
+    with recipe_args(recipe) as args:
+        train_opd.main(args)
 
 
 if __name__ == "__main__":

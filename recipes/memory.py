@@ -23,7 +23,11 @@ from torch.utils._pytree import tree_leaves
 from support.files import check_model, fetch
 from support.lora import use
 from support.model import ENCODERS, backbone_dtype, precision, set_size, velocity
-from support.run import print_batch, rank_and_world, start_processes, stop_processes
+from support.run import print_batch, rank_and_world, share, start_processes, stop_processes
+
+# In their order. What is held from a phase on is held in all later ones.
+PHASES = ("loading", "text", "rollout", "labels", "update", "saving", "pictures")
+NAMES = {"loading": "the model is loaded", "text": "prompts are embedded", "pictures": "samples"}
 
 
 class Alive(TorchDispatchMode):
@@ -83,64 +87,115 @@ def largest_batch(args: argparse.Namespace, world: int = 1) -> dict[str, int]:
     return {phase: min(size, limits[phase]) for phase, size in sizes.items()}
 
 
-def phases(args, load_loras, folder, device, world=1) -> tuple[dict[str, int], dict[str, int]]:
-    """({what is held all the time: bytes}, {phase: bytes on top at its peak}) of one process."""
-    dtype, encoders = precision(args.dtype, device), dict(ENCODERS)
+def for_gpu(args: argparse.Namespace, device: torch.device) -> bool:
+    """Where there is no GPU, --dtype bf16 (the recipes have it) says that the run will have one."""
+    return device.type == "cuda" or args.dtype == "bf16"
+
+
+def prompts_embedded(args: argparse.Namespace, world: int) -> int:
+    """At most so many prompts are embedded by a process: of training, of pictures, of tests."""
+    G, tasks = args.group_size, len(args.teacher)
+    places = {i // G for i in share(args.prompts_per_iteration * G, 0, world)}
+    return 1 + args.iterations * len(places) + 2 * tasks + tasks * args.eval_prompts // world
+
+
+def copied(folder: str, part: str, module: torch.nn.Module) -> int:
+    """Bytes of a file that is read: it is mapped into memory until all its numbers are converted. 0
+    where it has the module's precision and so is the weights. A file that is not here has two bytes
+    a number, as those of SD3.5."""
+    files = Path(folder, part).glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files if "." not in file.stem)  # no .fp16
+    size = size or 2 * sum(tensor.numel() for tensor in module.state_dict().values())
+    return size if abs(size / size_of(module) - 1) > 0.1 else 0
+
+
+def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
+    """What one process holds {name: (place, from which phase on, bytes)}, and what a phase takes on
+    top {(place, phase): bytes at its peak}. place: "device" or "host"; on a CPU they are one."""
+    dtype, encoders, gpu = precision(args.dtype, device), dict(ENCODERS), for_gpu(args, device)
     if args.no_t5:
         del encoders["text_encoder_3"]
     with torch.device("meta"):
         build = lambda kind, part: kind.from_config(kind.load_config(f"{folder}/{part}"))
         transformer = build(SD3Transformer2DModel, "transformer")
         vae = build(AutoencoderKL, "vae").requires_grad_(False)
-        text_encoders = torch.nn.ModuleList()
+        text = torch.nn.ModuleDict()
         for part, kind in encoders.items():
-            text_encoders.append(kind(kind.config_class.from_pretrained(f"{folder}/{part}")))
+            text[part] = kind(kind.config_class.from_pretrained(f"{folder}/{part}"))
     set_size(transformer, vae, args.size)
     torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()  # diffusers' own .to warns
+    text.to(dtype)
     bare = size_of(transformer)
+    # While it is loaded: its file, and its table of positions, which is built before it is read.
+    read = copied(folder, "transformer", transformer)
+    read += 4 * sum(buffer.numel() for buffer in transformer.buffers())
     student, *_ = load_loras(args, transformer)
     number = sum(p.numel() for p in student.values())
     trained = 4 * number  # bytes of one float32 copy
-    loras = [p.numel() for name, p in transformer.named_parameters() if ".lora_" in name]
+    loras = sum(p.numel() for name, p in transformer.named_parameters() if ".lora_" in name)
 
     about = lambda part: json.loads(Path(folder, part, "tokenizer_config.json").read_text())
     tokens, t5_tokens = about("tokenizer")["model_max_length"], args.text_length
     if not args.no_t5:
         t5_tokens = min(t5_tokens, about("tokenizer_3")["model_max_length"])
-    side = transformer.config.sample_size
+    tokens, config, side = tokens + t5_tokens, transformer.config, transformer.config.sample_size
+    row = dtype.itemsize * (tokens * config.joint_attention_dim + config.pooled_projection_dim)
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
-    latent = 4 * transformer.config.in_channels * side**2  # bytes of a state, float32
+    latent = 4 * config.in_channels * side**2  # bytes of a state, float32
+    # Noise, states and means of a rollout; of its rows x, x_next, two means and two labels.
+    states, tasks = (2 * steps + 2 + 6 * S) * b * latent, len(args.teacher)
+    pictures = bool(args.sample_every or args.eval_prompts)
+    vae_is = ("host", "loading")
+    if gpu and pictures:  # it is moved when it first decodes
+        vae_is = ("device", "rollout")
     held = {
-        f"transformer, {str(dtype).removeprefix('torch.')}": bare,
-        "LoRAs of teachers and anchor": (sum(loras) - 2 * number) * dtype.itemsize,
-        "student and its average, float32": 2 * trained,
-        "gradients, one per task": len(args.teacher) * trained,
-        "Adam's two moments": 2 * trained,
-        # Noise, states and means of a rollout; of its rows x, x_next, two means and two labels.
-        "states, means and labels, float32": (2 * steps + 2 + 6 * S) * b * latent,
+        f"transformer, {str(dtype).removeprefix('torch.')}": ("device", "loading", bare),
+        "VAE, float32": (*vae_is, size_of(vae)),
+        "LoRAs of teachers and anchor": ("device", "text", (loras - 2 * number) * dtype.itemsize),
+        "student and its average, float32": ("device", "text", 2 * trained),
+        "text embeddings": ("host", "rollout", row * prompts_embedded(args, world)),
+        "Adam's two moments": ("device", "rollout", 2 * trained),
+        "the last iteration's state, for signals": ("host", "rollout", 4 * trained),
+        "states, means and labels, float32": ("device", "rollout", states),
+        "gradients, one per task": ("device", "update", tasks * trained),
     }
+    extra = {("host", "loading"): gpu * bare + read, ("device", "text"): size_of(text)}
+    files = [copied(folder, part, encoder) for part, encoder in text.items()]
+    extra["host", "text"] = gpu * size_of(text) + max(files)
+    extra["host", "saving"] = 4 * trained  # the next state, and what is written of it
     # Of the scales one that doubles the rows, if any.
     scales = {args.guidance, *args.teacher_guidance.values()} - {1}
     guidance = dict.fromkeys(("rollout", "update"), args.student_guidance)
     guidance["labels"] = max(scales, default=1)
-    extra = {"text encoders": size_of(text_encoders.to(dtype))}
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer.to_empty(device=device)
         if args.checkpointing:
             transformer.enable_gradient_checkpointing()
         for phase, rows in largest_batch(args, world).items():
-            how = (side, tokens + t5_tokens, guidance[phase], device, phase == "update")
-            extra[phase] = peak_of(transformer, rows, *how)
-        extra["rollout"] += (2 * steps + 2) * b * latent  # lists, before they are stacked
-        if args.sample_every or args.eval_prompts:
-            held["VAE, float32, from the first pictures on"] = size_of(vae)
-            n = min(args.label_batch, args.eval_prompts or 2 * len(args.teacher))
+            how = (side, tokens, guidance[phase], device, phase == "update")
+            extra["device", phase] = peak_of(transformer, rows, *how)
+        extra["device", "rollout"] += (2 * steps + 2) * b * latent  # lists, before they are stacked
+        if pictures:
+            n = min(args.label_batch, args.eval_prompts or 2 * tasks)
             with torch.no_grad(), Alive(device) as alive:
                 latents = torch.zeros(n, vae.config.latent_channels, side, side, device=device)
                 vae.to_empty(device=device).decode(latents)
-            extra["pictures"] = alive.peak - size_of(vae)
+            extra["device", "pictures"] = alive.peak - size_of(vae)
     return held, extra
+
+
+def in_all(held: dict, extra: dict, *places: str) -> dict[str, int]:
+    """{phase: bytes in all at its peak} in these places; phases that take nothing there are left
+    out."""
+    total = {}
+    for number, phase in enumerate(PHASES):
+        on_top = [extra[place, phase] for place in places if (place, phase) in extra]
+        sizes = [size for place, since, size in held.values()
+                 if place in places and PHASES.index(since) <= number]  # fmt: skip
+        if on_top:
+            total[phase] = sum(on_top) + sum(sizes)
+    return total
 
 
 def dry_run(args: argparse.Namespace, load_loras: Callable) -> None:
@@ -151,17 +206,31 @@ def dry_run(args: argparse.Namespace, load_loras: Callable) -> None:
     print_batch(args)
     if rank_and_world()[0] == 0:
         held, extra = phases(args, load_loras, folder, device, world)
-        total, rows = sum(held.values()), largest_batch(args, world)
-        print("\nGB held all the time, per process")
-        for name, size in {**held, "together": total}.items():
-            print(f"  {size / 1e9:9.3f}  {name}")
-        print("\nGB at the peak of each phase: this on top, and in all")
-        for phase, size in extra.items():
-            largest = f", {rows[phase]} rows a forward pass" if phase in rows else ""
-            print(f"  {size / 1e9:9.3f} {(total + size) / 1e9:9.3f}  {phase}{largest}")
+        if not for_gpu(args, device):
+            print("no GPU here: counted for a CPU, in float32; --dtype bf16 counts for a GPU")
+            print_memory("memory", held, extra, "device", "host")
+        else:
+            if device.type == "cpu":
+                print("no GPU here: counted for one, as --dtype bf16 asks")
+            print_memory("the GPU's memory", held, extra, "device")
+            print_memory("the host's memory", held, extra, "host")
         # Student, average and two moments in float32, and the average in two formats.
-        disk = 3 * held["Adam's two moments"] / 1e9
+        disk = 3 * held["Adam's two moments"][-1] / 1e9
         print(f"\na checkpoint takes {disk:.3f} GB of disk; at most {args.keep + 1} exist at once")
-        print("An estimate, not measured. It leaves out the CUDA context, libraries' workspaces,")
-        print("temporaries inside an operation, fragmentation and the text encoders' activations.")
+        if args.cache_embeddings:
+            cache = world * held["text embeddings"][-1] / 1e9
+            print(f"--cache_embeddings takes at most {cache:.3f} GB of disk")
+        print("An estimate, not measured. It leaves out Python and the libraries (0.5 GB, and a")
+        print("CUDA context), workspaces, temporaries inside an operation, fragmentation.")
     stop_processes()
+
+
+def print_memory(name: str, held: dict, extra: dict, *places: str) -> None:
+    rows = {what: size for what, (place, _, size) in held.items() if place in places}
+    print(f"\nGB of {name} that a process holds in training")
+    for what, size in {**rows, "together": sum(rows.values())}.items():
+        print(f"  {size / 1e9:9.3f}  {what}")
+    print("and at the peak of each phase: on top, and in all")
+    for phase, size in in_all(held, extra, *places).items():
+        on_top = sum(extra.get((place, phase), 0) for place in places)
+        print(f"  {on_top / 1e9:9.3f} {size / 1e9:9.3f}  {NAMES.get(phase, phase)}")

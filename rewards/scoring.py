@@ -233,10 +233,11 @@ def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tu
 
 
 def find_missing(folder: Path, tests: dict, marks: dict[str, dict]) -> tuple[dict, list]:
-    """Where every model's images are or will be, and which of this process's share are missing.
+    """Where every model's images are or will be, and which of the missing ones this process makes.
 
-    marks {model: all that its images depend on, besides prompt and noise}. Returns files {model:
-    {task: [file, ...]}} and missing [(model, task, number, mark), ...]."""
+    What is missing is dealt out, not what there is: after a crash no process waits long for
+    another. marks {model: all that its images depend on, besides prompt and noise}. Returns files
+    {model: {task: [file, ...]}} and missing [(model, task, number, mark), ...]."""
     rank, world = rank_and_world()
     files, missing = {name: {} for name in marks}, []
     for name in marks:
@@ -248,13 +249,14 @@ def find_missing(folder: Path, tests: dict, marks: dict[str, dict]) -> tuple[dic
                 mark = json.dumps(about)
                 if not is_kept(files[name][task][j], mark):
                     missing.append((name, task, j, mark))
-    return files, missing
+    missing = [image for part in gather(missing) for image in part]  # of all processes
+    return files, [missing[i] for i in share(len(missing), rank, world)]
 
 
 def sample_missing(
     pipe, text: dict, loras: dict, guidance: dict, tests: dict, files: dict, missing: list, *how
 ) -> None:
-    """Generate the missing images. loras {model: LoRA or None}, guidance {model: scale}.
+    """Generate this process's missing images. loras {model: LoRA or None}, guidance {model: scale}.
 
     how: seed, ODE steps, batch. Number j of a task has the same noise for every model."""
     seed, steps, batch = how

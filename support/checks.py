@@ -4,18 +4,15 @@ Faults in this kind of training are silent: an adapter that was not loaded, a sa
 one step, a ratio that is not 1 because dropout was on. The run goes on and learns nothing.
 """
 
-import shutil
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import torch
 
 from losses import log_ratio_of
 from sde import kl_weight, rollout, step
-from support.flags import fail
 from support.model import Backbone, initial_noise
-from support.run import generator, rank_and_world
+from support.run import check_disk, generator, rank_and_world
 
 
 def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
@@ -26,10 +23,7 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     # Disk: 24 bytes a parameter (student, average, two moments, the average in two formats). While
     # it is saved there is one checkpoint more than --keep, at the end an adapter.
     needed = (args.keep + 2) * 24 * sum(p.numel() for p in student.values()) / 1e9
-    out = Path(args.out).absolute()
-    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.is_dir())).free / 1e9
-    if free < needed:
-        fail(f"--out {args.out}: {free:.2f} GB free, checkpoints take {needed:.2f}; lower --keep")
+    free = check_disk(args.out, "--out", needed, "lower --keep")
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
     report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from support.files import PIPELINE, TEXT, check_model, fetch, sha256
 from support.flags import fail, reason
 from support.lora import use
-from support.run import chunks
+from support.run import check_disk, chunks
 
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity_error()  # our own errors are one line; theirs would stand around it
@@ -53,8 +53,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     how = {"dtype": kinds, "use_safetensors": True} | dict.fromkeys(TEXT)
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, **how)
-        check_weights(pipe.transformer)
-        check_weights(pipe.vae)
+        check_weights(pipe.transformer, device)  # a CPU takes 15 s for those of SD3.5
+        check_weights(pipe.vae, device)
     except Exception as error:  # whatever a damaged or foreign file leads to
         fail(f"--model {args.model}: cannot be loaded as Stable Diffusion 3 ({reason(error)})")
     set_size(pipe.transformer, pipe.vae, args.size)
@@ -87,32 +87,29 @@ def set_size(transformer: torch.nn.Module, vae: torch.nn.Module, size: int | Non
     transformer.register_to_config(sample_size=size // pixels)
 
 
-def check_weights(module: torch.nn.Module) -> None:
+def check_weights(module: torch.nn.Module, device: torch.device | str = "cpu") -> None:
     """ValueError unless every weight was in the files (else it is on "meta") and is finite."""
     for name, weight in module.named_parameters():
-        if weight.is_meta or not weight.isfinite().all():
+        if weight.is_meta or not weight.to(device).isfinite().all():
             raise ValueError(f"{name} is missing, nan or infinite; download it again")
 
 
 @torch.no_grad()
-def embed_prompts(
-    pipe: StableDiffusion3Pipeline, prompts: Iterable[str], args: argparse.Namespace
-) -> dict:
+def embed_prompts(pipe, prompts: Iterable[str], args: argparse.Namespace) -> dict:
     """Text embeddings on the CPU: {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}.
 
     Row 0 is the empty prompt of guidance. The text encoders are loaded for this alone and dropped;
     with --cache_embeddings only if a prompt is new. The tokenizer's limit caps --text_length."""
     distinct = ["", *sorted(set(prompts) - {""})]
-    device, dtype = pipe.transformer.device, backbone_dtype(pipe.transformer)
-    files = cache_files(pipe, distinct, args)
-    table = {}
+    files, found = cache_files(pipe, distinct, args), {}
     for prompt, file in files.items():
         with contextlib.suppress(OSError, SafetensorError, KeyError):  # new or damaged: made again
-            found = load_file(file)
-            table[prompt] = (found["embeds"], found["pooled"])
-    new = [prompt for prompt in distinct if prompt not in table]
+            read = load_file(file)
+            found[prompt] = {"embeds": read["embeds"], "pooled": read["pooled"]}
+    new = [prompt for prompt in distinct if prompt not in found]
     if new:
-        text, length = load_text_encoders(pipe, dtype, args.no_t5).to(device), args.text_length
+        text = load_text_encoders(pipe, backbone_dtype(pipe.transformer), args.no_t5)
+        text, length = text.to(pipe.transformer.device), args.text_length
         if text.tokenizer_3 is not None:
             length = min(length, text.tokenizer_3.model_max_length)
         how = {"do_classifier_free_guidance": False, "max_sequence_length": length}
@@ -120,23 +117,27 @@ def embed_prompts(
         for i in tqdm(batches, "embedding prompts", unit="batch", disable=len(new) < 2000):
             batch = new[i : i + 64]
             embeds, _, pooled, _ = text.encode_prompt(batch, None, None, **how)  # (n, L, E), (n, E)
+            if files:  # this batch and those to come
+                size = (embeds[0].nbytes + pooled[0].nbytes) * (len(new) - i) / 1e9
+                check_disk(args.cache_embeddings, "--cache_embeddings", size, "make room")
             for prompt, *row in zip(batch, embeds.cpu(), pooled.cpu()):
                 if not all(tensor.isfinite().all() for tensor in row):
                     fail(f"--model: the embedding of {prompt[:100]!r} is nan; try another --dtype")
-                table[prompt] = row
+                found[prompt] = {"embeds": row[0], "pooled": row[1]}
                 if prompt in files:  # written beside, then renamed: processes share a cache
                     beside = f"{files[prompt]}.{os.getpid()}"
                     files[prompt].parent.mkdir(parents=True, exist_ok=True)
-                    save_file({"embeds": row[0].clone(), "pooled": row[1].clone()}, beside)
+                    save_file({part: x.clone() for part, x in found[prompt].items()}, beside)
                     os.replace(beside, files[prompt])
-    embeds, pooled = (torch.stack([table[p][part] for p in distinct]) for part in (0, 1))
-    rows = {prompt: row for row, prompt in enumerate(distinct)}
-    return {"rows": rows, "embeds": embeds, "pooled": pooled}
+    table = {"rows": {prompt: row for row, prompt in enumerate(distinct)}}
+    for part, first in list(found[""].items()):
+        table[part] = torch.empty(len(distinct), *first.shape, dtype=first.dtype)
+        for row, prompt in enumerate(distinct):  # row by row: a stack would hold all of it twice
+            table[part][row] = found[prompt].pop(part)
+    return table
 
 
-def cache_files(
-    pipe: StableDiffusion3Pipeline, prompts: list[str], args: argparse.Namespace
-) -> dict[str, Path]:
+def cache_files(pipe, prompts: list[str], args: argparse.Namespace) -> dict[str, Path]:
     """{prompt: file} in --cache_embeddings, named by all that it depends on; {} without a cache."""
     if not args.cache_embeddings:
         return {}
@@ -154,7 +155,7 @@ def cache_files(
 
 def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool):
     """The stock pipeline with its text encoders. A missing weight, which transformers would draw at
-    random, is an error; so is a tokenizer that transformers 5 has made without any file."""
+    random, is an error; so is a tokenizer without files."""
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
     if no_t5:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -180,9 +181,7 @@ def backbone_dtype(transformer: torch.nn.Module) -> torch.dtype:
     return transformer.pos_embed.proj.weight.dtype
 
 
-def velocity(
-    transformer, x: Tensor, t: Tensor | float, text: dict, rows: Tensor, guidance: float
-) -> Tensor:
+def velocity(transformer, x, t, text: dict, rows: Tensor, guidance: float) -> Tensor:
     """Guided velocity of the active LoRA at x (B, C, H, W): float32, shaped like x.
 
     t in [0, 1], one or B of them. rows (B,), on the CPU: the prompts, as rows of the table `text`.
@@ -214,8 +213,11 @@ class Backbone:
 
     def velocity(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
         """At states x (n, C, H, W), t (n, 1, 1, 1) or a float, prompt rows (n,): like x."""
+        # Many states have few prompts: the row of each, 1.7 MB in SD3.5, is uploaded once.
+        used, rows = torch.cat([0 * prompt[:1], prompt]).unique(return_inverse=True)  # row 0 first
+        text = {part: self.text[part][used].to(x.device) for part in ("embeds", "pooled")}
         with use(self.transformer, name):
-            return velocity(self.transformer, x, t, self.text, prompt, self.guidance[name])
+            return velocity(self.transformer, x, t, text, rows[1:], self.guidance[name])
 
     @torch.no_grad()
     def predict(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
@@ -243,11 +245,10 @@ def time_grid(pipe: StableDiffusion3Pipeline, steps: int) -> list[float]:
     return [float(sigma) for sigma in pipe.scheduler.sigmas]
 
 
-def initial_noise(pipe: StableDiffusion3Pipeline, generators: Sequence[torch.Generator]) -> Tensor:
+def initial_noise(pipe, generators: Sequence[torch.Generator]) -> Tensor:
     """Normal noise, one (C, H, W) per generator: (B, C, H, W)."""
-    config, device = pipe.transformer.config, pipe.transformer.device
-    side = config.sample_size
-    noise = torch.empty(len(generators), config.in_channels, side, side)
+    config, number = pipe.transformer.config, len(generators)
+    noise = torch.empty(number, config.in_channels, config.sample_size, config.sample_size)
     for sample, own in zip(noise, generators):
         sample.normal_(generator=own)
-    return noise.to(device)
+    return noise.to(pipe.transformer.device)

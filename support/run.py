@@ -5,9 +5,11 @@ import functools
 import hashlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -119,9 +121,7 @@ def set_gradients(parameters: Sequence[Tensor], flat: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_average(
-    average: dict[str, Tensor], student: dict[str, Tensor], updates: int, args: argparse.Namespace
-) -> None:
+def update_average(average: dict, student: dict, updates: int, args: argparse.Namespace) -> None:
     """Every --ema_every updates, after n of them: average += (1 - d) (student - average) with
     d = min((1 + n) / (10 + n), --ema_decay). The warm-up (Flow-GRPO's code) is for short runs."""
     if updates % args.ema_every:
@@ -153,9 +153,7 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def draw_schedule(
-    train: dict[str, tuple], shares: dict[str, float], wanted: int, iterations: int, seed: int
-) -> list[list[tuple]]:
+def draw_schedule(train: dict, shares: dict, wanted: int, iterations: int, seed: int) -> list[list]:
     """Per iteration `wanted` of (task, prompt, metadata), from train {task: (prompts, metadata)}.
 
     Tasks follow a cycle, so `shares` {task: whole number} are exact in the long run. A task's
@@ -201,6 +199,16 @@ def test_prompts_used(tests: dict[str, tuple]) -> list[str]:
 
 
 # ---- Errors that end a run
+
+
+def check_disk(folder: str, flag: str, needed: float, cure: str) -> float:
+    """The free GB where `folder` is or will be; an error if `needed` are more."""
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free / 1e9
+    if free < needed:
+        fail(f"{flag} {folder}: {free:.2f} GB free, {needed:.2f} needed; {cure}")
+    return free
+
 
 OUT_OF_MEMORY = ("enough memory", "allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 CURES = "the batch flags, or give --checkpointing, --no_t5 or --dtype bf16"

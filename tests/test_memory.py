@@ -4,6 +4,7 @@ python -m pytest tests/test_memory.py"""
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from fnmatch import fnmatch
@@ -12,9 +13,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import call
+from conftest import call, shell
 
 import train_opd
+from experiments import cost
 from recipes import memory
 from support import files, lora, model
 from support.run import print_batch, take_gradients
@@ -74,12 +76,41 @@ def test_the_bytes_are_those_of_a_real_model():
     held, extra = memory.phases(args, train_opd.load_loras, "toy", CPU)
     transformer, student = real_model(args)
     parts = ("transformer", "LoRA", "student")
-    weights = [size for name, size in held.items() if name.startswith(parts)]
+    weights = [size for name, (_, _, size) in held.items() if name.startswith(parts)]
     assert sum(weights) == memory.size_of(transformer)
-    assert held["Adam's two moments"] == 2 * sum(p.numel() * 4 for p in student.values())
+    assert held["Adam's two moments"][-1] == 2 * sum(p.numel() * 4 for p in student.values())
     tokens = 17  # one of CLIP and 16 of T5
-    assert extra["update"] == memory.peak_of(transformer, 2, 8, tokens, 2.0, CPU, backward=True)
-    assert extra["labels"] == memory.peak_of(transformer, 8, 8, tokens, 2.0, CPU)
+    assert extra["device", "update"] == memory.peak_of(transformer, 2, 8, tokens, 2.0, CPU, backward=True)
+    assert extra["device", "labels"] == memory.peak_of(transformer, 8, 8, tokens, 2.0, CPU)
+
+
+def test_what_is_held_when_and_where(tmp_path):
+    """On a GPU the VAE waits in the host's memory until it decodes; files are mapped there."""
+    flags = [*OPD, "--prompts", "ocr=toy/prompts/ocr_train.txt", "--teacher", "ocr=toy/adapters/ocr"]
+    pipe = model.load_pipeline(parse(), CPU)
+    vae, table = memory.size_of(pipe.vae), pipe.transformer.pos_embed.pos_embed.numel() * 4
+    for more, where in (([], "host"), (["--sample_every", 1], "device")):
+        args = parse(*flags, "--dtype", "bf16", *more)
+        held, extra = memory.phases(args, train_opd.load_loras, "toy", CPU)
+        assert held["VAE, float32"] == (where, "rollout" if more else "loading", vae)
+    bf16, row = held["transformer, bfloat16"][-1], 2 * (17 * 128 + 128)
+    file = Path("toy/transformer/diffusion_pytorch_model.safetensors").stat().st_size  # float32
+    on_gpu, host = (memory.in_all(held, extra, place) for place in ("device", "host"))
+    assert host["loading"] == bf16 + file + table
+    assert held["text embeddings"] == ("host", "rollout", row * (1 + 4 + 2))
+    assert on_gpu["text"] > bf16 and {"loading", "saving"}.isdisjoint(on_gpu)
+    held, extra = memory.phases(parse(*flags), train_opd.load_loras, "toy", CPU)
+    weights = memory.size_of(pipe.transformer)  # in the precision of the file: mapped, not copied
+    assert memory.in_all(held, extra, "device", "host")["loading"] == weights + vae + table
+
+
+def test_a_gpu_that_is_not_here_is_said(monkeypatch, capsys):
+    sizes = {"Adam's two moments": ("device", "rollout", 1), "text embeddings": ("host", "text", 1)}
+    monkeypatch.setattr(memory, "phases", lambda *_: (sizes, {("device", "update"): 1}))
+    for flags, line in ((["--dtype", "bf16"], "counted for one"), ([], "counted for a CPU")):
+        call(monkeypatch, "train_opd", *OPD, *flags, "--dry_run")
+        out = capsys.readouterr().out
+        assert line in out and ("GPU's memory" in out) == bool(flags)
 
 
 def test_the_bytes_are_what_the_allocator_gives():
@@ -119,8 +150,8 @@ def test_a_dry_run_fetches_no_weight_of_the_model_and_leaves_nothing(monkeypatch
     call(monkeypatch, "train_opd", *words, "--dry_run")
     files.fetch.cache_clear()
     out = capsys.readouterr().out
-    parts = "transformer, float32|Adam|rollout|labels|update|pictures|text encoders"
-    assert all(part in out for part in f"{parts}|held all the time|An estimate".split("|"))
+    parts = "transformer, float32|Adam|loaded|embedded|rollout|labels|update|saving|samples"
+    assert all(part in out for part in f"{parts}|counted for a CPU|An estimate".split("|"))
     fetched = tmp_path / "hub/some/model"
     assert (fetched / "transformer/config.json").is_file()
     assert not list(fetched.rglob("*.safetensors")) and not (tmp_path / "run").exists()
@@ -170,3 +201,24 @@ def test_compiled_blocks_agree_and_stop_compiling(monkeypatch):
     gradients = [take_gradients(list(p.values())) for p in (exact, student)]
     assert gradients[0].any()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_full_size_runs_with_small_widths(tmp_path):
+    done = shell("tests/full_size.py", "--tiny", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("  holds: ") > 20 and "| opd | update |" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_cost_table_is_what_cost_py_counts(monkeypatch, capsys):
+    """A row of recipes/README.md against its command."""
+    cost.count_recipe("sd35m_opd_24gb", [])
+    out, text = capsys.readouterr().out, Path("recipes/README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| `sd35m_opd_24gb`"))
+    *cells, seconds, iterations, hours = [cell.strip() for cell in row.split("|")[2:-1]]
+    numbers = re.findall(r"^\| (?:rollout|labels|update) \| \d+ \| ([\d.]+)", out, re.M)
+    together = re.search(r"\| together \| \| ([\d.]+) \| ([\d.]+)", out)
+    assert cells == [re.search(r"(\d+) images", out)[1], *numbers, together[1]]
+    assert seconds == f"{float(together[2]):.0f}"
+    assert f"{iterations} iterations: {hours} hours at the rate" in out and float(hours) <= 10

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import merge
 from experiments import slow_loops as reference
+from rewards import scoring
 from rewards.pictures import sample_images
 from sde import step
 from support import files, lora, metrics, model, run
@@ -119,6 +120,44 @@ def test_checkpointing_changes_no_gradient(text):
         gradients.append({key: p.grad for key, p in student.items() if p.grad is not None})
     assert gradients[0]
     assert_close(gradients[1], gradients[0])
+
+
+def test_a_batch_uploads_the_rows_of_its_prompts_once(monkeypatch, pipe, text):
+    given, real = [], model.velocity
+    monkeypatch.setattr(model, "velocity", lambda *words: given.append(words[3]) or real(*words))
+    x, prompt = torch.randn(4, 8, 8, 8), torch.tensor([2, 1, 2, 2])
+    for guidance, used in ((1.0, 3), (3.0, 3)):
+        v = model.Backbone(pipe.transformer, text, {None: guidance}, 4).predict(None, x, 0.5, prompt)
+        assert_close(v, real(pipe.transformer, x, 0.5, text, prompt, guidance), rtol=0, atol=0)
+        assert len(given[-1]["embeds"]) == len(given[-1]["pooled"]) == used
+    model.Backbone(pipe.transformer, text, {None: 1.0}, 4).predict(None, x, 0.5, 0 * prompt + 2)
+    assert_close(given[-1]["embeds"], text["embeds"][[0, 2]])
+
+
+def test_a_full_disk_is_known_before_the_cache_is_written(monkeypatch, pipe, tmp_path, capsys):
+    free = shutil.disk_usage("/")._replace(free=3 * 4 * (17 * 128 + 128) - 1)  # of three prompts
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(SystemExit):
+        embed(pipe, cache_embeddings=str(tmp_path / "cache"))
+    assert f"--cache_embeddings {tmp_path}/cache: 0.00 GB free" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=free.free + 1))
+    embed(pipe, cache_embeddings=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kept", [range(4), range(0, 6, 2)])
+def test_missing_images_are_dealt_out(monkeypatch, tmp_path, kept):
+    """Of six images in two processes: after a crash both have equally many, and none has another's."""
+    monkeypatch.setattr(scoring, "is_kept", lambda file, mark: int(file.stem) in kept)
+    alone = scoring.find_missing(tmp_path, {"ocr": ([*"abcdef"], [])}, {"base": {}})[1]
+    halves = [alone[: len(alone) // 2], alone[len(alone) // 2 :]]
+    monkeypatch.setattr(scoring, "gather", lambda own: halves)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(scoring, "rank_and_world", lambda rank=rank: (rank, 2))
+        parts.append(scoring.find_missing(tmp_path, {"ocr": ([*"abcdef"], [])}, {"base": {}})[1])
+    assert parts[0] + parts[1] == alone and len(alone) == 6 - len(kept)
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
 
 
 def test_embeddings_are_the_stock_pipelines(pipe, text, tmp_path):
