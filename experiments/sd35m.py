@@ -58,7 +58,10 @@ CLIP_G |= {"num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gel
 CLIP_G |= {"pad_token_id": 1}
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
-PARTS = {"transformer": TRANSFORMER, "vae": VAE, "clip_l": CLIP_L, "clip_g": CLIP_G, "t5": T5_XXL}
+# T5-XXL has 4.8 billion numbers; one small layer gives embeddings of the same width.
+ONE_LAYER = {"d_ff": 128, "num_layers": 1, "num_heads": 2}
+PARTS = {"transformer": TRANSFORMER, "vae": VAE, "clip_l": CLIP_L, "clip_g": CLIP_G}
+PARTS["t5"] = T5_XXL | ONE_LAYER
 
 # The same layers a tenth as wide and a tenth as many, to try a script that is for the real ones.
 TINY = {"transformer": TRANSFORMER | {"num_layers": 3, "num_attention_heads": 2}}
@@ -69,7 +72,7 @@ TINY["vae"] = VAE | {"block_out_channels": (32, 32, 64, 64), "layers_per_block":
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "projection_dim": 64}
 TINY |= {"clip_l": CLIP_L | SMALL, "clip_g": CLIP_G | SMALL}
-TINY["t5"] = T5_XXL | {"d_model": 256, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+TINY["t5"] = T5_XXL | ONE_LAYER | {"d_model": 256}
 
 
 def clip_tokenizer(pad):
@@ -140,7 +143,6 @@ def save_pipeline(folder, parts=None):
     if parts is None:
         small = {"num_hidden_layers": 2, "intermediate_size": 128}
         parts = PARTS | {"clip_l": CLIP_L | small, "clip_g": CLIP_G | small}
-        parts["t5"] = T5_XXL | {"d_ff": 128, "num_layers": 1, "num_heads": 2}
     clip = lambda name: CLIPTextModelWithProjection(CLIPTextConfig(**parts[name]))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # so that it is never there in four bytes

@@ -80,13 +80,21 @@ def test_the_bytes_are_those_of_a_real_model():
     assert sum(weights) == memory.size_of(transformer)
     assert held["Adam's two moments"][-1] == 2 * sum(p.numel() * 4 for p in student.values())
     tokens = 17  # one of CLIP and 16 of T5
-    assert extra["device", "update"] == memory.peak_of(transformer, 2, 8, tokens, 2.0, CPU, backward=True)
+    assert extra["device", "update"] == memory.peak_of(
+        transformer, 2, 8, tokens, 2.0, CPU, backward=True
+    )
     assert extra["device", "labels"] == memory.peak_of(transformer, 8, 8, tokens, 2.0, CPU)
 
 
 def test_what_is_held_when_and_where(tmp_path):
     """On a GPU the VAE waits in the host's memory until it decodes; files are mapped there."""
-    flags = [*OPD, "--prompts", "ocr=toy/prompts/ocr_train.txt", "--teacher", "ocr=toy/adapters/ocr"]
+    flags = [
+        *OPD,
+        "--prompts",
+        "ocr=toy/prompts/ocr_train.txt",
+        "--teacher",
+        "ocr=toy/adapters/ocr",
+    ]
     pipe = model.load_pipeline(parse(), CPU)
     vae, table = memory.size_of(pipe.vae), pipe.transformer.pos_embed.pos_embed.numel() * 4
     for more, where in (([], "host"), (["--sample_every", 1], "device")):

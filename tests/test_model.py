@@ -127,7 +127,9 @@ def test_a_batch_uploads_the_rows_of_its_prompts_once(monkeypatch, pipe, text):
     monkeypatch.setattr(model, "velocity", lambda *words: given.append(words[3]) or real(*words))
     x, prompt = torch.randn(4, 8, 8, 8), torch.tensor([2, 1, 2, 2])
     for guidance, used in ((1.0, 3), (3.0, 3)):
-        v = model.Backbone(pipe.transformer, text, {None: guidance}, 4).predict(None, x, 0.5, prompt)
+        v = model.Backbone(pipe.transformer, text, {None: guidance}, 4).predict(
+            None, x, 0.5, prompt
+        )
         assert_close(v, real(pipe.transformer, x, 0.5, text, prompt, guidance), rtol=0, atol=0)
         assert len(given[-1]["embeds"]) == len(given[-1]["pooled"]) == used
     model.Backbone(pipe.transformer, text, {None: 1.0}, 4).predict(None, x, 0.5, 0 * prompt + 2)
@@ -147,7 +149,7 @@ def test_a_full_disk_is_known_before_the_cache_is_written(monkeypatch, pipe, tmp
 
 @pytest.mark.parametrize("kept", [range(4), range(0, 6, 2)])
 def test_missing_images_are_dealt_out(monkeypatch, tmp_path, kept):
-    """Of six images in two processes: after a crash both have equally many, and none has another's."""
+    """Of six images in two processes: after a crash both have equally many, and none twice."""
     monkeypatch.setattr(scoring, "is_kept", lambda file, mark: int(file.stem) in kept)
     alone = scoring.find_missing(tmp_path, {"ocr": ([*"abcdef"], [])}, {"base": {}})[1]
     halves = [alone[: len(alone) // 2], alone[len(alone) // 2 :]]
@@ -256,3 +258,38 @@ def test_other_configurations_paint_what_the_stock_pipeline_paints(tmp_path, par
     expected = stock("red circle", latents=noise, height=32, width=32, output_type="pt", **how)
     found = sample_images(pipe, embed(pipe), ["red circle"], [(1, "sample")], 5, 1.0)
     assert_close(found, expected.images, rtol=0, atol=2e-4)
+
+
+# ---- A GPU that is not there
+
+
+ITERATION = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 1 --eval_steps 2"
+ITERATION += " --guidance 2"
+ON_GPU = {
+    "train_opd.py": f"{ITERATION} --eval_prompts 2 --sample_every 1 --anchor base",
+    "train_opd.py --resume": f"{ITERATION} --iterations 2 --eval_prompts 0 --anchor base",
+    "train_teacher.py": f"--reward ocr {ITERATION} --beta 0.1 --eval_every 1 --eval_prompts 2",
+    "train_sft.py": "--sft_images 4 --batch 4 --iterations 1 --eval_steps 2 --eval_prompts 2",
+    "evaluate.py": "--models base toy/adapters/ocr --num_prompts 2 --steps 2",
+}
+
+
+@pytest.mark.slow
+def test_the_scripts_run_on_a_simulated_gpu(tmp_path):
+    """No tensor is left on another device, in bf16; and such a one would be found."""
+    for script, flags in ON_GPU.items():
+        out = tmp_path / script.split(".")[0]
+        done = shell("experiments/fake_gpu.py", *script.split(), *flags.split(), "--out", out)
+        assert done.returncode == 0, f"{script}\n{done.stderr[-2000:]}"
+        assert (out / "args.json").exists() or (out / "results.json").exists()
+    left = "import torch; from experiments.fake_gpu import fake_gpu\nwith fake_gpu():"
+    left += " x = torch.ones(2, device='cuda'); x[torch.tensor([0])] + 1; {}"
+    slips = (
+        "x + torch.ones(2)",
+        "x.numpy()",
+        "torch.ones(2)[x.long()]",
+        "torch.stack([x, x.cpu()])",
+    )
+    for slip in slips:
+        done = shell("-c", left.format(slip))
+        assert done.returncode and ("same device" in done.stderr or "numpy" in done.stderr), slip
