@@ -8,9 +8,9 @@
     python -m rewards.t2i_export images runs/t2i/images/base/t2i_color \\
         --prompts data/t2i_color.txt --out export/color
     # 3. In the authors' environment, in BLIPvqa_eval/ (for color, shape, texture) or UniDet_eval/
-    python BLIP_vqa.py --out_dir=/…/export/color
-    python numeracy_eval.py --outpath=/…/export/numeracy
-    python 3D_spatial_eval.py --outpath=/…/export/3d
+    BLIP_vqa.py --out_dir=/…/export/color
+    numeracy_eval.py --outpath=/…/export/numeracy
+    3D_spatial_eval.py --outpath=/…/export/3d
     # 4. Ours beside theirs
     python -m rewards.t2i_export compare export/color --task t2i_color --device cuda
 
