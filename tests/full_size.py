@@ -58,7 +58,9 @@ REWARDS = dict.fromkeys(TASKS, bright)  # of --rewards full_size
 
 
 def run(script, *flags):
-    """`python SCRIPT.py FLAGS`, in this process."""
+    """`python SCRIPT.py FLAGS`, in this process; what a step that failed has left is replaced."""
+    if "--resume" not in flags:
+        flags = [*flags, "--overwrite"]
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *map(str, flags)]
     print(shlex.join(sys.argv), flush=True)
@@ -93,7 +95,7 @@ def distillation(folder):
 
 def build(folder, watch, parts=sd35m.PARTS):
     """The model, and a prompt for each task: every iteration learns the same four."""
-    (folder / "prompts").mkdir()
+    (folder / "prompts").mkdir(exist_ok=True)
     for task in TASKS:
         (folder / f"prompts/{task}.txt").write_text(f"a picture for {task}\n")
     sd35m.save_pipeline(folder / "model", parts)
@@ -241,7 +243,7 @@ def score(folder, watch):
         (images / f"{number:05d}.png").write_bytes(picture)
     (folder / "two.txt").write_text("red circle\nblue square\n")
     words = ["--tasks", "ocr", "--prompts", f"ocr={folder}/two.txt", "--rewards", "full_size"]
-    run("evaluate", "--scores_only", images, *words, "--out", folder / "scores", "--overwrite")
+    run("evaluate", "--scores_only", images, *words, "--out", folder / "scores")
     (row,) = json.loads((folder / "scores/results.json").read_text())["results"].values()
     check(0 < row["ocr"]["mean"] < 1, f"two images have the score {row['ocr']['mean']:.3f}")
 
