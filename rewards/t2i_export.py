@@ -49,9 +49,11 @@ def write_prompts(args: argparse.Namespace) -> None:
     """Every prompt of FILE, `repeat` times in a row."""
     out = Path(args.out)
     if {Path(args.file).suffix, out.suffix} != {".txt"}:
-        fail(f"{args.file}, --out {out}: expected two .txt files, with a prompt per line")
+        raise ValueError(
+            f"{args.file}, --out {out}: expected two .txt files, with a prompt per line"
+        )
     if out.exists():
-        fail(f"--out {out} exists; choose another name")
+        raise ValueError(f"--out {out} exists; choose another name")
     prompts, _ = read_prompts(args.file, "FILE")
     lines = [prompt for prompt in prompts for _ in range(args.repeat)]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,15 +70,17 @@ def export_images(args: argparse.Namespace) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
         needed = f"one image for each of the {len(prompts)} lines of {args.prompts}"
-        fail(f"no file {missing[0]}; expected {needed}")
+        raise ValueError(f"no file {missing[0]}; expected {needed}")
     names = [f"{prompt}_{number:06d}.png" for number, prompt in enumerate(prompts)]
     for name, prompt in zip(names, prompts):  # the scripts read the prompt from the file's name
         if "/" in prompt or "_" in prompt or len(name.encode()) > 255:
             needed = "the name has no / and no other _ and at most 255 bytes"
-            fail(f"--prompts {args.prompts}: {prompt!r} cannot be a file's name: {needed}")
+            raise ValueError(
+                f"--prompts {args.prompts}: {prompt!r} cannot be a file's name: {needed}"
+            )
     folder = Path(args.out, "samples")
     if folder.exists():
-        fail(f"--out {args.out} holds images already; choose another folder")
+        raise ValueError(f"--out {args.out} holds images already; choose another folder")
     folder.mkdir(parents=True)
     for file, name in zip(files, names):
         shutil.copyfile(file, folder / name)
@@ -87,18 +91,20 @@ def find_samples(folder: Path) -> tuple[list[Path], list[str]]:
     """The images of FOLDER/samples in the order of their numbers, and their prompts."""
     images, found = {}, sorted(folder.glob("samples/*"))
     if not found:
-        fail(f"no images in {folder}/samples; write them first (see --help)")
+        raise ValueError(f"no images in {folder}/samples; write them first (see --help)")
     for file in found:
         match = re.fullmatch(r"([^_]+)_(\d+)\.png", file.name)
         if not match:
-            fail(f"{file}: expected a name PROMPT_000000.png")
+            raise ValueError(f"{file}: expected a name PROMPT_000000.png")
         number = int(match[2])
         if number in images:
             needed = "a number of its own for each image, not for each image of a prompt"
-            fail(f"{folder}/samples: number {number} occurs twice; expected {needed}")
+            raise ValueError(f"{folder}/samples: number {number} occurs twice; expected {needed}")
         images[number] = file, match[1]
     if sorted(images) != list(range(len(images))):
-        fail(f"{folder}/samples: expected images with the numbers 0, 1, 2 ... without a gap")
+        raise ValueError(
+            f"{folder}/samples: expected images with the numbers 0, 1, 2 ... without a gap"
+        )
     ordered = [images[number] for number in range(len(images))]
     return [file for file, _ in ordered], [prompt for _, prompt in ordered]
 
@@ -109,13 +115,13 @@ def read_results(file: Path, number: int) -> list[float]:
     try:
         entries = read_json(file.read_text(encoding="utf-8"))
         answers = {int(entry["question_id"]): float(entry["answer"]) for entry in entries}
-    except OSError:
-        fail(f"no file {file}: run the authors' script first (see --help)")
+    except OSError as error:
+        raise ValueError(f"no file {file}: run the authors' script first (see --help)") from error
     except FAULTS as error:
-        fail(f"{file}: expected {needed} ({error})")
+        raise ValueError(f"{file}: expected {needed} ({error})") from error
     complete = sorted(answers) == list(range(number)) and len(entries) == number
     if not complete or not all(map(math.isfinite, answers.values())):
-        fail(f"{file}: {len(entries)} answers for {number} images; expected {needed}")
+        raise ValueError(f"{file}: {len(entries)} answers for {number} images; expected {needed}")
     return [answers[i] for i in range(number)]
 
 
@@ -124,7 +130,7 @@ def open_picture(file: Path) -> Image.Image:
         with Image.open(file) as image:
             return as_rgb(image)
     except Exception as error:  # damaged files fail in many ways
-        fail(f"{file} cannot be decoded ({reason(error)})")
+        raise ValueError(f"{file} cannot be decoded ({reason(error)})") from error
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -133,13 +139,10 @@ def compare(args: argparse.Namespace) -> None:
     theirs = read_results(Path(args.folder, RESULTS[args.task], "vqa_result.json"), len(files))
     scorer, scores = REWARDS[args.task], []
     scorer.device = args.device
-    try:
-        scorer.check(prompts)
-        for i in tqdm(range(0, len(files), args.batch), unit="batch", dynamic_ncols=True):
-            pictures = [open_picture(file) for file in files[i : i + args.batch]]
-            scores += scorer(pictures, prompts[i : i + args.batch]).tolist()
-    except ValueError as error:
-        fail(str(error))
+    scorer.check(prompts)
+    for i in tqdm(range(0, len(files), args.batch), unit="batch", dynamic_ncols=True):
+        pictures = [open_picture(file) for file in files[i : i + args.batch]]
+        scores += scorer(pictures, prompts[i : i + args.batch]).tolist()
     differences = torch.tensor(scores).double() - torch.tensor(theirs).double()
     print("image   ours    theirs  ours - theirs  prompt")
     for i, prompt in enumerate(prompts):
@@ -177,13 +180,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     try:
         args.run(args)
     except OSError as error:
         fail(reason(error))
+    except ValueError as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -154,8 +154,7 @@ def cache_files(pipe, prompts: list[str], args: argparse.Namespace) -> dict[str,
 
 
 def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5: bool):
-    """The stock pipeline with its text encoders. A missing weight, which transformers would draw at
-    random, is an error; so is a tokenizer without files."""
+    """The stock pipeline with its text encoders; a missing weight or tokenizer is an error."""
     folder, parts = pipe.name_or_path, {"transformer": pipe.transformer, "vae": None}
     if no_t5:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}

@@ -192,6 +192,10 @@ TABLE["rewards.geneval_prompts"] = """
     5 --test nowhere.jsonl --out new | nowhere.jsonl
     5 --test metadata.jsonl --out new | metadata.jsonl is not JSON lines
 """
+TABLE["rewards.t2i_export"] = """
+    prompts metadata.jsonl --out new.txt | expected two .txt files
+    prompts good.txt --out file/new.txt | File exists
+"""
 ROWS = []
 for script, text in TABLE.items():
     for line in text.strip("\n").splitlines():

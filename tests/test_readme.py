@@ -81,7 +81,8 @@ def flags_of(script):
             module.parse_args()
         sys.argv = given
         return set(re.findall(r"--[\w-]+", text.getvalue()))
-    handing_on = [f"experiments/{name}.py" for name in ("benchmark", "cost", "fake_gpu")]
+    names = ("benchmark", "cost", "fake_gpu", "variants")
+    handing_on = [f"experiments/{name}.py" for name in names]
     more = flags_of("train_opd.py") if script in handing_on else set()
     return more | set(re.findall(r'"(--[\w-]+)"', read(script))) | {"--help"}
 

@@ -106,7 +106,7 @@ def test_detections_reach_the_rules(mode, best):
 def test_export_and_comparison(tmp_path, monkeypatch, capsys):
     def run(*words):
         with contextlib.suppress(SystemExit):
-            t2i_export.main([str(word) for word in words])
+            t2i_export.main(t2i_export.parse_args([str(word) for word in words]))
         return " ".join("".join(capsys.readouterr()).split())
 
     width = lambda scorer, images, prompts: torch.tensor([image.width / 10 for image in images])
