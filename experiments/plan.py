@@ -1,7 +1,7 @@
 """The plan of miniature.py: every run behind RESULTS.md, the most telling first.
 
-The flags of every run stand in full where they are not the defaults of all time, so that a record
-says what ran when a default changes.
+Runs of the first round name the flags whose defaults may change (FIRST), so that their records keep
+their meaning.
 """
 
 from typing import NamedTuple
@@ -240,22 +240,22 @@ def plan_map(jobs):
     for size in (32, 16, 8, 64, 128):
         for updates in ("2", "1"):
             for lr in ("2e-3", "4e-3", "1e-3"):
-                few = MAP_IMAGES // size * int(updates)  # optimizer steps
-                if size >= 64 and (lr == "1e-3" or few < 40):
+                steps = MAP_IMAGES // size * int(updates)  # of the optimizer
+                if size >= 64 and (lr == "1e-3" or steps < 40):
                     continue  # too few steps to arrive at this rate
                 for objective in ("ppo", "kl"):
                     add_to_map(jobs, objective, size, updates, lr)
 
 
-def add_to_map(jobs, objective, size, updates, lr, images=MAP_IMAGES, script="train_opd.py"):
-    """A run of plan_map: `images` in iterations of `size`, also scored after half of them."""
+def add_to_map(jobs, objective, size, updates, lr):
+    """A run of plan_map, also scored after half of its iterations."""
     name = f"map_{objective}_b{size}_u{updates}_lr{lr}"
     prompts = min(8, size // 2)  # two samples of a prompt or more
     flags = ["--objective", objective, "--updates", updates, "--lr", lr]
     flags += ["--prompts_per_iteration", str(prompts), "--group_size", str(size // prompts)]
     held_back = [f"{task}={jobs.out}/prompts/{task}_map.txt" for task in TASKS]
-    last = images // size
-    jobs.add("map", name, script, *flags, "--prompts", *held_back, at=(last // 2, last))
+    last = MAP_IMAGES // size
+    jobs.add("map", name, "train_opd.py", *flags, "--prompts", *held_back, at=(last // 2, last))
 
 
 def plan_pays(jobs):
@@ -338,28 +338,21 @@ def plan_later_papers(jobs):
     for name, flags in variants.items():
         for lr in ("1e-3", "3e-3"):
             words = [*SMALL, *flags, "--lr", lr]
-            if name not in ("kl", "ode"):
-                words = [name.removeprefix("ode_"), *words]
-            add_variant(jobs, "later", f"later_{name}_lr{lr}", words)
-
-
-def add_variant(jobs, part, name, words, seed=0, at=(80,)):
-    """train_opd.py, or variants.py where the first word is a variant's name."""
-    script = "train_opd.py" if words[0].startswith("--") else VARIANT
-    jobs.add(part, name, script, *words, seed=seed, at=at)
+            script = "train_opd.py"
+            if name not in ("kl", "ode", "uniform"):
+                script, words = VARIANT, [name.removeprefix("ode_"), *words]
+            jobs.add("later", f"later_{name}_lr{lr}", script, *words, at=(80,))
 
 
 def plan_guidance(jobs):
     """Teachers with guidance 2: three ways to follow them, scored at four scales."""
-    ways = {
-        "sum": [],
-        "branches": ["branches"],
-        "prompt_alone": ["--student_guidance", "1"],
+    ways = {  # name: script, words before the flags, flags behind them
+        "sum": ("train_opd.py", [], []),
+        "branches": (VARIANT, ["branches"], []),
+        "prompt_alone": ("train_opd.py", [], ["--student_guidance", "1"]),
     }
     how = [*SMALL, "--objective", "kl", "--mar_weight", "0", "--lr", "3e-3", "--guidance", "2"]
     for seed in range(3):
-        for name, words in ways.items():
-            variant = words[:1] if name == "branches" else []
-            rest = [] if variant else words
-            words = [*variant, *how, *rest]
-            add_variant(jobs, "guidance", f"guidance_{name}", words, seed=seed)
+        for name, (script, change, more) in ways.items():
+            words = [*change, *how, *more]
+            jobs.add("guidance", f"guidance_{name}", script, *words, seed=seed, at=(80,))

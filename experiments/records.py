@@ -122,7 +122,7 @@ for name, words in CHANGES.items():
     for rate in ("1e-3", "3e-3"):
         LABELS[f"later_{name}_lr{rate}"] = f"{words}, learning rate {rate}"
 WAYS = {
-    "sum": "the guided velocity (today)",
+    "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",
     "prompt_alone": "the guided velocity by the student's prompt branch alone",
 }
@@ -158,9 +158,7 @@ def load(results):
     for prefix in ("", "other_"):  # toy/'s teachers, and those trained once more
         if all(prefix + task in runs for task in TASKS):
             own = {task: scores(runs[prefix + task][0])[task] for task in TASKS}
-            means = [own[task]["mean"] / SCALES[task] for task in TASKS]
-            errors = [own[task]["se"] / SCALES[task] for task in TASKS]
-            own["average"] = {"mean": sum(means) / 4, "se": math.hypot(*errors) / 4}
+            own["average"] = average(own)
             runs[f"{prefix}oracle"] = [{"final": "all", "scores": {"all": own}}]
     if (results / "clean.json").exists():
         clean = json.loads((results / "clean.json").read_text())
@@ -169,15 +167,20 @@ def load(results):
     return runs
 
 
+def average(rows):
+    """The paper's Average of {task: {"mean", "se"}}."""
+    means = [rows[task]["mean"] / SCALES[task] for task in TASKS]
+    errors = [rows[task]["se"] / SCALES[task] for task in TASKS]
+    return {"mean": sum(means) / 4, "se": math.hypot(*errors) / 4}
+
+
 def scores(record, stage=None):
     """{metric: {"mean", "se"}} of a record's last stage or of another: what evaluate.py measured,
     the held-out scores averaged over the images of the four tasks, and what the training logged."""
     rows = dict(record["scores"][str(stage or record["final"])])
     if "ocr_strict" in rows:  # the Average of all or nothing
         strict = {task: rows.get(f"{task}_strict", rows[task]) for task in TASKS}
-        means = [strict[task]["mean"] / SCALES[task] for task in TASKS]
-        errors = [strict[task]["se"] / SCALES[task] for task in TASKS]
-        rows["strict"] = {"mean": sum(means) / 4, "se": math.hypot(*errors) / 4}
+        rows["strict"] = average(strict)
     groups = {"outside": OUTSIDE}
     for name in ("edges", "noise", "distance"):
         groups[name] = [f"{task}_{name}" for task in TASKS]
@@ -212,23 +215,6 @@ def value(runs, name, metric):
     means, errors = [row["mean"] for row in found], [row["se"] for row in found]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return statistics.mean(means), max(spread, statistics.mean(errors)) / len(means) ** 0.5
-
-
-def at_stages(runs, name, metric="average"):
-    """[(stage, mean, standard error)] of a run's stages, over the seeds that were scored there."""
-    found = {}
-    for record in runs.get(name, ()):
-        for stage in record["scores"]:
-            row = scores(record, stage)
-            if metric in row:
-                found.setdefault(stage, []).append((row[metric]["mean"], row[metric]["se"]))
-    points = []
-    for stage, rows in found.items():
-        means, errors = zip(*rows)
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        error = max(spread, statistics.mean(errors)) / len(means) ** 0.5
-        points.append((stage, statistics.mean(means), error))
-    return points
 
 
 def cost_of(name, records, metric):

@@ -9,9 +9,9 @@ function that train_opd.py calls, so the loop itself is the same.
     noisy, clean  velocity errors times t, times 1 - t (FlowCTS, arXiv 2607.24522, weights them by
                   time; its weights are not these two)
     extrapolate   teachers go 1.25 times as far from the base as they do (GFD-OPD)
-    uniform       with --train_steps random:1: a trajectory is labelled at one of its steps
-    beta          the same, mostly at a late one, by Beta(5, 2), and plain velocity errors
-                  (DanceOPD, arXiv 2606.27377). The step is drawn for an iteration, not for a sample
+    beta          with --train_steps random:1: one step of a trajectory, mostly a late one, by
+                  Beta(5, 2), and plain velocity errors (DanceOPD, arXiv 2606.27377). The step is
+                  drawn for an iteration, not for a sample
     branches      with guidance, match v(prompt) and v(prompt) - v(empty), not their guided sum
                   (PDM, arXiv 2607.24731)
     decay         the learning rate falls to 0 along half a cosine
@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -84,10 +85,6 @@ def extrapolate():
     model.Backbone.predict = further
 
 
-def uniform():
-    """Nothing but --train_steps random:1."""
-
-
 def beta():
     def draw(args, iteration):
         own = run.generator(args.seed, "steps", iteration)
@@ -133,12 +130,13 @@ def scheduled(factor):
         return args
 
     class Scheduled(torch.optim.AdamW):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            self.schedule = LambdaLR(self, lambda done: factor(done / total["updates"]))
+
         def step(self):
-            done = total["done"] = total.get("done", -1) + 1
-            for group in self.param_groups:
-                group["lr"] = group.setdefault("full_lr", group["lr"])
-                group["lr"] = group["full_lr"] * factor(done / total["updates"])
             super().step()
+            self.schedule.step()
 
     train_opd.parse_args, torch.optim.AdamW = parse, Scheduled
 
@@ -177,7 +175,7 @@ def rewards():
     train_opd.rollout = to_the_end
 
 
-CHANGES = (velocity, noisy, clean, extrapolate, uniform, beta, branches, decay, warmup, rewards)
+CHANGES = (velocity, noisy, clean, extrapolate, beta, branches, decay, warmup, rewards)
 
 if __name__ == "__main__":
     names = [change.__name__ for change in CHANGES]

@@ -89,11 +89,12 @@ def measure(world, student):
 def main(args):
     file = args.results / "curves.json"
     found = read_json(file) if file.exists() else {}
-    for run, adapter in tqdm(students(args.out).items(), desc="students"):
-        if run not in found:
-            world = World({run: adapter})
-            found[run] = measure(world, run)
-            save_json(file, dict(sorted(found.items())))
+    new = {run: path for run, path in students(args.out).items() if run not in found}
+    names = {run: f"student_{n}" for n, run in enumerate(new)}  # no module's name may hold a dot
+    world = World({names[run]: path for run, path in new.items()})
+    for run in tqdm(new, desc="students"):
+        found[run] = measure(world, names[run])
+        save_json(file, dict(sorted(found.items())))
 
 
 if __name__ == "__main__":

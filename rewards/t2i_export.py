@@ -183,9 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     try:
         args.run(args)
-    except OSError as error:
-        fail(reason(error))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fail(str(error))
 
 

@@ -15,7 +15,6 @@ printed per phase; for train_opd.py beside the estimate of --dry_run, which must
 what was measured (not with --tiny: there Python itself is larger). Linux alone.
 """
 
-import contextlib
 import gc
 import importlib
 import json
@@ -42,7 +41,8 @@ from recipes import memory
 from rewards.pictures import sample_images
 from support import lora, metrics, model
 from support.files import save_json
-from support.flags import TASKS, make_parser
+from support.flags import TASKS, make_parser, model_flags
+from support.run import generator
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -235,11 +235,9 @@ def evaluate(folder, watch):
 
 def score(folder, watch):
     """Images in a folder, without the model."""
-    images = folder / "images"
+    images, picture = folder / "images", (folder / "evaluate/prompts.png").read_bytes()
+    images.mkdir(exist_ok=True)
     for number in range(2):
-        with contextlib.suppress(FileExistsError):
-            images.mkdir()
-        picture = (folder / "evaluate/prompts.png").read_bytes()
         (images / f"{number:05d}.png").write_bytes(picture)
     (folder / "two.txt").write_text("red circle\nblue square\n")
     words = ["--tasks", "ocr", "--prompts", f"ocr={folder}/two.txt", "--rewards", "full_size"]
@@ -251,13 +249,13 @@ def score(folder, watch):
 def exports(folder, watch):
     """The picture of the trained adapter: here, in stock diffusers, and in peft."""
     parser = make_parser(None)
-    sd35m.train_opd.model_flags(parser)
+    model_flags(parser)
     args = parser.parse_args(list(map(str, shared(folder)[:-2])))
     adapter, prompt, keys = folder / "opd/adapter", "a red circle", [(0, "export")]
     pipe = model.load_pipeline(args, CPU)
     lora.load_adapter(pipe.transformer, "student", str(adapter), "--models")
     text = model.embed_prompts(pipe, [prompt], args)
-    noise = model.initial_noise(pipe, [train_opd.run.generator(*keys[0])])
+    noise = model.initial_noise(pipe, [generator(*keys[0])])
     with lora.use(pipe.transformer, "student"):
         ours = sample_images(pipe, text, [prompt], keys, 2, 4.5)
     with lora.use(pipe.transformer, None):
