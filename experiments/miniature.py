@@ -199,7 +199,7 @@ def run_job(job, args):
     else:
         adapters = {"final": job.flags[0]}
     before, last = (4, 4) if args.quick else (128, 0)  # test prompts per task
-    if job.part in ("pays", "strict", "tasks"):
+    if job.part in ("default", "pays", "strict", "tasks"):
         before = last  # every point of a curve counts
     *earlier, final = adapters
     scores = {}
@@ -230,19 +230,7 @@ def recorded(job, results):
         return False
     record = json.loads(file.read_text())
     made = (record["script"], record["flags"], record["stages"])
-    if job.script == "train_sft.py" and record["script"] == "train_opd.py":
-        return made[1:] == (earlier_sft_flags(job), [300])
     return made == (job.script, job.flags, list(job.stages))
-
-
-def earlier_sft_flags(job):
-    """The flags of train_sft.py as they were at commit 0fefbac, when the published records of SFT
-    were made: an objective of train_opd.py, 300 iterations of two updates of 64 images."""
-    flags = list(job.flags)
-    for flag in job.flags:
-        if flag.startswith("deqa="):  # with other teachers the anchor was named, and not used
-            flags += ["--anchor", flag.removeprefix("deqa=")]
-    return [*flags, "--objective", "sft", "--init", "base"]
 
 
 def prepare(job, jobs, args):

@@ -24,8 +24,10 @@ SFT = 600  # iterations of 64 images
 # The main job of the first round, which all its students vary: 128 images an iteration.
 FIRST = "--objective ppo --prompts_per_iteration 8 --group_size 16 --updates 2 --lr 1e-3".split()
 PARTS = "main objectives gradients MAR interference ablations staleness speed hacking repeat"
-PARTS += " map pays strict tasks later guidance"
+PARTS += " map default pays strict tasks later guidance"
 MAP_IMAGES = 2560
+BEST = "--objective ppo --prompts_per_iteration 8 --group_size 2 --updates 2 --lr 2e-3".split()
+LONG = (20, 40, 80, 160, 320, 640)  # iterations of 16 images
 ALONG = (5, 10, 20, 40, 80, 160, 320, 520)  # iterations of 192 images: 960 to 99,840
 VARIANT = "experiments/variants.py"
 
@@ -78,6 +80,7 @@ def plan(out):
     plan_other_teachers(jobs)
     plan_reuse_and_ranks(jobs)
     plan_map(jobs)
+    plan_default(jobs)
     plan_pays(jobs)
     plan_strict(jobs)
     plan_tasks(jobs)
@@ -245,17 +248,44 @@ def plan_map(jobs):
                     continue  # too few steps to arrive at this rate
                 for objective in ("ppo", "kl"):
                     add_to_map(jobs, objective, size, updates, lr)
+    # What may help the best of them.
+    for lr in ("2e-3", "4e-3"):
+        add_to_map(jobs, "ppo", 16, "2", lr, "decay", "decay")
+        add_to_map(jobs, "ppo", 16, "2", lr, "warmup", "warmup")
+        add_to_map(jobs, "ppo", 16, "2", lr, "ema0.97", "--ema_decay", "0.97")
 
 
-def add_to_map(jobs, objective, size, updates, lr):
-    """A run of plan_map, also scored after half of its iterations."""
-    name = f"map_{objective}_b{size}_u{updates}_lr{lr}"
+def add_to_map(jobs, objective, size, updates, lr, *more):
+    """A run of plan_map, also scored after half of its iterations. more: its name, further words."""
+    name = "_".join([f"map_{objective}_b{size}_u{updates}_lr{lr}", *more[:1]])
+    held_back = [f"{task}={jobs.out}/prompts/{task}_map.txt" for task in TASKS]
+    words = [*more[1:], *candidate(objective, size, updates, lr), "--prompts", *held_back]
+    last = MAP_IMAGES // size
+    add_variant(jobs, "map", name, words, at=(last // 2, last))
+
+
+def candidate(objective, size, updates, lr):
+    """The flags that part map varies."""
     prompts = min(8, size // 2)  # two samples of a prompt or more
     flags = ["--objective", objective, "--updates", updates, "--lr", lr]
-    flags += ["--prompts_per_iteration", str(prompts), "--group_size", str(size // prompts)]
-    held_back = [f"{task}={jobs.out}/prompts/{task}_map.txt" for task in TASKS]
-    last = MAP_IMAGES // size
-    jobs.add("map", name, "train_opd.py", *flags, "--prompts", *held_back, at=(last // 2, last))
+    return [*flags, "--prompts_per_iteration", str(prompts), "--group_size", str(size // prompts)]
+
+
+def add_variant(jobs, part, name, words, seed=0, at=(80,)):
+    """A run of train_opd.py, or of variants.py if the first word is a variant's name."""
+    script = "train_opd.py" if words[0].startswith("--") else VARIANT
+    jobs.add(part, name, script, *words, seed=seed, at=at)
+
+
+def plan_default(jobs):
+    """The best of the map with three seeds, scored on the test prompts."""
+    best = [("ppo", "2", "2e-3"), ("kl", "2", "1e-3"), ("ppo", "2", "1e-3")]
+    best += [("kl", "1", "2e-3"), ("ppo", "1", "2e-3")]
+    for objective, updates, lr in best:
+        for seed in range(3):
+            name = f"default_{objective}_b16_u{updates}_lr{lr}"
+            flags = candidate(objective, 16, updates, lr)
+            jobs.add("default", name, "train_opd.py", *flags, seed=seed, at=(80, 160))
 
 
 def plan_pays(jobs):
@@ -267,6 +297,10 @@ def plan_pays(jobs):
             if seed:
                 at = ALONG[:7] if start == "base" else ALONG[:6]
             jobs.grpo(f"mix_from_{start}", *WEIGHTED, *flags, part="pays", seed=seed, at=at)
+            flags = flags or ["--init", "base"]
+            name, words = f"opd_from_{start}", [*BEST, *flags]
+            at = LONG if start == "merge" else LONG[:-1]
+            jobs.add("pays", name, "train_opd.py", *words, seed=seed, at=at)
 
 
 def plan_strict(jobs):
@@ -293,8 +327,9 @@ def plan_strict(jobs):
             at = ALONG[:7] if start == "base" and not seed else ALONG[:6]
             mix = [*WEIGHTED, *flags, *strict]
             jobs.grpo(f"strict_mix_from_{start}", *mix, part="strict", seed=seed, at=at)
-            opd = [*SMALL, *teachers, *flags, "--mar_weight", "0"]
-            jobs.opd("strict", f"strict_opd_from_{start}", *opd, seed=seed, at=QUARTERS)
+            opd = [*BEST, *teachers, *flags]
+            name = f"strict_opd_from_{start}"
+            jobs.add("strict", name, "train_opd.py", *opd, seed=seed, at=LONG[:-1])
 
 
 def plan_tasks(jobs):
@@ -304,24 +339,24 @@ def plan_tasks(jobs):
         for number in (1, 2, 3, 4):
             tasks = order[:number]
             own = ["--teacher", *(f"{task}=toy/adapters/{task}" for task in tasks)]
-            size = ["--prompts_per_iteration", str(2 * number), "--group_size", "4"]
-            flags = [*size, *own, "--init", "base", "--mar_weight", "0"]
-            jobs.opd("tasks", f"tasks{number}_opd", *flags, seed=seed, at=QUARTERS)
+            size = ["--prompts_per_iteration", str(2 * number)]
+            flags = [*BEST, *size, *own, "--init", "base", "--mar_weight", "0"]
+            jobs.add("tasks", f"tasks{number}_opd", "train_opd.py", *flags, seed=seed, at=LONG[:-1])
             mix = ["--mix", *(f"{task}=1" for task in tasks), *MIX]
             mix += ["--prompts_per_iteration", str(3 * number)]
             jobs.grpo(f"tasks{number}_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
     # The second task alone: what the first takes from it, or gives.
     for seed in range(3):
-        size = "--prompts_per_iteration 2 --group_size 4 --init base --mar_weight 0".split()
-        own = ["--teacher", "ocr=toy/adapters/ocr"]
-        jobs.opd("tasks", "tasks_ocr_opd", *size, *own, seed=seed, at=QUARTERS)
+        own = "--prompts_per_iteration 2 --teacher ocr=toy/adapters/ocr --init base --mar_weight 0"
+        flags = [*BEST, *own.split()]
+        jobs.add("tasks", "tasks_ocr_opd", "train_opd.py", *flags, seed=seed, at=LONG[:-1])
         mix = ["--mix", "ocr=1", *MIX, "--prompts_per_iteration", "3"]
         jobs.grpo("tasks_ocr_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
 
 
 def plan_later_papers(jobs):
     """What later papers change in the loss, from the merge, without MAR, at two rates."""
-    kl = ["--objective", "kl", "--mar_weight", "0"]
+    kl = ["--mar_weight", "0"]
     ode = ["--objective", "ode", "--noise", "0", "--mar_weight", "0"]
     one = ["--train_steps", "random:1"]
     variants = {
@@ -336,23 +371,17 @@ def plan_later_papers(jobs):
         "ode_velocity": ode,
     }
     for name, flags in variants.items():
-        for lr in ("1e-3", "3e-3"):
-            words = [*SMALL, *flags, "--lr", lr]
-            script = "train_opd.py"
+        for lr in ("1e-3", "2e-3"):
+            words = [*candidate("kl", 16, "2", lr), *flags]
             if name not in ("kl", "ode", "uniform"):
-                script, words = VARIANT, [name.removeprefix("ode_"), *words]
-            jobs.add("later", f"later_{name}_lr{lr}", script, *words, at=(80,))
+                words = [name.removeprefix("ode_"), *words]
+            add_variant(jobs, "later", f"later_{name}_lr{lr}", words, at=(160,))
 
 
 def plan_guidance(jobs):
     """Teachers with guidance 2: three ways to follow them, scored at four scales."""
-    ways = {  # name: script, words before the flags, flags behind them
-        "sum": ("train_opd.py", [], []),
-        "branches": (VARIANT, ["branches"], []),
-        "prompt_alone": ("train_opd.py", [], ["--student_guidance", "1"]),
-    }
-    how = [*SMALL, "--objective", "kl", "--mar_weight", "0", "--lr", "3e-3", "--guidance", "2"]
+    ways = {"sum": [], "branches": ["branches"], "prompt_alone": ["--student_guidance", "1"]}
+    how = [*candidate("kl", 16, "2", "1e-3"), "--mar_weight", "0", "--guidance", "2"]
     for seed in range(3):
-        for name, (script, change, more) in ways.items():
-            words = [*change, *how, *more]
-            jobs.add("guidance", f"guidance_{name}", script, *words, seed=seed, at=(80,))
+        for name, words in ways.items():
+            add_variant(jobs, "guidance", f"guidance_{name}", [*words, *how], seed=seed, at=(160,))

@@ -98,8 +98,8 @@ for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix"):
 LABELS["other_opd"] = LABELS["opd_merge"]
 STARTS = {"base": "the base", "merge": "the merge", "merged": "the merge", "sft": "SFT"}
 for start, words in STARTS.items():
-    LABELS[f"mix_from_{start}"] = f"GRPO-Mix from {words}"
     for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
+        LABELS[f"{kind}_from_{start}"] = f"{method} from {words}"
         LABELS[f"strict_{kind}_from_{start}"] = f"strict rewards: {method} from {words}"
 for name in ("geneval", "ocr", "merged", "sft"):
     LABELS[f"strict_{name}"] = f"strict rewards: {LABELS[name]}"
@@ -119,7 +119,7 @@ CHANGES = {  # part later: what is changed
     "beta": "ODE states, one of five steps, late by Beta(5, 2), velocity errors",
 }
 for name, words in CHANGES.items():
-    for rate in ("1e-3", "3e-3"):
+    for rate in ("1e-3", "2e-3"):
         LABELS[f"later_{name}_lr{rate}"] = f"{words}, learning rate {rate}"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
@@ -133,7 +133,10 @@ for objective in ("ppo", "kl"):
         for updates in (1, 2):
             for rate in ("1e-3", "2e-3", "4e-3"):
                 words = f"{objective}, {size} images, {updates} updates, learning rate {rate}"
-                LABELS[f"map_{objective}_b{size}_u{updates}_lr{rate}"] = words
+                run = f"{objective}_b{size}_u{updates}_lr{rate}"
+                LABELS[f"map_{run}"] = LABELS[f"default_{run}"] = words
+                for more in ("decay", "warmup", "ema0.97"):
+                    LABELS[f"map_{run}_{more}"] = f"{words}, {more}"
 SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in one, passes per image
     "grpo_mix": (460, 192, 15),
     "geneval": (260, 192, 15),
