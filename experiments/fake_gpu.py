@@ -94,15 +94,12 @@ def unmark(value):
 @contextlib.contextmanager
 def fake_gpu():
     """Inside, torch.cuda is there, and modules that move keep the marks."""
-    autocast = torch.autocast
-    on_cpu = lambda kind, *given, **named: autocast("cpu", *given, **named)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         for name, value in {"is_available": True, "max_memory_allocated": 0}.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value: value))
         for name in ("set_device", "synchronize"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *_: None))
-        stack.enter_context(patch.object(torch, "autocast", on_cpu))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             with FakeGPU():

@@ -256,7 +256,7 @@ def plan_map(jobs):
 
 
 def add_to_map(jobs, objective, size, updates, lr, *more):
-    """A run of plan_map, also scored after half of its iterations. more: its name, further words."""
+    """A run of plan_map, also scored after half of its iterations. more: its name, words."""
     name = "_".join([f"map_{objective}_b{size}_u{updates}_lr{lr}", *more[:1]])
     held_back = [f"{task}={jobs.out}/prompts/{task}_map.txt" for task in TASKS]
     words = [*more[1:], *candidate(objective, size, updates, lr), "--prompts", *held_back]

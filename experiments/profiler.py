@@ -7,8 +7,9 @@ r"""Where an iteration's time goes: operations of one label batch and of one mic
 Three passes of train_opd.py's network calls are timed: a teacher's labels, the same by the bare
 backbone (the difference is what LoRA costs), and the student's forward and backward pass. FLOP are
 counted by torch, and set against a large matrix product in the same dtype on the same device. Then
-torch's profiler shares the time out by kind of operation. What is missing to the measured time is
-Python, and on a GPU what it waits for. `--arch sd35m` has random weights and needs a GPU.
+torch's profiler shares the time out by kind of operation (not with --compile, which fuses them).
+What is missing to the measured time is Python, and on a GPU what it waits for. `--arch sd35m` has
+random weights and needs a GPU.
 """
 
 import statistics
@@ -33,7 +34,7 @@ KINDS = {  # kind: words in the names of torch's operations; the first kind that
     "matrix products": ("mm", "linear", "convolution", "matmul"),
     "casts and copies": ("copy", "cat", "clone", "index", "contiguous"),
     "norms": ("norm",),
-    "element by element": ("mul", "add", "div", "sub", "gelu", "silu", "pow", "mean", "sum", "fill"),
+    "element by element": "mul add div sub gelu silu pow mean sum fill".split(),
 }
 
 
@@ -77,10 +78,10 @@ def shares(work, device):
         synchronize(device)
     kinds, names = {}, []
     for event in profiler.key_averages():
-        if device.type == "cuda":
-            own = event.self_device_time_total if event.key.startswith("aten::") else 0
-        else:
-            own = event.self_cpu_time_total if event.key.startswith("aten::") else 0
+        if not event.key.startswith("aten::"):
+            continue
+        on_gpu = device.type == "cuda"
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0) + own / 1e6
         names.append((own / 1e6, event.key))
     return kinds, sorted(names, reverse=True)
@@ -115,19 +116,27 @@ def passes(args, pipe, backbone):
 
 
 def show(name, work, args, device, rate):
+    memory = ""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     took = seconds(work, args.repeats, device)
+    if device.type == "cuda":
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at its peak"
     with FlopCounterMode(display=False) as counter:
         work()
     flop = counter.get_total_flops()
-    kinds, names = shares(work, device)
     print(f"\n{name}: {took * 1e3:.1f} ms, {flop / 1e12:.3f} TFLOP, {flop / took / rate:.0%} of it")
+    print(f"    {flop / took / 1e12:.3g} TFLOP/s{memory}")
+    if args.compile:
+        return
+    kinds, names = shares(work, device)
     for kind, spent in sorted(kinds.items(), key=lambda pair: -pair[1]):
         print(f"    {spent / took:4.0%}  {kind}")
     print(f"    {1 - sum(kinds.values()) / took:4.0%}  Python, and waiting for it")
     print("    most: " + ", ".join(f"{name} {s * 1e3:.1f}" for s, name in names[:8]) + " ms")
 
 
-def main():
+def parse_args():
     parser = make_parser(__doc__)
     model_flags(parser)
     flag = parser.add_argument
@@ -136,7 +145,10 @@ def main():
     flag("--micro_batch", type=positive, default=128, help="states of the update")
     flag("--label_batch", type=positive, default=128, help="states of the labels")
     flag("--repeats", type=positive, default=10, help="calls, whose median counts")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(device, model.precision(args.dtype, device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -151,4 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

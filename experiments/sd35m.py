@@ -144,25 +144,25 @@ def save_pipeline(folder, parts=None):
         small = {"num_hidden_layers": 2, "intermediate_size": 128}
         parts = PARTS | {"clip_l": CLIP_L | small, "clip_g": CLIP_G | small}
     clip = lambda name: CLIPTextModelWithProjection(CLIPTextConfig(**parts[name]))
-    before = torch.get_default_dtype()
+    before, device = torch.get_default_dtype(), "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)  # so that it is never there in four bytes
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**parts["transformer"])
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer.to("cpu", torch.bfloat16),  # with its table of positions
-        vae=AutoencoderKL(**parts["vae"]),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=clip("clip_l"),
-        text_encoder_2=clip("clip_g"),
-        text_encoder_3=T5EncoderModel(T5Config(**parts["t5"])),
-        tokenizer=clip_tokenizer("<|endoftext|>"),
-        tokenizer_2=clip_tokenizer("!"),
-        tokenizer_3=t5_tokenizer(),
-    )
+    with torch.device(device):
+        pipe = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(**parts["transformer"]),
+            vae=AutoencoderKL(**parts["vae"]),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=clip("clip_l"),
+            text_encoder_2=clip("clip_g"),
+            text_encoder_3=T5EncoderModel(T5Config(**parts["t5"])),
+            tokenizer=clip_tokenizer("<|endoftext|>"),
+            tokenizer_2=clip_tokenizer("!"),
+            tokenizer_3=t5_tokenizer(),
+        )
     torch.set_default_dtype(before)
+    pipe.to("cpu", torch.bfloat16)  # with the transformer's table of positions
     pipe.save_pretrained(folder)
     for name in (*TASKS, "merged"):
-        save_random_lora(Path(folder) / "adapters" / name, transformer, name)
+        save_random_lora(Path(folder) / "adapters" / name, pipe.transformer, name)
     return folder
 
 

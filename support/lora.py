@@ -196,6 +196,15 @@ def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> No
     add_adapter(transformer, name, layers, where=f"{flag} {path}")
 
 
+class Float32Linear(torch.nn.Linear):
+    """Half of a LoRA in training: float32 for the optimizer, multiplied in its input's dtype.
+
+    autocast would do so too, and run norms in float32: 1.2 times the time of an update (H100)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
 def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple[dict, dict]:
     """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
 
@@ -211,6 +220,11 @@ def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple
         add_adapter(transformer, name, layers, args.rank, args.alpha, where)
     student = adapter_parameters(transformer, "student")
     average = adapter_parameters(transformer, "average")
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # peft would make the input float32 too
+        if isinstance(module, torch.nn.Linear) and name.endswith((".student", ".average")):
+            module.__class__ = Float32Linear
     for name, parameter in student.items():
         parameter.data = parameter.data.float()
         average[name].data = parameter.data.clone()

@@ -191,10 +191,8 @@ def velocity(transformer, x, t, text: dict, rows: Tensor, guidance: float) -> Te
     dtype, device = backbone_dtype(transformer), x.device
     embeds = text["embeds"][rows].to(device, dtype, non_blocking=True)  # (B, L, E)
     pooled = text["pooled"][rows].to(device, dtype, non_blocking=True)  # (B, E')
-    mixed = dtype != torch.float32  # a float32 LoRA on a bf16 backbone multiplies in bf16
     timestep = transformer.config.get("num_train_timesteps", 1000) * t  # as its scheduler counts
-    with torch.autocast(device.type, dtype, enabled=mixed):
-        (v,) = transformer(x.to(dtype), embeds, pooled, timestep=timestep, return_dict=False)
+    (v,) = transformer(x.to(dtype), embeds, pooled, timestep=timestep, return_dict=False)
     v = v.float()
     if guidance == 1:
         return v

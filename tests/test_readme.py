@@ -21,7 +21,7 @@ TRAINING = ["train_teacher.py", "train_sft.py", "train_opd.py"]
 READING_ORDER = "sde.py losses.py train_teacher.py merge.py train_sft.py train_opd.py evaluate.py"
 READING_ORDER = READING_ORDER.split()
 PARSERS = [*TRAINING, "merge.py", "evaluate.py", "toy/build.py", "experiments/miniature.py"]
-PARSERS += ["experiments/gradients.py"]  # their parse_args can be asked for --help
+PARSERS += ["experiments/gradients.py", "experiments/profiler.py"]  # their parse_args knows --help
 FOLDERS = ("support", "rewards", "toy", "recipes", "examples", "experiments", "tests")
 SCRIPTS = [*READING_ORDER]
 for folder in ("examples", "experiments", "rewards", "toy"):
