@@ -253,6 +253,13 @@ def plan_map(jobs):
         add_to_map(jobs, "ppo", 16, "2", lr, "decay", "decay")
         add_to_map(jobs, "ppo", 16, "2", lr, "warmup", "warmup")
         add_to_map(jobs, "ppo", 16, "2", lr, "ema0.97", "--ema_decay", "0.97")
+    for objective, lr, decay in (
+        ("ppo", "2e-3", "0.95"),
+        ("ppo", "2e-3", "0.98"),
+        ("kl", "1e-3", "0.97"),
+        ("kl", "2e-3", "0.97"),
+    ):
+        add_to_map(jobs, objective, 16, "2", lr, f"ema{decay}", "--ema_decay", decay)
 
 
 def add_to_map(jobs, objective, size, updates, lr, *more):
@@ -279,12 +286,16 @@ def add_variant(jobs, part, name, words, seed=0, at=(80,)):
 
 def plan_default(jobs):
     """The best of the map with three seeds, scored on the test prompts."""
-    best = [("ppo", "2", "2e-3"), ("kl", "2", "1e-3"), ("ppo", "2", "1e-3")]
-    best += [("kl", "1", "2e-3"), ("ppo", "1", "2e-3")]
-    for objective, updates, lr in best:
-        for seed in range(3):
-            name = f"default_{objective}_b16_u{updates}_lr{lr}"
-            flags = candidate(objective, 16, updates, lr)
+    for seed in range(3):
+        for objective, lr, decay in (
+            ("ppo", "2e-3", "0.9"),
+            ("kl", "1e-3", "0.9"),
+            ("ppo", "2e-3", "0.97"),
+            ("kl", "2e-3", "0.97"),
+        ):
+            name, flags = f"default_{objective}_b16_u2_lr{lr}", candidate(objective, 16, "2", lr)
+            if decay != "0.9":
+                name, flags = f"{name}_ema{decay}", [*flags, "--ema_decay", decay]
             jobs.add("default", name, "train_opd.py", *flags, seed=seed, at=(80, 160))
 
 

@@ -135,8 +135,9 @@ for objective in ("ppo", "kl"):
                 words = f"{objective}, {size} images, {updates} updates, learning rate {rate}"
                 run = f"{objective}_b{size}_u{updates}_lr{rate}"
                 LABELS[f"map_{run}"] = LABELS[f"default_{run}"] = words
-                for more in ("decay", "warmup", "ema0.97"):
+                for more in ("decay", "warmup", "ema0.95", "ema0.97", "ema0.98"):
                     LABELS[f"map_{run}_{more}"] = f"{words}, {more}"
+                LABELS[f"default_{run}_ema0.97"] = f"{words}, EMA .97"
 SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in one, passes per image
     "grpo_mix": (460, 192, 15),
     "geneval": (260, 192, 15),
