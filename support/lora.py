@@ -241,12 +241,17 @@ def adapter_parameters(transformer: torch.nn.Module, name: str) -> dict[str, tor
     return found
 
 
+def lora_layers(transformer: torch.nn.Module) -> list[LoraLayer]:
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
 @contextlib.contextmanager
-def use(transformer: torch.nn.Module, name: str | None) -> Iterator[None]:
+def use(transformer: torch.nn.Module, name: str | None, layers=None) -> Iterator[None]:
     """Inside, the backbone uses this adapter (None: no adapter); afterwards the one before.
 
-    peft's own switch also sets requires_grad of all parameters; here it stays as it is."""
-    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    layers: its lora_layers, which take long to find. peft's own switch also sets requires_grad of
+    all parameters; here it stays as it is."""
+    layers = layers or lora_layers(transformer)
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], name is None

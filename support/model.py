@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from support.files import PIPELINE, TEXT, check_model, fetch, sha256
 from support.flags import fail, reason
-from support.lora import use
+from support.lora import lora_layers, use
 from support.run import check_disk, chunks
 
 for library in (diffusers_logging, transformers_logging):
@@ -206,14 +206,14 @@ class Backbone:
 
     def __init__(self, transformer: torch.nn.Module, text: dict, guidance: dict, batch: int):
         self.transformer, self.text = transformer, text
-        self.guidance, self.batch = guidance, batch
+        self.guidance, self.batch, self.layers = guidance, batch, lora_layers(transformer)
 
     def velocity(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
         """At states x (n, C, H, W), t (n, 1, 1, 1) or a float, prompt rows (n,): like x."""
         # Many states have few prompts: the row of each, 1.7 MB in SD3.5, is uploaded once.
         used, rows = torch.cat([0 * prompt[:1], prompt]).unique(return_inverse=True)  # row 0 first
         text = {part: self.text[part][used].to(x.device) for part in ("embeds", "pooled")}
-        with use(self.transformer, name):
+        with use(self.transformer, name, self.layers):
             return velocity(self.transformer, x, t, text, rows[1:], self.guidance[name])
 
     @torch.no_grad()
