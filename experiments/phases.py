@@ -1,4 +1,4 @@
-"""Seconds and peak memory of the phases of a process: what tests/full_size.py measures with.
+"""Seconds and peak memory of the phases of a process: what experiments/full_size.py measures with.
 
 Memory is what the system counts as resident, mapped files included, above what Python and the
 libraries take. Linux alone.

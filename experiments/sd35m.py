@@ -4,7 +4,7 @@
 
 estimates the memory of recipes/sd35m_opd.args as train_opd.py --dry_run does, without hub and GPU.
 cost.py counts a recipe's operations from the same configuration. benchmark.py and
-tests/full_size.py run it with random weights.
+experiments/full_size.py run it with random weights.
 """
 
 import contextlib

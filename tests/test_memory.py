@@ -213,7 +213,7 @@ def test_compiled_blocks_agree_and_stop_compiling(monkeypatch):
 
 @pytest.mark.slow
 def test_full_size_runs_with_small_widths(tmp_path):
-    done = shell("tests/full_size.py", "--tiny", "--out", tmp_path / "run")
+    done = shell("experiments/full_size.py", "--tiny", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("  holds: ") > 20 and "| opd | update |" in done.stdout
 
