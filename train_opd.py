@@ -241,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
             metrics.add_to_log(log, {f"kl/{task}": total}, 1 / (number * G * S))
         log = metrics.sum_logs(log)  # over all processes
         log |= run.task_cosines(gradients, tasks) | {"grad_norm": norm.item()} | watch.result()
-        metrics.log_line(args.out, iteration, log, schedule[iteration])
+        metrics.log_line(args.out, iteration, log)
         bar.set_postfix({task: f"{log[f'kl/{task}']:.3f}" for task in prompts_of})
 
         # 6. Samples: the averaged student, always on the same prompts and noise.

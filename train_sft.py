@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 5. Log.
         log = metrics.sum_logs(log) | {"grad_norm": norm.item()} | watch.result()
-        metrics.log_line(args.out, iteration, log, [slots[i] for _, i, _ in schedule[iteration]])
+        metrics.log_line(args.out, iteration, log)
         bar.set_postfix(loss=f"{log['loss']:.3f}")
         # 6. Samples come with the final report. 7. Checkpoint.
         saver.iteration_done(iteration + 1, bad_updates)

@@ -214,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
         if metrics.is_due(iteration, args.eval_every, args.iterations):
             log |= test(args, pipe, text, tests, reward_of, iteration + 1)
             saver.keep_best(log["test"])  # for --final best
-        metrics.log_line(args.out, iteration, log, schedule[iteration])
+        metrics.log_line(args.out, iteration, log)
 
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)

@@ -1,7 +1,7 @@
 r"""Every stage on Stable Diffusion 3.5 Medium's own architecture, with random weights, on a CPU.
 
-    python experiments/full_size.py             # two idle cores: an hour and a half; 20 GB of memory
-    python experiments/full_size.py --tiny      # the same steps with small widths: a minute or two
+    python experiments/full_size.py           # two idle cores: an hour and a half; 20 GB of memory
+    python experiments/full_size.py --tiny    # the same steps with small widths: a minute or two
 
 A command for people; pytest does not collect it. The transformer, the VAE and both CLIP encoders
 have their real sizes, the T5 its real width in one small layer, the tokenizers their real special

@@ -209,11 +209,10 @@ class Descent:
                 p.mul_(1 - self.f.lr * 1e-4)
                 p.sub_(self.f.lr * m / (s.sqrt() + 1e-8))
 
-    def log(self, line, slots):
+    def log(self, line):
         """The line, with what it says of updates that were skipped in its iteration."""
         if self.skipped:
-            prompts = [prompt for _, prompt in slots]
-            line |= {"skipped_updates": self.skipped, "skipped_prompts": prompts}
+            line |= {"skipped_updates": self.skipped}
         self.skipped = 0
         return line
 
@@ -335,7 +334,7 @@ def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student
         for one, other in itertools.combinations(present, 2):
             both = line[f"grad_norm/{one}"] * line[f"grad_norm/{other}"]
             line[f"cosine/{one}-{other}"] = dot(per_task[one], per_task[other]) / both
-        log.append(descent.log(line, slots[iteration]))
+        log.append(descent.log(line))
     return models, log
 
 
@@ -423,7 +422,7 @@ def grpo(reward=None, mix_quality=0.2, window=0, window_end=0, clip_range=1e-2, 
             line["test"] = sum(line[f"test/{task}"] for task in f.tasks) / len(f.tasks)
             if line["test"] > max((old.get("test", -1) for old in log), default=-1):
                 models.best = dict(models.average)
-        log.append(descent.log(line, slots[iteration]))
+        log.append(descent.log(line))
     return models, log
 
 
@@ -448,5 +447,5 @@ def sft(sft_images, batch, eval_steps, **flags):
             mean += loss.item() / batch
             add(total, gradient_of(loss / batch, models))
         line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
-        log.append(descent.log(line, [slots[0][number] for _, number in order[iteration]]))
+        log.append(descent.log(line))
     return models, log

@@ -162,16 +162,21 @@ def rewards():
         seen["pipe"] = load(*given)
         return seen["pipe"]
 
-    def log_line(folder, iteration, log, slots):
-        images = decode(seen["pipe"].vae, seen["x"])
+    def draw_schedule(*given):
+        seen["schedule"] = draw(*given)
+        return seen["schedule"]
+
+    def log_line(folder, iteration, log):
+        images, slots = decode(seen["pipe"].vae, seen["x"]), seen["schedule"][iteration]
         each = len(images) // len(slots)  # samples of a prompt
         for n, (task, prompt, _) in enumerate(slots):
             own = images[n * each : (n + 1) * each]
             log[f"reward/{task}"] = REWARDS[task](own, [prompt] * each).mean().item()
-        return write(folder, iteration, log, slots)
+        return write(folder, iteration, log)
 
-    load, write = model.load_pipeline, metrics.log_line
-    model.load_pipeline, metrics.log_line = load_pipeline, log_line
+    load, draw, write = model.load_pipeline, run.draw_schedule, metrics.log_line
+    model.load_pipeline, run.draw_schedule = load_pipeline, draw_schedule
+    metrics.log_line = log_line
     train_opd.rollout = to_the_end
 
 

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import functools
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +71,6 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
         layers[layer] = (A, B, own / len(A) ** (0.5 if config.get("use_rslora") else 1))
     if not any(A.any() and B.any() for A, B, _ in layers.values()):
         fail(f"{where}: an all-zero adapter changes nothing: it was not trained or not saved")
-    for layer, (_, B, _) in layers.items():
-        if not B.any() and not layer.endswith("add_q_proj"):  # SD3 never reads its last add_q_proj
-            print(one_line(f"warning: {path}: lora_B of {layer} is all zero"), file=sys.stderr)
     return layers
 
 
@@ -198,8 +194,7 @@ def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> No
 
 class Float32Linear(torch.nn.Linear):
     """Half of a LoRA in training: float32 for the optimizer, multiplied in its input's dtype.
-
-    autocast would do so too, and run norms in float32: 1.2 times the time of an update (H100)."""
+    autocast would also run norms in float32: 1.2 times the time of an update (H100)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight.to(x.dtype))
@@ -249,8 +244,7 @@ def lora_layers(transformer: torch.nn.Module) -> list[LoraLayer]:
 def use(transformer: torch.nn.Module, name: str | None, layers=None) -> Iterator[None]:
     """Inside, the backbone uses this adapter (None: no adapter); afterwards the one before.
 
-    layers: its lora_layers, which take long to find. peft's own switch also sets requires_grad of
-    all parameters; here it stays as it is."""
+    layers: its lora_layers. peft's own switch would also set requires_grad of all parameters."""
     layers = layers or lora_layers(transformer)
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:

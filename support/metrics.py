@@ -59,9 +59,8 @@ def sum_logs(log: dict[str, float]) -> dict[str, float]:
     return total
 
 
-def log_line(folder: str | Path, iteration: int, log: dict, slots: list[tuple]) -> None:
-    """Append one iteration to metrics.jsonl (rank 0): six digits; NaN and infinity become null.
-    Where an update was skipped, the prompts of the iteration's slots are logged too."""
+def log_line(folder: str | Path, iteration: int, log: dict) -> None:
+    """Append one iteration to metrics.jsonl (rank 0): six digits; NaN and infinity become null."""
     if rank_and_world()[0] > 0:
         return
     line = {"iteration": iteration}
@@ -69,8 +68,6 @@ def log_line(folder: str | Path, iteration: int, log: dict, slots: list[tuple]) 
         if isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else None
         line[name] = value
-    if "skipped_updates" in log:
-        line["skipped_prompts"] = [prompt for _, prompt, _ in slots]
     with open(Path(folder) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 

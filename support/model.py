@@ -66,8 +66,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
     if args.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
-        # By block: equal blocks compile once. A block has a variant per LoRA, with and without
-        # gradient, for batches of one and of more: the limit must hold them all.
+        # By block: equal blocks compile once. The limit must hold a variant per LoRA, with and
+        # without gradient.
         limits = torch._dynamo.config
         limits.recompile_limit = limits.accumulated_recompile_limit = 512
         for block in pipe.transformer.transformer_blocks:

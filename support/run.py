@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -84,7 +83,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def print_batch(args: argparse.Namespace) -> None:
-    """Print the sizes of an iteration, and whether processes get unequal shares (rank 0)."""
+    """Print the sizes of an iteration (rank 0)."""
     rank, world = rank_and_world()
     prompts, G = args.prompts_per_iteration, args.group_size
     B = prompts * G
@@ -92,10 +91,6 @@ def print_batch(args: argparse.Namespace) -> None:
         print(f"an iteration: {prompts} prompts x {G} = {B} images on {world} process(es)")
         states = f"{B // args.updates} images x {args.trained_steps} of {args.steps} steps"
         print(f"{args.updates} update(s) of {states}", flush=True)
-    if rank == 0 and B % world:
-        even = world // math.gcd(world, G)
-        even *= math.ceil(prompts / even)
-        print(f"notice: unequal shares; --prompts_per_iteration {even} is faster")
 
 
 # ---- Gradients and the average of the weights
@@ -122,8 +117,8 @@ def set_gradients(parameters: Sequence[Tensor], flat: Tensor) -> None:
 
 @torch.no_grad()
 def update_average(average: dict, student: dict, updates: int, args: argparse.Namespace) -> None:
-    """Every --ema_every updates, after n of them: average += (1 - d) (student - average) with
-    d = min((1 + n) / (10 + n), --ema_decay). The warm-up (Flow-GRPO's code) is for short runs."""
+    """After n updates: average += (1 - d) (student - average), d = min((1 + n) / (10 + n),
+    --ema_decay). The warm-up (Flow-GRPO's code) is for short runs."""
     if updates % args.ema_every:
         return
     d = min((1 + updates) / (10 + updates), args.ema_decay)

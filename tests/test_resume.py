@@ -71,7 +71,7 @@ def stand_in(out, files, tasks=("ocr", "deqa"), bad=(), pause=0.0, fails=(), **f
         time.sleep(pause)
         if saver.rank == 0:
             saver.keep_best(-abs(iteration - 1.0))  # the best is that of iteration 1
-            log_line(out, iteration, {"test": -abs(iteration - 1.0)}, [])
+            log_line(out, iteration, {"test": -abs(iteration - 1.0)})
         saver.iteration_done(iteration + 1, bad_updates)
     saver.finish()
     stop_processes()
