@@ -170,17 +170,14 @@ def fetch(path: str, flag: str, files: tuple[str, ...]) -> str:
         fail(f"{where}: no folder, and no answer ({reason(error)}); once online, it is downloaded")
 
 
-EULER = "FlowMatchEulerDiscreteScheduler"
-
-
 def check_model(path: str, flag: str = "--model") -> None:
     """A folder holds a Stable Diffusion 3 pipeline in safetensors. A hub id is checked later."""
     if hub_id(path):
         return
-    folder, where = Path(path), f"{flag} {path}"
+    folder, where, euler = Path(path), f"{flag} {path}", "FlowMatchEulerDiscreteScheduler"
     try:
         index = read_json((folder / "model_index.json").read_text(encoding="utf-8"))
-        kind, sampler = index["_class_name"], index.get("scheduler", ["", EULER])[1]
+        kind, sampler = index["_class_name"], index.get("scheduler", ["", euler])[1]
         file = folder / "scheduler" / "scheduler_config.json"
         config = read_json(file.read_text()) if file.is_file() else {}
         unlike = [key for key in ("invert_sigmas", "stochastic_sampling") if config.get(key)]
@@ -188,9 +185,9 @@ def check_model(path: str, flag: str = "--model") -> None:
         fail(f"{where}: not a diffusers pipeline (no usable model_index.json in it)")
     if kind != "StableDiffusion3Pipeline":
         fail(f"{where}: a {kind}; this code trains StableDiffusion3Pipeline (3 and 3.5)")
-    if sampler != EULER or unlike:
+    if sampler != euler or unlike:
         found = " with ".join([sampler, *unlike])
-        fail(f"{where}: its scheduler is {found}; this code samples as {EULER} does")
+        fail(f"{where}: its scheduler is {found}; this code samples as {euler} does")
 
 
 def check_adapter(path: str, flag: str) -> None:

@@ -15,8 +15,7 @@ from support.run import gather, rank_and_world
 
 def progress(start: int, iterations: int) -> tqdm:
     """The bar over the iterations start .. iterations - 1, with the time left (rank 0)."""
-    rank, _ = rank_and_world()
-    how = {"initial": start, "unit": "it", "disable": rank > 0}
+    how = {"initial": start, "unit": "it", "disable": rank_and_world()[0] > 0}
     return tqdm(range(start, iterations), "training", iterations, **how)
 
 
