@@ -2,13 +2,17 @@
 
     python train_opd.py                          # the miniature: merged start, four teachers, MAR
     torchrun --nproc_per_node=8 train_opd.py     # the same run on eight processes
-    python train_opd.py --objective kl           # the direct loss instead of the PPO form
     torchrun --nproc_per_node=8 train_opd.py @recipes/sd35m_opd.args    # Stable Diffusion 3.5
 
-The student generates its own training states with the SDE sampler (on-policy). Each prompt belongs
-to one task, and that task's teacher predicts its velocity at every state the student visited. The
-KL between the two Gaussian steps is the dense training signal. MAR holds the student near a frozen
-teacher of image quality. Training needs no reward, no VAE and no text encoder.
+One iteration, with the default sizes. It needs no reward, no VAE and no text encoder:
+
+    PROMPTS  8 of 4 tasks, 2 samples of each
+    ROLLOUT  noise = x[0] -> x[1] -> ... -> x[5]: the student's own SDE; 16 x 5 states are 80 rows
+    LABELS   at every row: the velocity of its task's teacher, and of the anchor
+    UPDATE   at half of the rows, then at the others: the student's velocity -> ppo + MAR
+             -> a gradient per task -> their sum -> AdamW -> the running average, which is evaluated
+
+The KL between the steps of student and teacher, two Gaussians, is the dense training signal.
 
 Deviations from the paper (numbered as in README.md, which has the whole list):
  1. PPO's ratio and reward are per latent coordinate; the paper's form is --objective ppo-published.

@@ -72,6 +72,11 @@ def shown():
     return [(where, words) for where, text in texts.items() for words in commands(text)]
 
 
+def test_the_drawing_of_an_iteration_is_the_one_in_train_opd():
+    drawing = re.search(r"^PROMPTS .*?(?=^```)", README, re.M | re.S)[0]
+    assert drawing in read("train_opd.py").replace("\n    ", "\n")
+
+
 @cache
 def flags_of(script):
     """The flags of a script: from its --help, or from its text."""
