@@ -389,12 +389,14 @@ def plan_later_papers(jobs):
         "ode": ode,
         "ode_velocity": ode,
     }
-    for name, flags in variants.items():
-        for lr in ("1e-3", "2e-3"):
-            words = [*candidate("kl", 16, "2", lr), *flags]
-            if name not in ("kl", "ode", "uniform"):
-                words = [name.removeprefix("ode_"), *words]
-            add_variant(jobs, "later", f"later_{name}_lr{lr}", words, at=(160,))
+    rows = [(name, lr, 0) for name in variants for lr in ("1e-3", "2e-3")]
+    best = {"kl": "2e-3", "velocity": "1e-3", "noisy": "1e-3", "clean": "2e-3"}
+    rows += [(name, lr, seed) for seed in (1, 2) for name, lr in best.items()]
+    for name, lr, seed in rows:
+        words = [*candidate("kl", 16, "2", lr), *variants[name]]
+        if name not in ("kl", "ode", "uniform"):
+            words = [name.removeprefix("ode_"), *words]
+        add_variant(jobs, "later", f"later_{name}_lr{lr}", words, seed=seed, at=(160,))
 
 
 def plan_guidance(jobs):
