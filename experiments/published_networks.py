@@ -208,6 +208,7 @@ def protobuf(number, payload):
     return bytes(head) + bytes([size]) + payload
 
 
+@cache
 def tokenizer_model(change=None):
     """A SentencePiece file of 32000 pieces that spells what LLaMA's does where DeQA needs it."""
     pieces = [f"piece{i}" for i in range(32000)]

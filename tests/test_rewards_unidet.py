@@ -71,8 +71,8 @@ def test_detector(monkeypatch, tmp_path, sizes, edges, seed, saturated):
 
 def test_depth(tmp_path):
     scorer = depth.Depth(weights=slow.save_depth(tmp_path, [depth.UNUSED]), batch=2)
-    inputs = [(479, 479), (480, 287), (188, 480), (479, 479)]
-    for picture, size, result in zip(PICTURES, inputs, scorer.depth(PICTURES)):
+    inputs = [(479, 479), (480, 287), (188, 480)]
+    for picture, size, result in zip(PICTURES, inputs, scorer.depth(PICTURES[:3])):
         expected = slow.slow_depth(scorer.model, picture, size)
         assert_close(result, expected, rtol=0, atol=1.5 / 255)  # rounding may be a step of 1/255
         assert (result - expected).abs().mean() < 1e-4 and result.max() > 0.5
