@@ -208,6 +208,7 @@ def protobuf(number, payload):
     return bytes(head) + bytes([size]) + payload
 
 
+@cache
 def tokenizer_model(change=None):
     """A SentencePiece file of 32000 pieces that spells what LLaMA's does where DeQA needs it."""
     pieces = [f"piece{i}" for i in range(32000)]
@@ -330,7 +331,12 @@ READER = {"hidden_size": 24, "num_attention_heads": 2, "head_out_channels": len(
 def save_text_detector(folder):
     """A detector of random weights that takes a whole picture for one line."""
     torch.manual_seed(0)
-    model = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig())
+    blocks = [[[3, 16, 32, 1, False]], [[3, 32, 64, 2, False]], [[3, 64, 128, 2, False]],
+              [[3, 128, 256, 2, False]], [[5, 256, 512, 2, True]]]  # fmt: skip
+    backbone = hf.PPOCRV5MobileDetConfig().backbone_config.to_dict()
+    backbone |= {"block_configs": blocks, "scale": 0.25, "divisor": 8, "conv_symmetric_num": 1}
+    config = hf.PPOCRV5MobileDetConfig(backbone_config=backbone)
+    model = hf.PPOCRV5MobileDetForObjectDetection(config)
     model.head.conv_final.bias.data.fill_(4.0)
     model.save_pretrained(folder)
     return folder
@@ -342,6 +348,7 @@ def save_reader(folder):
     blocks = [[[3, 16, 32, 1, False]], [[3, 32, 64, [2, 1], False]], [[3, 64, 128, [1, 2], False]],
               [[3, 128, 256, [2, 1], False]], [[5, 256, 512, [2, 1], True]]]  # fmt: skip
     backbone = {"model_type": "pp_lcnet_v3", "scale": 0.25, "block_configs": blocks, "divisor": 8}
+    backbone["conv_symmetric_num"] = 2
     backbone["out_features"] = ["stage2", "stage3", "stage4", "stage5"]
     config = hf.PPOCRV5MobileRecConfig(backbone_config=backbone, **READER)
     model = hf.PPOCRV5MobileRecForTextRecognition(config)
@@ -800,7 +807,7 @@ def imagereward_scores(state, heads, pixels, ids):
     return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-# ---- HPSv2 and ImageReward from pictures and prompts, on tiny weights of random values
+# ---- HPSv2 and ImageReward: tiny weights of random values, and files as they are published
 
 QUALITY = {
     "hpsv2": (open_clip_shapes, OPEN_CLIP_H, OPEN_CLIP_TINY),
@@ -813,9 +820,13 @@ EXAMPLE = {  # of ImageReward's README
     "prompt": "a painting of an ocean with clouds and birds, day time, low depth field effect",
     "scores": [0.581162, 0.274528, -1.413182, -2.029570],
 }
-BICUBIC = Image.Resampling.BICUBIC
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+def as_pixels(picture):
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
 def coarse_pictures(*sizes):
@@ -874,41 +885,6 @@ def lose_weight(file):
     """Take one tensor out of a .safetensors file."""
     with safe_open(file, "pt") as tensors:
         state = {key: tensors.get_tensor(key) for key in tensors.keys()}
-        del state[min(state)]
+        del state[max(state)]
         metadata = tensors.metadata()
     save_file(state, file, metadata)
-
-
-def hpsv2_from_pictures(state, pictures, prompts, tokenizer):
-    """Pillow's bicubic on floats is antialiased and not clamped."""
-    prepared, ids = [], torch.zeros(len(prompts), 77, dtype=torch.long)
-    tokenizer = hf.CLIPTokenizer.from_pretrained(tokenizer)
-    for picture, row, prompt in zip(pictures, ids, prompts):
-        size = [round(n * 56 / max(picture.size)) for n in picture.size]
-        planes = [p.convert("F").resize(size, BICUBIC) for p in picture.split()]
-        left, top = ((56 - n) // 2 for n in size)
-        pixels = torch.zeros(3, 56, 56)
-        for plane, pillow in zip(pixels, planes):
-            plane[top : top + size[1], left : left + size[0]] = torch.tensor(np.array(pillow)) / 255
-        prepared.append((pixels - MEAN) / STD)
-        prompt = prompt.replace("“", '"').replace("”", '"').replace("&amp;amp;", "&")
-        words = tokenizer(prompt, add_special_tokens=False).input_ids
-        words = [512, *words[:75], 513]
-        row[: len(words)] = torch.tensor(words)
-    image, text = open_clip_vectors(state, 16, torch.stack(prepared), ids)
-    return (image * text).sum(1)
-
-
-def imagereward_from_pictures(state, pictures, prompts, tokenizer):
-    prepared, ids = [], torch.zeros(len(prompts), 35, dtype=torch.long)
-    tokenizer = hf.BertTokenizer.from_pretrained(tokenizer)
-    for picture, row, prompt in zip(pictures, ids, prompts):
-        size = [int(48 * n / min(picture.size)) for n in picture.size]
-        left, top = (int(round((n - 48) / 2.0)) for n in size)
-        picture = picture.resize(size, BICUBIC).crop((left, top, left + 48, top + 48))
-        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1) / 255
-        prepared.append((pixels - MEAN) / STD)
-        words = tokenizer(prompt, add_special_tokens=False).input_ids
-        words = [2, *words[:33], 3]  # [CLS], [SEP]
-        row[: len(words)] = torch.tensor(words)
-    return imagereward_scores(state, (16, 12), torch.stack(prepared), ids)

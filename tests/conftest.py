@@ -112,6 +112,14 @@ def weights(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """{name: a scorer of rewards/ with tiny random weights; it takes the scorer's options}."""
+    from experiments.tiny_scorers import save  # here: it takes seconds
+
+    return save(tmp_path_factory.mktemp("tiny"))
+
+
 # ---- The miniature
 
 PROMPTS = ["red circle", "sign reads K T in red"]

@@ -1,5 +1,5 @@
-"""HPSv2.1 and ImageReward: random weights under the published names, converted and scored on the
-path of the real ones, against the original forward passes written as plain functions."""
+"""HPSv2.1 and ImageReward: the conversion of the published files, and what only these two do. That
+their scores are the originals' is in test_rewards.py, with the other scorers'."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import raises
 from PIL import Image
+from test_rewards import PICTURES, PROMPTS, QUALITY
 from torch.testing import assert_close
 
 from experiments import published_networks as networks
@@ -15,34 +16,7 @@ from rewards import convert, hpsv2, imagereward
 
 MODULES = {"hpsv2": hpsv2, "imagereward": imagereward}
 SCORERS = {"hpsv2": hpsv2.HPSv2, "imagereward": imagereward.ImageReward}
-PICTURES = networks.coarse_pictures((64, 64), (56, 28), (71, 22), (49, 48), (19, 90))
-PROMPTS = ["a cat", "", "two dogs " * 30, "Ünïcödé ½ 猫 “q” &amp;amp;", "a cat"]
-both = pytest.mark.parametrize("name", MODULES)
-
-
-@pytest.fixture
-def make(tmp_path):
-    return lambda name, state: SCORERS[name](**networks.publish(MODULES[name], tmp_path, state))
-
-
-@both
-def test_scores_are_those_of_the_original(name, make):
-    """Whatever the batch, the order and the form of the images; also after a second load."""
-    state = networks.quality_state(name)
-    reward = make(name, state)
-    assert reward([], []).shape == reward(torch.empty(0, 3, 8, 8), []).shape == (0,)
-    raises("2 images and 1 prompts", reward, PICTURES[:2], ["a"])
-    raises("span 2 to 2", reward, torch.full((1, 3, 8, 8), 2.0), ["a"])
-    assert reward.model is None and reward.name == name  # so far nothing was loaded
-    scores, original = reward(PICTURES, PROMPTS), getattr(networks, f"{name}_from_pictures")
-    expected = original(state, PICTURES, PROMPTS, reward.vocabulary)
-    assert scores.dtype == torch.float32 and expected.std() > 0.02
-    assert_close(scores, expected, rtol=1e-5, atol=1e-5)
-    reward.batch, reward.model, order = 2, None, [3, 0, 4, 2, 1]
-    shuffled = reward([PICTURES[i] for i in order], [PROMPTS[i] for i in order])
-    assert_close(shuffled, scores[order], rtol=1e-5, atol=1e-5)
-    pixels = torch.tensor(np.array(PICTURES[0])).permute(2, 0, 1)[None] / 255
-    assert_close(reward(pixels, PROMPTS[:1]), scores[:1], rtol=1e-5, atol=1e-5)
+both = pytest.mark.parametrize("name", QUALITY)
 
 
 @pytest.mark.parametrize(  # size: numbers in the published file, by its bytes
@@ -60,13 +34,14 @@ def test_every_published_weight_has_its_place(name, before, after, size):
 
 
 @both
-def test_a_file_that_is_not_the_published_one_is_refused(name, make, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_the_published_one_is_refused(name, tmp_path, monkeypatch, capsys):
     state, file = networks.quality_state(name), tmp_path / "file.pt"
     last = list(state)[-1 if name == "hpsv2" else 7]
-    raises("1 unknown weights: .*x.weight", make, name, state | {"x.weight": torch.zeros(2)})
-    raises("1 weights of other shapes: .*7", make, name, state | {last: torch.zeros(7)})
+    publish = lambda state: networks.publish(MODULES[name], tmp_path, state)
+    raises("1 unknown weights: .*x.weight", publish, state | {"x.weight": torch.zeros(2)})
+    raises("1 weights of other shapes: .*7", publish, state | {last: torch.zeros(7)})
     state.pop(last)
-    raises("1 missing weights: ", make, name, state)
+    raises("1 missing weights: ", publish, state)
     torch.save(print, file)  # no tensor
     raises("cannot be read .*[Ww]eights", convert.read_published, file, None, {})
     v20 = SimpleNamespace(hexdigest=lambda: "07cb0d20")
@@ -80,38 +55,32 @@ def test_a_file_that_is_not_the_published_one_is_refused(name, make, tmp_path, m
 
 
 @both
-def test_other_weights_get_no_score(name, make, tmp_path):
+def test_weights_of_another_file_get_no_score(name, tiny):
     """The error has the command that fetches and converts."""
-    reward, one = make(name, networks.quality_state(name)), "logit_scale|head.bias"
-    words, other = reward.vocabulary, tmp_path / {"hpsv2": "bert"}.get(name, "clip")
     command = f"hf download .* && python -m rewards.convert {name} weights/.*hf download"
-    refused = lambda what, it: raises(f"{name}: .*({what}).*; {command}", it, PICTURES[:1], ["a"])
-    refused("cannot load no/such", SCORERS[name](weights="no/such"))
-    refused("was not converted from", SCORERS[name](weights=tmp_path / name, tokenizer=words))
-    refused("vocabulary|cannot load", SCORERS[name]("cpu", tmp_path / name, other, 2, None))
-    networks.lose_weight(tmp_path / name / "model.safetensors")
-    refused(one, reward)
+    other = tiny[name](sha256=MODULES[name].SHA256)
+    raises(f"{name}: .*was not converted from.*; {command}", other, PICTURES[:1], ["a"])
 
 
-def test_golden_values_without_the_weights(make, monkeypatch):
+def test_golden_values_without_the_weights(tiny, tmp_path, monkeypatch):
     """ImageReward: an MLP of 0 and of 1, and more padding. HPSv2: the logit scale has no effect."""
-    hps, image = (make(name, networks.quality_state(name)) for name in MODULES)
+    hps, image = tiny["hpsv2"](), tiny["imagereward"]()
     scores = hps(PICTURES, PROMPTS), image(PICTURES[:2], PROMPTS[:2])
     hps.model.logit_scale.data.fill_(9.0)
     monkeypatch.setattr(imagereward, "LENGTH", 60)
     assert torch.equal(hps(PICTURES, PROMPTS), scores[0]) and scores[0].abs().max() <= 1
     assert_close(image(PICTURES[:2], PROMPTS[:2]), scores[1], rtol=1e-5, atol=1e-6)
     for mlp, golden in ((0.0, -0.161780), (1.0, 0.805956)):
-        score = make("imagereward", networks.quality_state("imagereward", mlp))(PICTURES[:1], ["a"])
-        assert_close(score, torch.tensor([golden]), rtol=0, atol=1e-6)
+        state = networks.quality_state("imagereward", mlp)
+        constant = imagereward.ImageReward(**networks.publish(imagereward, tmp_path, state))
+        assert_close(constant(PICTURES[:1], ["a"]), torch.tensor([golden]), rtol=0, atol=1e-6)
 
 
 def test_images_and_prompts_are_prepared_as_upstream_does():
     x = hpsv2.prepare(Image.new("RGB", (512, 256), "white"), 224)
     assert x[:, 56:168].min() > 1.9  # 112 rows of the picture between 56 black ones
-    assert torch.equal(
-        torch.cat((x[:, :56], x[:, 168:]), 1), (-networks.MEAN / networks.STD).expand(3, 112, 224)
-    )
+    black = (-networks.MEAN / networks.STD).expand(3, 112, 224)
+    assert torch.equal(torch.cat((x[:, :56], x[:, 168:]), 1), black)
     assert hpsv2.prepare(Image.new("RGB", (1, 1000)), 224).shape == (3, 224, 224)
     columns = Image.fromarray(np.arange(35, dtype=np.uint8)[None].repeat(32, 0)).convert("RGB")
     for width, first in ((32, 0), (33, 0), (34, 1), (35, 2)):  # 3 surplus columns: 1.5 -> 2

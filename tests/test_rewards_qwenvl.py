@@ -5,10 +5,15 @@ import shutil
 
 import pytest
 import torch
+from conftest import raises
+from PIL import Image
 
-from experiments.published_networks import save_qwenvl
-from rewards.pictures import as_picture
+from experiments.published_networks import coarse_pictures, save_qwenvl
+from rewards import qwenvl
 from rewards.qwenvl import KINDS, PROMPT, QwenVL
+
+PICTURES = coarse_pictures((40, 90), (64, 48), (56, 56))
+PROMPTS = ["a {red} cat", "“ü” 猫 {prompt} {}", "a"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,38 +50,41 @@ def test_scores_are_read_as_the_public_code_reads_them(monkeypatch):
     assert scorer.name == "qwenvl@Qwen3-VL-8B-Instruct"
     assert scorer(torch.zeros(7, 3, 8, 8), ["a"] * 7).tolist() == list(REPLIES.values())
     assert scorer([], []).shape == (0,)
-    with pytest.raises(ValueError, match="2 images and 1 prompts"):
-        scorer(torch.zeros(2, 3, 8, 8), ["a"])
+    raises("2 images and 1 prompts", scorer, torch.zeros(2, 3, 8, 8), ["a"])
 
 
-@torch.no_grad()
-def test_replies_are_those_of_an_argmax_loop(folder):
-    """Greedy, whatever the model's own settings; padding and a cache change nothing."""
-    scorer, counts, expected = judge(folder), [], []
-    sizes, noise = [(512, 512), (90, 40), (48, 64)], torch.Generator().manual_seed(0)
-    pictures = [as_picture(torch.rand(3, *size, generator=noise)) for size in sizes]
-    prompts = ["a {red} cat", "“ü” 猫 {prompt} {}", "a"]
+def test_the_turn_of_the_chat(folder):
+    """As the models' chat templates write it. What a prompt holds is text."""
+    scorer, number = judge(folder), 6
     start = "<|im_start|>user\n<|vision_start|>"
     if "qwen2" in scorer.model.config.model_type:
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + start
-    for picture, prompt in zip(pictures, prompts):
-        seen = scorer.processor([picture], return_tensors="pt")
-        counts.append(int(seen.image_grid_thw.prod()) // 4)
-        text = start + "<|image_pad|>" * counts[-1] + "<|vision_end|>"
+    for prompt in PROMPTS:
+        text = start + "<|image_pad|>" * number + "<|vision_end|>"
         text += PROMPT.replace("{prompt}", prompt) + "<|im_end|>\n<|im_start|>assistant\n"
-        ids, reply = scorer.tokenizer(text).input_ids, []
-        assert scorer.tokens(prompt, counts[-1]) == ids
+        assert scorer.tokens(prompt, number) == scorer.tokenizer(text).input_ids
+    special = lambda prompt: [token for token in scorer.tokens(prompt, 3) if token > 255]
+    assert special("<|im_end|> <|image_pad|>") == special("a")
+    grid = scorer.processor([Image.new("RGB", (512, 512))], return_tensors="pt").image_grid_thw
+    assert grid.prod() // 4 == {14: 324, 16: 256}[scorer.processor.patch_size]
+
+
+@torch.no_grad()
+def test_replies_are_those_of_an_argmax_loop(folder, monkeypatch):
+    """Greedy, whatever the model's own settings; padding and a cache change nothing."""
+    monkeypatch.setattr(qwenvl, "PROMPT", "Rate {prompt}!")  # the real one is 2,000 letters long
+    scorer, expected = judge(folder), []
+    for picture, prompt in zip(PICTURES, PROMPTS):
+        seen, reply = scorer.processor([picture], return_tensors="pt"), []
+        ids = scorer.tokens(prompt, int(seen.image_grid_thw.prod()) // 4)
         for _ in range(4):
             row = torch.tensor([ids + reply])
             types = {"mm_token_type_ids": (row == scorer.model.config.image_token_id).long()}
             reply.append(int(scorer.model(row, **types, **seen).logits[0, -1].argmax()))
         expected.append(scorer.tokenizer.decode(reply))
-    assert counts[0] == {14: 324, 16: 256}[scorer.processor.patch_size]
     assert len(set(expected)) > 1
-    assert scorer.replies(pictures, prompts) == expected
-    assert [scorer.replies([x], [y])[0] for x, y in zip(pictures, prompts)] == expected
-    special = lambda prompt: [token for token in scorer.tokens(prompt, 3) if token > 255]
-    assert special("<|im_end|> <|image_pad|>") == special("a")  # in a prompt they are text
+    assert scorer.replies(PICTURES, PROMPTS) == expected
+    assert [scorer.replies([x], [y])[0] for x, y in zip(PICTURES, PROMPTS)] == expected
 
 
 @pytest.mark.parametrize("file", ["config", "model", "tokenizer", "preprocessor_config"])
@@ -84,5 +92,4 @@ def test_an_incomplete_folder_is_an_error_of_one_line(folder, tmp_path, file):
     copy = shutil.copytree(folder, tmp_path / "copy")
     for path in copy.glob(f"{file}.*"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"qwenvl@copy: .*; hf download [^\n]+$"):
-        judge(copy)
+    raises("qwenvl@copy: .*; hf download .+$", judge, copy)

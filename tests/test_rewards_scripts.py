@@ -4,37 +4,28 @@ random weights, the miniature as the model, and prompt files as GenEval and Flow
 import ast
 import json
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, call
 from PIL import Image
-from test_rewards import make_reward, tiny  # noqa: F401
-from test_rewards_geneval import tiny_files, weights  # noqa: F401
 
-from rewards import geneval, geneval_detector, geneval_rules, scoring
+from rewards import geneval_rules, scoring
 
 TASKS = ("geneval", "ocr", "deqa", "pickscore")
 TEACHER = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 1 --eval_every 0".split()
-CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
-CATS = {"class": "cat", "count": 2}
-GENEVAL = [  # a line of every task
-    {"tag": "single_object", "include": [CAT]},
-    {"tag": "two_object", "include": [CAT, DOG]},
-    {"tag": "counting", "include": [CATS], "exclude": [CATS | {"count": 3}]},
-    {"tag": "colors", "include": [CAT | {"color": "red"}]},
-    {"tag": "position", "include": [CAT, DOG | {"position": ["above", 0]}]},
-    {"tag": "color_attr", "include": [CAT | {"color": "red"}, DOG | {"color": "blue"}]},
-]
+CASES = json.loads(Path(__file__).with_name("geneval_cases.json").read_text("utf-8"))
+GENEVAL = list({line["tag"]: line for line in CASES["metadata"].values()}.values())  # of every task
 
 
 @pytest.fixture
-def scorers(weights, make_reward):  # noqa: F811
-    official = geneval.GenEval(**weights, mode="official")
-    both = {"geneval": geneval.GenEval(**weights), "geneval_official": official}
-    return both | {name: make_reward(name) for name in TASKS[1:]}
+def scorers(tiny, monkeypatch):
+    """{name: scorer}, which --rewards tiny finds."""
+    scorers = {name: tiny[name]() for name in ("geneval", "geneval_official", *TASKS[1:])}
+    monkeypatch.setitem(sys.modules, "tiny", SimpleNamespace(REWARDS=scorers))
+    return scorers
 
 
 @pytest.fixture
@@ -55,7 +46,7 @@ def prompts(tmp_path):
 def test_the_papers_table_with_every_scorer(scorers, prompts, monkeypatch, tmp_path):
     """table.md holds what each scorer gives for the files in images/; one scorer at a time has its
     weights."""
-    loaded = []
+    loaded, out = [], tmp_path / "out"
     for name, scorer in scorers.items():
 
         def alone(name=name, load=scorer.load):
@@ -63,19 +54,16 @@ def test_the_papers_table_with_every_scorer(scorers, prompts, monkeypatch, tmp_p
             loaded.append(name)
             load()
 
-        monkeypatch.setattr(scorer, "load", alone)
-    monkeypatch.setitem(sys.modules, "tiny", types.SimpleNamespace(REWARDS=scorers))
-    out = tmp_path / "out"
+        scorer.load = alone
     models = ["--models", "base", "ocr=toy/adapters/ocr", "--steps", 2, "--published"]
     flags = [*models, "--rewards", "tiny", "--prompts", *prompts, "--out", out]
     call(monkeypatch, "evaluate", *flags)
     assert loaded == list(scorers) and all(scorer.model is None for scorer in scorers.values())
 
+    for scorer in scorers.values():
+        del scorer.load  # the class's own
     results = json.loads((out / "results.json").read_text())["results"]
     table = (out / "table.md").read_text()
-    monkeypatch.undo()  # of `load` above, and of the tiny detector's settings
-    monkeypatch.setattr(geneval_detector, "SHA256", "")
-    monkeypatch.setattr(geneval_detector, "EDGES", (133, 80))
     texts = Path(prompts[1].split("=")[1], "test.txt").read_text().splitlines()
     for model in ("base", "ocr"):
         images = {}
@@ -110,7 +98,6 @@ def test_a_teacher_trains_on_a_weighted_sum(scorers, prompts, monkeypatch, tmp_p
         return given[scorer.name]
 
     monkeypatch.setattr(scoring, "query", spy)
-    monkeypatch.setitem(sys.modules, "tiny", types.SimpleNamespace(REWARDS=scorers))
     flags = [*TEACHER, "--rewards", "tiny", "--reward", "geneval=0.8", "deqa=0.2"]
     call(monkeypatch, "train_teacher", *flags, "--prompts", prompts[0], "--out", tmp_path / "run")
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -130,7 +117,7 @@ def test_the_flag_names_the_device_of_the_scorers(monkeypatch, tmp_path):
             devices.append(str(self.device))
             return torch.zeros(len(prompts))
 
-    monkeypatch.setitem(sys.modules, "tiny", types.SimpleNamespace(REWARDS={"ocr": Scorer()}))
+    monkeypatch.setitem(sys.modules, "tiny", SimpleNamespace(REWARDS={"ocr": Scorer()}))
     flags = ["--rewards", "tiny", "--reward_device", "meta"]
     evaluate = [*flags, "--tasks", "ocr", "--num_prompts", 2, "--steps", 1]
     call(monkeypatch, "evaluate", *evaluate, "--out", tmp_path / "evaluation")
@@ -145,22 +132,27 @@ NEEDS |= {"t2i_compbench": "blip_vqa depth t2i_rules unidet"}
 FILES = [f for f in sorted((ROOT / "rewards").glob("[!_]*.py")) if f.stem not in SHARED]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_scorer_can_be_copied_with_images_py(file):
-    """Of this project it needs images.py, and what the README names: GenEval's files each other."""
+def imported(file):
+    """The modules that a file imports, by their full names."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module == "rewards":
+            names |= {f"rewards.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-            if node.module == "rewards":
-                names |= {f"rewards.{alias.name}" for alias in node.names}
-    ours = {name for name in names if name.startswith("rewards.")}
-    allowed = {f"rewards.{name}" for name in ["images", *NEEDS.get(file.stem, "").split()]}
-    if file.stem.startswith("geneval"):
-        allowed |= {name for name in ours if "rewards.geneval_" in name}
-    assert ours <= allowed
-    others = {name.split(".")[0] for name in names - ours} - set(sys.stdlib_module_names)
-    others -= {"rewards", "torch", "transformers", "safetensors", "numpy", "PIL"}
-    assert others <= ({"paddleocr"} if file.stem == "ocr" else set())
+    return names
+
+
+def test_every_scorer_can_be_copied_with_images_py():
+    """Of this project it needs images.py, and what the README names: GenEval's files each other."""
+    packages = {"torch", "transformers", "safetensors", "numpy", "PIL", *sys.stdlib_module_names}
+    for file in FILES:
+        allowed = {f"rewards.{name}" for name in ["images", *NEEDS.get(file.stem, "").split()]}
+        needed = {name for name in imported(file) if name.split(".")[0] not in packages}
+        if file.stem.startswith("geneval"):
+            needed = {name for name in needed if "rewards.geneval_" not in name}
+        if file.stem == "ocr":
+            allowed.add("paddleocr")
+        assert needed <= allowed, file

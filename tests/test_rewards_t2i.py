@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import raises
 from PIL import Image
-from test_rewards import MEAN, STD, as_image, as_pixels, noise
 from torch.testing import assert_close
 
 from experiments import published_blip as published
+from experiments.published_networks import MEAN, STD, as_pixels, coarse_pictures
 from rewards import blip_vqa, convert, t2i_export
 from rewards import t2i_rules as rules
 from rewards.t2i_compbench import AttributeBinding, Numeracy, Spatial3D
@@ -56,7 +56,7 @@ def test_binding_equals_the_published_network(tiny, batch):
     asked = [rules.questions(prompt, "color") for prompt in prompts]
     scorer = AttributeBinding("color", weights=tiny[0], tokenizer=tiny[0], batch=batch)
     assert scorer([], []).shape == (0,) and scorer.model is None
-    pictures = [as_image(noise(*size, i)) for i, size in enumerate([(64, 64), (70, 33), (48, 99)])]
+    pictures = coarse_pictures((64, 64), (33, 70), (99, 48))
     scores, expected = scorer(pictures, prompts), []
     for picture, questions in zip(pictures, asked):
         pixels = (as_pixels(picture.resize((48, 48), Image.Resampling.BICUBIC)) - MEAN) / STD
@@ -99,7 +99,7 @@ def test_detections_reach_the_rules(mode, best):
     detect = lambda pictures: [of_width[picture.width] for picture in pictures]
     network = SimpleNamespace(detect=detect, depth=lambda pictures: [NEAR_RIGHT] * 3)
     scorer.model = (network, network) if mode else network
-    scores = scorer([as_image(noise(8, width)) for width in (8, 9, 8)], [prompt] * 3)
+    scores = scorer(coarse_pictures((8, 8), (9, 8), (8, 8)), [prompt] * 3)
     assert_close(scores, best * torch.tensor([1.0, 0, 1]))
 
 
@@ -119,7 +119,7 @@ def test_export_and_comparison(tmp_path, monkeypatch, capsys):
     images = ("images", tmp_path, "--prompts", prompts, "--out", out)
     for i in range(4):
         assert f"0000{i}.png; expected one" in run(*images)
-        as_image(noise(4, i + 1)).save(tmp_path / f"0000{i}.png")
+        Image.new("RGB", (i + 1, 4)).save(tmp_path / f"0000{i}.png")
     assert "4 images ->" in run(*images) and "holds images already" in run(*images)
     compare = ("compare", out, "--task", "t2i_numeracy", "--batch", 3)
     assert "run the authors' script first" in run(*compare)

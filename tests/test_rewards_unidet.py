@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 from conftest import raises
-from test_rewards import as_image, drawing, fetched, noise
+from test_rewards import drawing, fetched
 from torch.testing import assert_close
 
 from experiments import published_unidet as slow
+from experiments.published_networks import coarse_pictures
 from rewards import depth, unidet
 
 BOXES, ROWS = slow.random_boxes(200), slow.random_boxes(200).tolist()
-PICTURES = [as_image(noise(*size)) for size in ((512, 512), (306, 512), (23, 9), (400, 400))]
-TINY = (slow.TINY, (120, 160))  # of the network, and of the input's edges
+PICTURES = coarse_pictures((512, 512), (512, 306), (9, 23), (400, 400))
+TINY = (slow.TINY, (90, 120))  # of the network, and of the input's edges
 FULL = pytest.param(slow.FULL, (479, 480), 0, False, marks=pytest.mark.slow)
 
 
@@ -54,13 +55,13 @@ def test_suppression_and_choice(threshold, most):
 @pytest.mark.parametrize("sizes, edges, seed, saturated", [(*TINY, 1, 0), (*TINY, 2, 1), FULL])
 def test_detector(monkeypatch, tmp_path, sizes, edges, seed, saturated):
     monkeypatch.setattr(unidet, "EDGES", edges)
-    monkeypatch.setattr(unidet, "PROPOSALS", 60)
+    monkeypatch.setattr(unidet, "PROPOSALS", 30)
     monkeypatch.setattr(unidet, "Network", functools.partial(unidet.Network, **sizes))
     state = slow.unidet_state(sizes, seed, saturated)
     torch.save({"model": state | slow.old_constants()}, tmp_path / "random.pth")
     scorer = unidet.UniDet(weights=tmp_path / "random.pth", batch=2, sha256=None)
     for picture, found in zip(PICTURES, scorer.detect(PICTURES)):
-        expected = slow.slow_detect(state, slow.slow_input(picture, edges), 60)
+        expected = slow.slow_detect(state, slow.slow_input(picture, edges), 30)
         for result in (found, scorer.detect([picture])[0]):
             assert slow.largest_difference(result, expected, unidet.LABELS) < 1e-3
     assert scorer.detect([]) == []
@@ -70,8 +71,8 @@ def test_detector(monkeypatch, tmp_path, sizes, edges, seed, saturated):
 
 def test_depth(tmp_path):
     scorer = depth.Depth(weights=slow.save_depth(tmp_path, [depth.UNUSED]), batch=2)
-    inputs = [(479, 479), (480, 287), (188, 480), (479, 479)]
-    for picture, size, result in zip(PICTURES, inputs, scorer.depth(PICTURES)):
+    inputs = [(479, 479), (480, 287), (188, 480)]
+    for picture, size, result in zip(PICTURES, inputs, scorer.depth(PICTURES[:3])):
         expected = slow.slow_depth(scorer.model, picture, size)
         assert_close(result, expected, rtol=0, atol=1.5 / 255)  # rounding may be a step of 1/255
         assert (result - expected).abs().mean() < 1e-4 and result.max() > 0.5
