@@ -38,6 +38,7 @@ SHORT = {  # words in the table for several flags
     "TWO": "--adapters good good",
     "HUB": "--tasks ocr --prompts ocr=good.txt --model",
     "PICTURES": "--tasks ocr --num_prompts 1 --scores_only",
+    "BOTH": "--tasks ocr --prompts ocr=good.txt --scores_only",
     "LONG": "x" * 999,
 }
 
@@ -124,6 +125,11 @@ TABLE["merge"] = """
     --adapters good | at least two
     --adapters good bad/bytes | damaged adapter
     --adapters good bad/key | unexpected tensor 'hello'
+    --adapters good bad/alpha | unexpected tensor
+    --adapters good bad/qkv | qkv is not a linear layer of an SD3
+    --adapters good bad/prefix | not a linear layer of an SD3
+    --adapters good bad/text | fc1 is not a linear layer of an SD3
+    --adapters good bad/single | single_transformer_blocks.0.attn.to_q is not a linear layer of an
     --adapters good bad/nan | nan, infinity
     --adapters good bad/half | no matching pair
     --adapters good bad/zero | all-zero
@@ -172,9 +178,13 @@ TABLE["evaluate"] = r"""
     --models base --scores_only pictures | --scores_only
     --scores_only nowhere | nowhere
     --scores_only models | no folder models/geneval
-    --scores_only pictures/list --tasks ocr | needs the "file_name"
+    --scores_only pictures/list --tasks ocr | line 2 needs the "file_name"
     --scores_only pictures/named --tasks ocr | expected a line number as its name
     --scores_only pictures/cut --tasks ocr | 0 image(s) of prompt 00001
+    BOTH full | 0 image(s) of prompt 00000
+    BOTH pictures/kinds | 2 image(s) of prompt 00001
+    BOTH pictures/three | 1 image(s) of prompt 00002
+    BOTH pictures/uneven | 1 image(s) of prompt 00001
     PICTURES pictures/cut --prompts ocr=empty.txt | empty.txt holds no prompt
     PICTURES pictures/cut --prompts ocr=nested.jsonl | nested.jsonl is not a JSON object
     PICTURES pictures/cut --prompts ocr=nul.txt | nul.txt is not text
@@ -212,11 +222,16 @@ ADAPTERS = {  # folder: ({key: another tensor, or none}, what its config has bes
     "rank3": ({A: torch.ones(3, 128), B: torch.ones(128, 3)}, {}),
     "bad/nan": ({A: ONES * torch.nan}, {}),
     "bad/key": ({"hello": ONES}, {}),
+    "bad/alpha": ({f"{LAYER}.alpha": torch.ones(())}, {}),
     "bad/half": ({A: None}, {}),
     "bad/zero": ({B: 0 * ONES.T}, {}),
     "bad/kohya": ({"lora_unet_x": ONES}, {}),
     "bad/shape": ({A: torch.ones(2, 99)}, {}),
     "bad/layer": ({"nowhere.lora_A.weight": ONES}, {}),
+    "bad/qkv": ({"diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": ONES}, {}),
+    "bad/prefix": ({f"diffusion_model.{A}": ONES}, {}),
+    "bad/text": ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": ONES}, {}),
+    "bad/single": ({f"transformer.single_{A}": ONES}, {}),
     "bad/block": ({A.replace("0", "9"): ONES, B.replace("0", "9"): ONES.T}, {}),
     "bad/silent": ({}, {"lora_alpha": None}),
     "bad/negative": ({}, {"lora_alpha": -4}),
@@ -282,13 +297,20 @@ FILES = {
     "blocked.tmp": b"in the way of what is written beside `blocked`",
     "bad/bytes/adapter_model.safetensors": b"garbage" * 10,
     "bad/pickle/adapter_model.bin": b"",
-    "pictures/list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n',
-    "pictures/named/cat.png": b"cut",
-    "pictures/cut/0.png": b"cut",
-    "pictures/two/0/samples/0.png": b"cut",
-    "pictures/two/0/samples/1.png": b"cut",
+    "pictures/list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n{"prompt": "a"}\n',
     "pictures/large/0.png": (ROOT / "examples/picture.png").read_bytes(),  # not 32 x 32 pixels
 }
+PICTURES = {
+    "list": "0.png",
+    "named": "cat.png",
+    "cut": "0.png",
+    "kinds": "0.png 1.png 1.jpg",
+    "three": "0.png 1.png 2.png",
+    "two": "0/samples/0.png 0/samples/1.png",
+    "uneven": "0/samples/0.png 0/samples/1.png 1/samples/0.png",
+}
+for folder, names in PICTURES.items():
+    FILES |= {f"pictures/{folder}/{name}": b"cut" for name in names.split()}
 
 
 @pytest.fixture(scope="module")

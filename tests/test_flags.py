@@ -13,7 +13,6 @@ import test_iteration
 import torch
 from conftest import ROOT, call
 from pytest import approx
-from safetensors.torch import load_file
 
 from experiments import slips
 from support import flags, lora, model
@@ -170,14 +169,6 @@ def test_defaults(monkeypatch, script):
     found = parser_of(monkeypatch, script)._actions
     numbers = {f"{a.dest}={a.default}" for a in found if type(a.default) in (int, float, str)}
     assert numbers - {"help===SUPPRESS=="} == set(DEFAULTS[script].split())
-
-
-def test_the_density_of_ties_reaches_it(monkeypatch, tmp_path):
-    for density in ("0.2", "0.9"):
-        flags = ["--method", "ties", "--rank", 4, "--density", density, "--out", tmp_path / density]
-        call(monkeypatch, "merge", "--adapters", "toy/adapters/ocr", "toy/adapters/deqa", *flags)
-    one, other = (load_file(file) for file in sorted(tmp_path.glob("*/adapter_model*")))
-    assert any((one[name] - other[name]).abs().max() > 1e-3 for name in one)
 
 
 def test_every_slip_can_still_be_made():

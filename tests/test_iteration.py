@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, call, shell
+from conftest import call, codes_of, fork, linux
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -254,40 +254,27 @@ TWO = {  # nine samples, four and five; three images, one and two
     | {"eval_every": 2, "eval_prompts": 1, "eval_steps": 2},
     "train_sft": SFT,
 }
-TABLE = ["--tasks", "ocr", "geneval", "--num_prompts", "5", "--steps", "2", "--out"]
-IN_TURN = """
-import importlib, json, os, sys
-from test_iteration import skip_updates
-import pytest
-for number, (script, skip, words) in enumerate(json.loads(sys.argv[1])):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # names the store of this run
-    sys.argv = [script, *words]
-    module = importlib.import_module(script)
-    with pytest.MonkeyPatch.context() as patch:
-        skip_updates(script, skip, patch)
-        patch.setattr(module, "draw_curves", lambda *given: None, raising=False)
-        module.main(module.parse_args())
-"""
 
 
-def test_two_processes(monkeypatch, tmp_path):
-    """One after the other in the same two processes, which takes time to start."""
-    runs, quiet = [], ["--eval_prompts", "0"]
-    for script, values in TWO.items():
-        words = [*flags_of(values), "--micro_batch", "2", "--out", f"{tmp_path}/{script}"]
-        if script != "train_teacher":
-            words += quiet
-        runs.append([script, values.get("skip", ()), words])
-    runs.append(["evaluate", (), [*TABLE, f"{tmp_path}/evaluate"]])
-    (tmp_path / "in_turn.py").write_text(IN_TURN)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
-    done = shell(tmp_path / "in_turn.py", json.dumps(runs), processes=2)
-    assert done.returncode == 0, done.stderr
+@linux
+@pytest.mark.parametrize("script", TWO)
+def test_two_processes(monkeypatch, tmp_path, script):
+    values, log, run = TWO[script], tmp_path / "log.txt", tmp_path / "run"
+    words = [*flags_of(values), "--micro_batch", 2, "--out", run]
+    if script != "train_teacher":
+        words += ["--eval_prompts", 0]
+    skip_updates(script, values.get("skip", ()), monkeypatch)
+    assert codes_of(fork(2, log, call, monkeypatch, script, *words)) == [0, 0], log.read_text()
     loops = {"train_opd": reference.opd, "train_teacher": reference.grpo}
-    for script, values in TWO.items():
-        models, log = loops.get(script, reference.sft)(**values)
-        compare(tmp_path / script, models, log)
-    call(monkeypatch, "evaluate", *TABLE, tmp_path / "alone")
+    compare(run, *loops.get(script, reference.sft)(**values))
+
+
+@linux
+def test_two_processes_make_the_table_of_one(monkeypatch, tmp_path):
+    words, log = "--tasks ocr geneval --num_prompts 5 --steps 2 --out".split(), tmp_path / "log.txt"
+    call(monkeypatch, "evaluate", *words, tmp_path / "one")
+    pids = fork(2, log, call, monkeypatch, "evaluate", *words, tmp_path / "two")
+    assert codes_of(pids) == [0, 0], log.read_text()
     for name in ("table.md", "images/base/ocr/00004.png", "grid.png"):
-        one, two = (tmp_path / run / name for run in ("alone", "evaluate"))
+        one, two = (tmp_path / run / name for run in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
