@@ -338,6 +338,26 @@ def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student
     return models, log
 
 
+def report(models, guidance, student_guidance):
+    """The end of train_opd.py on two test prompts a task, sampled in two steps: {(model, task): mean
+    score} of start and average, and by how much Average rises, with its standard error."""
+    scores, gain, variance = {}, 0.0, 0.0
+    for task, scale in {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}.items():
+        prompts = read(task, "test")[:2]
+        items = [(prompt, (0, "evaluate", task, j)) for j, prompt in enumerate(prompts)]
+        for name, weights, scale_of in (
+            ("merged start", models.start, guidance),
+            ("student", models.average, student_guidance),
+        ):
+            images = torch.stack(pictures(models, weights, items, 2, scale_of))
+            images = (images * 255).round() / 255  # as files hold them
+            scores[name, task] = REWARDS[task](images, prompts).double()
+        difference = (scores["student", task] - scores["merged start", task]) / scale / 4
+        gain, variance = gain + difference.mean().item(), variance + difference.var().item() / 2
+    means = {key: values.mean().item() for key, values in scores.items()}
+    return means, [gain, math.sqrt(variance)]
+
+
 def reward_of(image, task, prompt, f):
     """Of one image (3, H, W): the miniature's scorers, each put on 0..1 by its range, weighted."""
     weights = f.reward

@@ -1,12 +1,9 @@
 """merge.py against dense matrices: dW = scaling B A, so every merge has a known answer."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import call
 from peft.utils.merge_utils import ties
-from safetensors.torch import load_file, save_file
 from torch.linalg import svdvals
 from torch.testing import assert_close
 
@@ -170,15 +167,3 @@ def test_the_script_on_files(monkeypatch, tmp_path, capsys):
         kept.append((S[:2].square().sum() / S.square().sum()).item())
     wanted = f"retained energy {sum(kept) / 3:.1%} on average, {min(kept):.1%} in the worst layer"
     assert wanted in capsys.readouterr().out
-
-
-def test_fusing_passes_over_variants(monkeypatch, tmp_path):
-    """A .fp16 file beside the usual one comes first in the alphabet; it is not what is loaded."""
-    usual = "transformer/diffusion_pytorch_model.safetensors"
-    base = shutil.copytree("toy", tmp_path / "toy", ignore=shutil.ignore_patterns("adapters"))
-    half = {name: tensor.half() for name, tensor in load_file(base / usual).items()}
-    save_file(half, base / usual.replace("model.", "model.fp16."), metadata={"format": "pt"})
-    words = ["--adapters", "toy/adapters/ocr", "--fuse", base, "--out", tmp_path / "fused"]
-    call(monkeypatch, "merge", *words)
-    (fused,) = (tmp_path / "fused").glob("*.safetensors")
-    assert {tensor.dtype for tensor in load_file(fused).values()} == {torch.float32}
