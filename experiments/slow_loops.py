@@ -2,7 +2,7 @@
 
 Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads pipeline and
 LoRAs, every equation is written out anew. tests/test_iteration.py holds the scripts against these
-loops, number by number. Read them where a line of a script is not clear.
+loops, number by number. Read them where a line of a script is not clear. `ties` is for merge.py.
 """
 
 import hashlib
@@ -339,8 +339,8 @@ def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student
 
 
 def report(models, guidance, student_guidance):
-    """The end of train_opd.py on two test prompts a task, sampled in two steps: {(model, task): mean
-    score} of start and average, and by how much Average rises, with its standard error."""
+    """The end of train_opd.py, on two test prompts a task in two steps: {(model, task): mean score}
+    of start and average, and by how much Average rises, with its standard error."""
     scores, gain, variance = {}, 0.0, 0.0
     for task, scale in {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}.items():
         prompts = read(task, "test")[:2]
@@ -469,3 +469,19 @@ def sft(sft_images, batch, eval_steps, **flags):
         line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
         log.append(descent.log(line))
     return models, log
+
+
+def ties(parts, weights, density):
+    """merge.py --method ties of the teachers' dW, an entry at a time: trim, elect, merge (TIES)."""
+    trimmed = []
+    for part in parts:
+        number = max(int(density * part.numel()), 1)
+        limit = sorted(part.abs().flatten().tolist())[-number]
+        trimmed.append([x if abs(x) >= limit else 0.0 for x in part.flatten().tolist()])
+    merged = []
+    for entries in zip(*trimmed):
+        total = sum(w * x for w, x in zip(weights, entries))
+        agree = [(w, x) for w, x in zip(weights, entries) if x * total > 0]
+        weight = sum(w for w, _ in agree)
+        merged.append(sum(w * x for w, x in agree) / weight if weight else 0.0)
+    return torch.tensor(merged).view(parts[0].shape)

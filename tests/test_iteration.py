@@ -87,52 +87,43 @@ def compare(run, models, log):
 
 SMALL = {"prompts_per_iteration": 2, "group_size": 2, "steps": 4, "iterations": 2}
 TWO_TASKS = {"tasks": ("ocr", "deqa")}
-SHORT = SMALL | {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
 DECAY = {"lr": 1.0, "grad_norm": 1e-10}  # AdamW's epsilon and weight decay outweigh such gradients
-OPD = {  # flags of the reference and of the script, and flags of the script alone
-    **{
-        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
-        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
-    },
+OPD = {  # values for the reference and the script, and flags of the script alone
     "ppo": (
-        SMALL
-        | {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2}
-        | {"skip": (2, 3)},
-        ["--micro_batch", "3", "--label_batch", "5", "--max_bad_steps", "2"],
+        {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2, "skip": (2, 3)},
+        "--micro_batch 3 --label_batch 5 --max_bad_steps 2",
     ),
     "guidance and shares": (
-        SMALL
-        | {"guidance": 1.3, "student_guidance": 1.1, "teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
-        | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}}
-        | {"updates": 1, "seed": 3},
-        ["--micro_batch", "4", "--sample_every", "2", "--eval_prompts", "2", "--eval_steps", "2"],
+        {"guidance": 1.3, "student_guidance": 1.1, "updates": 1, "seed": 3}
+        | {"teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
+        | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}},
+        "--micro_batch 4 --sample_every 2 --eval_prompts 2 --eval_steps 2",
     ),
     "kl, random steps, dance": (
-        SMALL
-        | {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4}
+        {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4}
         | {"guidance": 1.2, "student_guidance": 1.0, "random_steps": 2},
-        [],
+        "",
     ),
     "cps, some steps": (
-        SMALL
-        | TWO_TASKS
-        | {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1, "updates": 1}
-        | {"trained": (0, 2)}
-        | DECAY,
-        [],
+        {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1, "updates": 1}
+        | {"trained": (0, 2), **TWO_TASKS, **DECAY},
+        "",
     ),
-    "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),
-    "trajectory": (SMALL | TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, []),
+    "ode": (TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, ""),
+    "trajectory": (TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, ""),
 }
+for objective in ("ppo-scalar", "ppo-published", "ppo-public-code"):
+    short = {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
+    OPD[objective] = (short | {"objective": objective, "clip_range": 1e-5}, "")
 
 
 @pytest.mark.parametrize("row", OPD)
 def test_opd(monkeypatch, row, tmp_path):
-    (values, more), grids = OPD[row], []
+    values, more, grids = SMALL | OPD[row][0], OPD[row][1], []
     models, log = reference.opd(**values)
     skip_updates("train_opd", values.get("skip", ()), monkeypatch)
     monkeypatch.setattr("train_opd.picture_grid", lambda *given: grids.append(given))
-    words = [*flags_of(values), "--eval_prompts", 0, "--sample_every", 0, *more]
+    words = [*flags_of(values), "--eval_prompts", 0, "--sample_every", 0, *more.split()]
     call(monkeypatch, "train_opd", *words, "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
     assert len(grids) == ("--sample_every" in more)
@@ -165,19 +156,19 @@ GRPO = {
     "one task": (
         {"reward": {"ocr": 1.0}, "beta": 0.5, "std": "group", "updates": 3, "clip_range": 1e-4}
         | {"eval_every": 1, "eval_prompts": 2, "eval_steps": 2, "skip": (3, 4)},
-        ["--micro_batch", "2", "--final", "best", "--max_bad_steps", "2"],
+        "--micro_batch 2 --final best --max_bad_steps 2",
     ),
     "mix and window": (
         {"mix": {"geneval": 3, "ocr": 1}, "mix_quality": 0.3, "window": 2, "window_end": 3}
-        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "updates": 1, "seed": 7}
+        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "seed": 7}
         | {"eval_every": 2, "eval_prompts": 2, "eval_steps": 2},
-        ["--micro_batch", "5", "--label_batch", "3"],
+        "--micro_batch 5 --label_batch 3",
     ),
     "weighted rewards": (
         {"reward": {"deqa": 0.8, "pickscore": 0.4}, "tasks": ("ocr", "deqa"), "noise_kind": "cps"}
         | {"noise": 0.4, "ema_decay": 0.3, "eval_every": 3, "eval_prompts": 1, "eval_steps": 2}
         | DECAY,
-        [],
+        "",
     ),
 }
 
@@ -185,27 +176,23 @@ GRPO = {
 @pytest.mark.parametrize("row", GRPO)
 def test_grpo(monkeypatch, row, tmp_path):
     values, more = GRPO[row]
-    values = {"prompts_per_iteration": 2, "group_size": 3, "steps": 4, "iterations": 2} | values
-    values = {"updates": 1, "init": "merged"} | values
+    values = SMALL | {"group_size": 3, "updates": 1, "init": "merged"} | values
     models, log = reference.grpo(**values)
     skip_updates("train_teacher", values.get("skip", ()), monkeypatch)
-    call(monkeypatch, "train_teacher", *flags_of(values), *more, "--out", tmp_path / "run")
+    call(monkeypatch, "train_teacher", *flags_of(values), *more.split(), "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
 
 
 SFT = {"sft_images": 5, "batch": 3, "eval_steps": 2, "iterations": 3, "init": "merged"} | TWO_TASKS
-
-
 SFT_ROWS = {
     "skipped": (
         {"grad_norm": 0.1, "ema_every": 2, "skip": (2,), "seed": 4},
-        ["--micro_batch", "2", "--max_bad_steps", "2"],
+        "--micro_batch 2 --max_bad_steps 2",
     ),
     "guidance and shares": (
         {"guidance": 1.3, "teacher_guidance": {"ocr": 1.6}, "task_mix": {"ocr": 2, "deqa": 1}}
-        | {"ema_decay": 0.1}
-        | DECAY,
-        ["--label_batch", "2"],
+        | {"ema_decay": 0.1, **DECAY},
+        "--label_batch 2",
     ),
 }
 
@@ -215,7 +202,7 @@ def test_sft(monkeypatch, row, tmp_path):
     values, more = SFT_ROWS[row]
     models, log = reference.sft(**SFT, **values)
     skip_updates("train_sft", values.get("skip", ()), monkeypatch)
-    words = [*flags_of(SFT | values), *more, "--eval_prompts", "0"]
+    words = [*flags_of(SFT | values), *more.split(), "--eval_prompts", "0"]
     call(monkeypatch, "train_sft", *words, "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
     if row == "skipped":  # a run that goes on has its images already
@@ -228,7 +215,7 @@ def flags_in_rows(script):
     tables = {"train_opd": OPD, "train_teacher": GRPO, "train_sft": SFT_ROWS}
     words = flags_of(TWO.get(script, {})) + ["--eval_prompts"]
     for values, more in tables.get(script, {}).values():
-        words += [*flags_of(values), *more]
+        words += [*flags_of(values), *more.split()]
     return {word for word in words if word.startswith("--")}
 
 

@@ -1,9 +1,7 @@
 """Scripts end to end on tiny settings: what they print, need, survive and read.
 
-Its numbers are compared with an independent implementation in test_iteration.py."""
+Their numbers are compared with an independent implementation in test_iteration.py."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -27,14 +25,6 @@ TINY = "--prompts_per_iteration 4 --group_size 2 --steps 3 --iterations 2 --eval
 OPD = [*TINY, "--eval_prompts", "0", "--sample_every", "0"]
 GRPO = [*TINY, "--reward", "deqa", "--eval_every", "0"]
 SFT = "--batch 6 --iterations 4 --sft_images 12 --eval_steps 2 --eval_prompts 0 --lr 3e-3".split()
-
-
-def printed(script, monkeypatch, *flags):
-    """The command after "next:" that a script prints, and all that it prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), monkeypatch.context() as patch:
-        call(patch, script, *flags, curves=True)
-    return re.search(r"^next: python (.*)$", out.getvalue(), re.M)[1], out.getvalue()
 
 
 # ---- Stage 3
@@ -87,15 +77,16 @@ FIRST = {
 
 
 @pytest.mark.parametrize("script", FIRST)
-def test_the_next_command_runs_as_printed(monkeypatch, tmp_path, script):
+def test_the_next_command_runs_as_printed(monkeypatch, tmp_path, capsys, script):
     """With a module of rewards and a task of one's own, which the next command must name."""
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
     (tmp_path / "red.txt").write_text("red circle\nblue square\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)  # of another test
     flags = [word.replace("PLACE", str(tmp_path)) for word in FIRST[script]]
-    command, out = printed(script, monkeypatch, *flags, "--out", tmp_path / "run")
-    words = shlex.split(command)
+    call(monkeypatch, script, *flags, "--out", tmp_path / "run", curves=True)
+    out = capsys.readouterr().out
+    words = shlex.split(re.search(r"^next: python (.*)$", out, re.M)[1])
     words[words.index("--out") + 1] = str(tmp_path / "next")
     if script == "merge":
         return call(monkeypatch, "train_opd", *words[1:], *OPD)
