@@ -2,13 +2,17 @@
 
     python train_opd.py                          # the miniature: merged start, four teachers, MAR
     torchrun --nproc_per_node=8 train_opd.py     # the same run on eight processes
-    python train_opd.py --objective kl           # the direct loss instead of the PPO form
     torchrun --nproc_per_node=8 train_opd.py @recipes/sd35m_opd.args    # Stable Diffusion 3.5
 
-The student generates its own training states with the SDE sampler (on-policy). Each prompt belongs
-to one task, and that task's teacher predicts its velocity at every state the student visited. The
-KL between the two Gaussian steps is the dense training signal. MAR holds the student near a frozen
-teacher of image quality. Training needs no reward, no VAE and no text encoder.
+One iteration, with the default sizes. It needs no reward, no VAE and no text encoder:
+
+    PROMPTS  8 of 4 tasks, 2 samples of each
+    ROLLOUT  noise = x[0] -> x[1] -> ... -> x[5]: the student's own SDE; 16 x 5 states are 80 rows
+    LABELS   at every row: the velocity of its task's teacher, and of the anchor
+    UPDATE   at half of the rows, then at the others: the student's velocity -> ppo + MAR
+             -> a gradient per task -> their sum -> AdamW -> the running average, which is evaluated
+
+The KL between the steps of student and teacher, two Gaussians, is the dense training signal.
 
 Deviations from the paper (numbered as in README.md, which has the whole list):
  1. PPO's ratio and reward are per latent coordinate; the paper's form is --objective ppo-published.
@@ -64,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, as the paper; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
-    flag("--group_size", type=positive, default=16, help="samples per prompt, G (24 in the paper)")
+    flag("--group_size", type=positive, default=2, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=at_least(2), default=6, help="steps of a rollout, T (10 in the paper)")
     flag("--train_steps", default="first", help="first = all but the last; all; 0,2,5; random:K")
     flag("--noise", type=within(0), default=0.7, help="SDE noise level a; --objective ode takes 0")
@@ -72,9 +76,9 @@ def parse_args() -> argparse.Namespace:
     flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
     flag("--student_guidance", type=scale, help="of the student; default --guidance")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--iterations", type=positive, default=80, help="rollouts, each with --updates steps")
+    flag("--iterations", type=positive, default=160, help="rollouts, each with --updates steps")
     flag("--updates", type=positive, default=2, help="optimizer steps per rollout")
-    flag("--lr", type=within(0), default=1e-3, help="AdamW's (public code: 1e-4, a larger model)")
+    flag("--lr", type=within(0), default=2e-3, help="AdamW's (public code: 1e-4, a larger model)")
     flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
     flag("--ema_every", type=positive, default=1, help="steps between averages (public code: 8)")
@@ -82,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     flag("--label_batch", type=positive, default=128, help="rows in a pass without gradient")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="runs/opd", help="folder of the run")
-    flag("--sample_every", type=at_least(0), default=10, help="iterations per picture; 0 = none")
+    flag("--sample_every", type=at_least(0), default=20, help="iterations per picture; 0 = none")
     flag("--eval_prompts", type=at_least(0), default=256, help="test prompts per task; 0 = none")
     flag("--eval_steps", type=positive, default=16, help="ODE steps of samples (40 in the paper)")
     flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")

@@ -24,7 +24,7 @@ SFT = 600  # iterations of 64 images
 # The main job of the first round, which all its students vary: 128 images an iteration.
 FIRST = "--objective ppo --prompts_per_iteration 8 --group_size 16 --updates 2 --lr 1e-3".split()
 PARTS = "main objectives gradients MAR interference ablations staleness speed hacking repeat"
-PARTS += " map default pays strict tasks later guidance"
+PARTS += " map default bf16 pays strict tasks later guidance"
 MAP_IMAGES = 2560
 BEST = "--objective ppo --prompts_per_iteration 8 --group_size 2 --updates 2 --lr 2e-3".split()
 LONG = (20, 40, 80, 160, 320, 640)  # iterations of 16 images
@@ -81,6 +81,7 @@ def plan(out):
     plan_reuse_and_ranks(jobs)
     plan_map(jobs)
     plan_default(jobs)
+    plan_bf16(jobs)
     plan_pays(jobs)
     plan_strict(jobs)
     plan_tasks(jobs)
@@ -297,6 +298,13 @@ def plan_default(jobs):
             if decay != "0.9":
                 name, flags = f"{name}_ema{decay}", [*flags, "--ema_decay", decay]
             jobs.add("default", name, "train_opd.py", *flags, seed=seed, at=(80, 160))
+
+
+def plan_bf16(jobs):
+    """The default with the backbone in bf16 and the student's LoRA in float32."""
+    for seed in range(3):
+        flags = [*BEST, "--dtype", "bf16"]
+        jobs.add("bf16", "default_bf16", "train_opd.py", *flags, seed=seed, at=(160,))
 
 
 def plan_pays(jobs):

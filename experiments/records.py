@@ -138,6 +138,7 @@ for objective in ("ppo", "kl"):
                 for more in ("decay", "warmup", "ema0.95", "ema0.97", "ema0.98"):
                     LABELS[f"map_{run}_{more}"] = f"{words}, {more}"
                 LABELS[f"default_{run}_ema0.97"] = f"{words}, EMA .97"
+LABELS["default_bf16"] = "the first row, backbone in bf16"
 SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in one, passes per image
     "grpo_mix": (460, 192, 15),
     "geneval": (260, 192, 15),
@@ -227,6 +228,8 @@ def cost_of(name, records, metric):
     unit = 1000 if metric == "passes" else 1
     if metric == "seeds":
         return len(costs) or None
+    if name == "oracle" and metric != "cpu_minutes":
+        return sum(cost_of(task, [], metric) for task in TASKS)
     if name in SHIPPED and metric != "cpu_minutes":
         iterations, images, passes = SHIPPED[name]
         total = iterations * images

@@ -114,6 +114,19 @@ def learning_rates(runs, metrics):
     return table(runs, " ".join(name for name in names if name in runs), metrics)
 
 
+def mapped(runs, objective):
+    """Part map: the Average of held-back prompts by iteration size, updates and learning rate."""
+    rates, lines = ("1e-3", "2e-3", "4e-3"), []
+    for size in (8, 16, 32, 64, 128):
+        for updates in (1, 2):
+            row = f"map_{objective}_b{size}_u{updates}_lr"
+            found = [value(runs, f"{row}{rate}", "average") for rate in rates]
+            if any(found):
+                cells = [f"{number[0]:.4f}" if number else "–" for number in found]
+                lines.append([f"{size}", f"{updates}", *cells])
+    return markdown([f"`{objective}`, images an iteration", "updates", *rates], lines)
+
+
 def stages(runs, name, seed, metrics):
     """A run's scores at every iteration where it was scored."""
     records = [record for record in runs.get(name, ()) if record["seed"] == int(seed)]
@@ -286,7 +299,7 @@ def parts(runs):
     return markdown(["part", "rows", "trainings", "hours on one core"], lines)
 
 
-OF_RUNS = (score, gap, ratio, differences, table, learning_rates, stages)
+OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
 OF_RUNS += (minutes, speedup, mix_minutes, hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 

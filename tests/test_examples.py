@@ -42,8 +42,17 @@ def test_examples_import_the_two_maths_modules_alone():
     project = {path.stem for path in ROOT.glob("*.py")} | {"support", "rewards", "toy"}
     for path in ROOT.glob("examples/*.py"):
         imports = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-        used = {"losses", "sde"} if path.stem != "to_tensorboard" else set()
+        used = {"to_tensorboard": set(), "schedule": {"sde"}}.get(path.stem, {"losses", "sde"})
         assert project & {*imports} == used, path
+
+
+def test_the_schedule_is_that_of_the_trained_model(example, tmp_path):
+    """Ten steps of SD3.5: the last time before 0, and the weight of the last trained step."""
+    out = example("schedule", "--out", tmp_path).splitlines()
+    assert out[0].endswith("0.278 0.00893 0") and out[3].endswith("0.429 0.25 0")
+    shares = [sum(map(float, line.split("%")[1].split())) for line in (out[2], out[5])]
+    assert shares == pytest.approx([100, 100], abs=0.4)
+    assert Image.open(tmp_path / "schedule.png").width == 1200
 
 
 def test_flow2d_takes_every_objective(example, tmp_path):

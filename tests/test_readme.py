@@ -63,12 +63,18 @@ def script_of(words):
 
 def shown():
     """[(where, words), ...] of the README, all docstrings, and the comments of the recipes."""
-    texts = {"README.md": README, "recipes/README.md": read("recipes/README.md")}
+    names = ("README.md", "recipes/README.md", "rewards/README.md", "toy/README.md")
+    texts = {name: read(name) for name in names}
     for script in SCRIPTS:
         texts[script] = ast.get_docstring(ast.parse(read(script))) or ""
     for path in sorted((ROOT / "recipes").glob("*.args")):
         texts[path.name] = re.sub("(?m)^# *", "", path.read_text())
     return [(where, words) for where, text in texts.items() for words in commands(text)]
+
+
+def test_the_drawing_of_an_iteration_is_the_one_in_train_opd():
+    drawing = re.search(r"^PROMPTS .*?(?=^```)", README, re.M | re.S)[0]
+    assert drawing in read("train_opd.py").replace("\n    ", "\n")
 
 
 @cache
@@ -125,7 +131,7 @@ def test_files_that_the_readme_names_are_there():
     assert all((ROOT / name).exists() for name in tree)
 
 
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON = re.findall(r"```python\n(.*?)```", README + read("toy/README.md"), re.S)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.splitlines()[0][:40])
@@ -140,10 +146,10 @@ def figures(text):
     return {number.lstrip("0") for number in re.findall(numbers, text)}
 
 
-def test_numbers_of_the_readmes_results_are_those_of_results_md():
-    section = re.search(r"^## Results.*?\n(.*?)(?=^## )", README, re.M | re.S)[1]
-    assert len(figures(section)) > 20
-    assert not sorted(figures(section) - figures(read("experiments/RESULTS.md")))
+def test_numbers_of_the_readmes_tables_are_those_of_results_md():
+    rows = "\n".join(line for line in README.splitlines() if "±" in line)
+    assert len(figures(rows)) > 40
+    assert not sorted(figures(rows) - figures(read("experiments/RESULTS.md")))
 
 
 TINY = "--iterations 1 --eval_steps 2 --eval_prompts 2 --overwrite"
