@@ -2,7 +2,7 @@
 
 Nothing comes from the scripts, sde.py, losses.py or support/: stock diffusers loads pipeline and
 LoRAs, every equation is written out anew. tests/test_iteration.py holds the scripts against these
-loops, number by number. Read them where a line of a script is not clear.
+loops, number by number. Read them where a line of a script is not clear. `ties` is for merge.py.
 """
 
 import hashlib
@@ -338,6 +338,26 @@ def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student
     return models, log
 
 
+def report(models, guidance, student_guidance):
+    """The end of train_opd.py, on two test prompts a task in two steps: {(model, task): mean score}
+    of start and average, and by how much Average rises, with its standard error."""
+    scores, gain, variance = {}, 0.0, 0.0
+    for task, scale in {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}.items():
+        prompts = read(task, "test")[:2]
+        items = [(prompt, (0, "evaluate", task, j)) for j, prompt in enumerate(prompts)]
+        for name, weights, scale_of in (
+            ("merged start", models.start, guidance),
+            ("student", models.average, student_guidance),
+        ):
+            images = torch.stack(pictures(models, weights, items, 2, scale_of))
+            images = (images * 255).round() / 255  # as files hold them
+            scores[name, task] = REWARDS[task](images, prompts).double()
+        difference = (scores["student", task] - scores["merged start", task]) / scale / 4
+        gain, variance = gain + difference.mean().item(), variance + difference.var().item() / 2
+    means = {key: values.mean().item() for key, values in scores.items()}
+    return means, [gain, math.sqrt(variance)]
+
+
 def reward_of(image, task, prompt, f):
     """Of one image (3, H, W): the miniature's scorers, each put on 0..1 by its range, weighted."""
     weights = f.reward
@@ -449,3 +469,19 @@ def sft(sft_images, batch, eval_steps, **flags):
         line = {"iteration": iteration, "loss": mean, "grad_norm": descent.step(total)}
         log.append(descent.log(line))
     return models, log
+
+
+def ties(parts, weights, density):
+    """merge.py --method ties of the teachers' dW, an entry at a time: trim, elect, merge (TIES)."""
+    trimmed = []
+    for part in parts:
+        number = max(int(density * part.numel()), 1)
+        limit = sorted(part.abs().flatten().tolist())[-number]
+        trimmed.append([x if abs(x) >= limit else 0.0 for x in part.flatten().tolist()])
+    merged = []
+    for entries in zip(*trimmed):
+        total = sum(w * x for w, x in zip(weights, entries))
+        agree = [(w, x) for w, x in zip(weights, entries) if x * total > 0]
+        weight = sum(w for w, _ in agree)
+        merged.append(sum(w * x for w, x in agree) / weight if weight else 0.0)
+    return torch.tensor(merged).view(parts[0].shape)

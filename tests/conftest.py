@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,14 +98,51 @@ def call(monkeypatch, script, *flags, curves=False):
     module.main(module.parse_args())
 
 
-def shell(*words, processes=1):
-    """The same in fresh processes; under torchrun if there are several."""
-    if processes > 1:
-        launcher = ("-m", "torch.distributed.run", "--standalone")
-        words = (*launcher, f"--nproc_per_node={processes}", *words)
+def shell(*words):
+    """The same in a fresh process."""
     command = [sys.executable, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fork(world, log, function, *given, **named):
+    """The ids of `world` processes that call the function, and print into the file `log`. They find
+    each other as under torchrun. They start at once: all imports are done."""
+    port, pids = free_port(), []
+    for rank in range(world):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(log, "a")
+            torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({name: str(number) for name, number in numbers.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            function(*given, **named)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return pids
+
+
+def codes_of(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def weights(run):

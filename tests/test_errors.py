@@ -1,8 +1,8 @@
 """Every mistake that the scripts know: one line that names it, exit code 2, no file changed.
 
-A row per mistake: what is typed | what the line must contain | what to arrange before. The last
-test fails if any call of `fail` has no row. All rows run in this process, in one folder that the
-fixture `place` fills.
+mistakes.txt has a row per mistake: what is typed | what the line must contain | what to arrange
+before. The last test fails if any call of `fail` has no row. All rows run in this process, in one
+folder that the fixture `place` fills.
 
     python -m pytest tests/test_errors.py
 """
@@ -30,7 +30,7 @@ import toy
 from support import checkpoint, files, run
 
 LAYER = "transformer_blocks.0.attn.to_q"  # 128 x 128 in the miniature
-SHORT = {  # words in the table for several flags
+SHORT = {  # words in mistakes.txt for several flags
     "TINY": "--teacher ocr=toy/adapters/ocr --prompts_per_iteration 2 --group_size 2 --steps 2 "
     "--sample_every 0 --eval_prompts 0",
     "GRPO": "--reward ocr --prompts_per_iteration 1 --group_size 2 --steps 2 --eval_every 0",
@@ -38,168 +38,16 @@ SHORT = {  # words in the table for several flags
     "TWO": "--adapters good good",
     "HUB": "--tasks ocr --prompts ocr=good.txt --model",
     "PICTURES": "--tasks ocr --num_prompts 1 --scores_only",
+    "BOTH": "--tasks ocr --prompts ocr=good.txt --scores_only",
     "LONG": "x" * 999,
 }
 
-TABLE = {}
-TABLE["train_opd"] = r"""
-    --itertions 5 | unrecognized arguments: --itertions 5
-    @itself.args | must not name itself
-    @not_utf8.args | UTF-8
-    --micro_batch 9999999999999999999 | from 1 to 1
-    --ema_decay 3 | '3' is not a number from 0 to 1
-    --dtype fp16 | --dtype
-    --noise 0 | --noise must be above 0
-    --updates 3 | must divide --group_size
-    --train_steps 9 | there are 6 steps
-    --train_steps soon | expected first, all
-    --train_steps all --noise_kind cps | last cps step
-    --noise 1.1 --noise_kind cps | --noise is at most 1
-    --objective trajectory --train_steps random:1 | looks ahead
-    LORA ocr=bad/silent | give --teacher_alpha
-    LORA ocr=bad/layer | nowhere is not a linear layer of an SD3 transformer
-    LORA ocr=bad/block | transformer_blocks.9.attn.to_q is not a linear layer of the model
-    LORA ocr=bad/kohya | kohya's format
-    LORA ocr=bad/pissa | init_lora_weights 'pissa' has changed the base
-    LORA ocr=bad/dora | use_dora True in its config
-    LORA ocr=bad/shape | bad/shape: layer transformer_blocks.0.attn.to_q is
-    --teacher ocr | NAME=VALUE
-    --teacher ../x=good --prompts ../x=good.txt --test_prompts ../x=good.txt | letters, digits
-    --teacher ocr=good --task_mix geneval=1 | 'geneval' has no teacher
-    --task_mix geneval=1 | --teacher ocr: --task_mix has no share
-    --task_mix ocr=1 ocr=2 | ocr is given twice
-    --task_mix geneval=1.5 | --task_mix geneval=1.5: '1.5' is not a whole number from 1 to 1000
-    --teacher_guidance ocr=x | 'x' is not a number from 1 to inf
-    --guidance 0 | '0' is not a number from 1
-    --clip_range 0 | --clip_range
-    --alpha 0 | --alpha
-    LORA ocr=good --teacher_alpha ocr=zero | 'zero' is not a number
-    --prompts zebra=good.txt | zebra
-    --model some/model | some/model/prompts/geneval_train.txt is not a file; give --prompts
-    --model models/nested | not a diffusers pipeline
-    --model models/flux | a FluxPipeline; this code trains StableDiffusion3Pipeline
-    --model models/lcm --dry_run | its scheduler is LCMScheduler; this code samples as
-    --model models/inverted | FlowMatchEulerDiscreteScheduler with invert_sigmas
-    TINY --model models/pickled --init toy/adapters/merged | cannot be loaded as Stable Diffusion 3
-    TINY --model models/cut --init toy/adapters/merged | cannot be loaded as Stable Diffusion 3
-    TINY --model models/text --init toy/adapters/merged | cannot load its text encoders
-    TINY --model models/nan --init toy/adapters/merged | nan
-    TINY --cache_embeddings file | --cache_embeddings file is a file
-    TINY --size 33 | --size 33: this model makes multiples of 8 pixels, up to 32
-    TINY | 64 processes for 4 samples | many_processes
-    TINY | torchrun did not start this | two_processes
-    --out used | --overwrite
-    --out full --overwrite | --out full is not empty
-    --out LONG | choose another folder
-    --out new | no folder to write into | no_permission
-    --resume --overwrite | choose one
-    TINY --out run --resume | damaged | damaged
-    TINY --out run --resume | state.json was not written by this version | strange_state
-    TINY --out run --resume | another process is writing into this run | locked
-    TINY --out run --resume --lr 2e-3 | --lr
-    TINY --out run --resume --prompts ocr=good.txt | prompts ocr
-    TINY | GB free | small_disk
-    TINY --iterations 1 --out late | cannot save checkpoints/step_1 ([Errno 28] No space | full_disk
-    TINY --max_bad_steps 1 --out late | updates in a row had a NaN | nan_gradient
-    TINY --iterations 1 --out late | every update was skipped | nan_gradient
-"""
-TABLE["train_sft"] = """
-    --sft_images 3 | --sft_images must be at least 4
-    --out used | --overwrite
-"""
-TABLE["train_teacher"] = """
-    | --reward
-    --reward ocr=-1 | '-1' is not a number
-    --reward zebra --tasks ocr | zebra
-    --reward ocr --tasks zebra | unknown task 'zebra'
-    --reward ocr --final best --eval_every 0 | --final best needs test rewards
-    --reward ocr --group_size 1 | --group_size
-    --reward ocr --noise 0 | --noise
-    --reward ocr --window 8 | --window
-    --reward ocr=0.8 deqa=0.2 --rewards rewards | quotes no text
-    --reward ocr | range | no_range
-    GRPO --out late | no weights here | broken_scorer
-"""
-TABLE["merge"] = """
-    --adapters good | at least two
-    --adapters good bad/bytes | damaged adapter
-    --adapters good bad/key | unexpected tensor 'hello'
-    --adapters good bad/nan | nan, infinity
-    --adapters good bad/half | no matching pair
-    --adapters good bad/zero | all-zero
-    --adapters good bad/negative | alpha -4
-    --adapters good bad/pattern | alpha_pattern must be
-    --adapters good bad/expression | is an expression
-    --adapters good bad/pickle | a .bin can run code
-    --adapters good nowhere | not an adapter
-    --adapters good bad/shape | of different models
-    --adapters good rank3 --method factor-mean | one rank
-    TWO --weights 1 2 3 | 3 for 2 adapters
-    TWO --weights 1e308 1e308 | --weights
-    TWO --method ties | --rank
-    TWO --out full | --out full is not empty
-    TWO --out full --overwrite | --overwrite an earlier result
-    TWO --out file | file is no folder to write into
-    TWO --out blocked | File exists
-    --adapters good --fuse models/cut | transformer cannot be loaded
-    --adapters bad/block --fuse toy | its layer transformer_blocks.9.attn.to_q is not
-"""
-TABLE["evaluate"] = r"""
-    --model nowhere | nowhere
-    --model models/lcm | its scheduler is LCMScheduler
-    --models run | did you mean run/adapter?
-    --models a/b=base | a/b
-    --models LONG | not an adapter
-    --tasks ocr --prompts deqa=good.txt | this run has ocr
-    --models base base | two models are called 'base'
-    --tasks zebra | unknown task 'zebra'
-    --tasks zebra --prompts zebra=good.txt | 'zebra' has no scorer
-    --prompt SURROGATE | --prompt is not text
-    --model_guidance zebra=1 | zebra
-    --published | --rewards rewards
-    --table compbench | unknown task 't2i_color'
-    --table quality --prompts drawbench=good.txt | toy has none of imagereward
-    --rewards rewards --tasks t2i_3d --prompts t2i_3d=good.txt | good.txt: t2i_3d
-    --rewards no_such_module | no_such_module
-    --rewards json | REWARDS
-    --rewards rewards --tasks geneval | "tag"
-    --reward_device zebra --tasks ocr | --reward_device zebra
-    HUB some/model | gated; accept its licence | hub_gated
-    HUB some/model@v9 | some/model@v9: neither a folder nor on the hub | hub_revision
-    HUB some/model | neither a folder nor on the hub | hub_missing
-    HUB some/model | once online, it is downloaded | hub_offline
-    HUB some--/model | neither a folder nor on the hub | hub_name
-    --models base --scores_only pictures | --scores_only
-    --scores_only nowhere | nowhere
-    --scores_only models | no folder models/geneval
-    --scores_only pictures/list --tasks ocr | needs the "file_name"
-    --scores_only pictures/named --tasks ocr | expected a line number as its name
-    --scores_only pictures/cut --tasks ocr | 0 image(s) of prompt 00001
-    PICTURES pictures/cut --prompts ocr=empty.txt | empty.txt holds no prompt
-    PICTURES pictures/cut --prompts ocr=nested.jsonl | nested.jsonl is not a JSON object
-    PICTURES pictures/cut --prompts ocr=nul.txt | nul.txt is not text
-    PICTURES pictures/cut --prompts ocr=utf16.txt | cannot read utf16.txt (not UTF-8)
-    PICTURES pictures/cut --prompts ocr=list.json | list.json: expected .txt
-    PICTURES pictures/cut pictures/two | of the first folder
-    PICTURES pictures/cut | cannot be decoded
-    PICTURES pictures/large | nothing was scored
-    --out evaluated | --overwrite
-"""
-TABLE["toy.build"] = """
-    --steps 0 | --steps
-"""
-TABLE["rewards.geneval_prompts"] = """
-    5 --test nowhere.jsonl --out new | nowhere.jsonl
-    5 --test metadata.jsonl --out new | metadata.jsonl is not JSON lines
-"""
-TABLE["rewards.t2i_export"] = """
-    prompts metadata.jsonl --out new.txt | expected two .txt files
-    prompts good.txt --out file/new.txt | File exists
-"""
-ROWS = []
-for script, text in TABLE.items():
-    for line in text.strip("\n").splitlines():
-        typed, says, *arrange = [part.strip() for part in line.split(" | ")]
+ROWS, script = [], None  # [(script, typed, says, a name in ARRANGE or None), ...]
+for line in Path(__file__).with_name("mistakes.txt").read_text().splitlines():
+    if line.startswith("["):
+        script = line[1:-1]
+    elif line and line[0] != "#":
+        typed, says, *arrange = [part.strip() for part in f" {line} ".split(" | ")]
         ROWS.append((script, typed, says, *(arrange or [None])))
 
 
@@ -212,11 +60,16 @@ ADAPTERS = {  # folder: ({key: another tensor, or none}, what its config has bes
     "rank3": ({A: torch.ones(3, 128), B: torch.ones(128, 3)}, {}),
     "bad/nan": ({A: ONES * torch.nan}, {}),
     "bad/key": ({"hello": ONES}, {}),
+    "bad/alpha": ({f"{LAYER}.alpha": torch.ones(())}, {}),
     "bad/half": ({A: None}, {}),
     "bad/zero": ({B: 0 * ONES.T}, {}),
     "bad/kohya": ({"lora_unet_x": ONES}, {}),
     "bad/shape": ({A: torch.ones(2, 99)}, {}),
     "bad/layer": ({"nowhere.lora_A.weight": ONES}, {}),
+    "bad/qkv": ({"diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": ONES}, {}),
+    "bad/prefix": ({f"diffusion_model.{A}": ONES}, {}),
+    "bad/text": ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": ONES}, {}),
+    "bad/single": ({f"transformer.single_{A}": ONES}, {}),
     "bad/block": ({A.replace("0", "9"): ONES, B.replace("0", "9"): ONES.T}, {}),
     "bad/silent": ({}, {"lora_alpha": None}),
     "bad/negative": ({}, {"lora_alpha": -4}),
@@ -282,13 +135,20 @@ FILES = {
     "blocked.tmp": b"in the way of what is written beside `blocked`",
     "bad/bytes/adapter_model.safetensors": b"garbage" * 10,
     "bad/pickle/adapter_model.bin": b"",
-    "pictures/list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n',
-    "pictures/named/cat.png": b"cut",
-    "pictures/cut/0.png": b"cut",
-    "pictures/two/0/samples/0.png": b"cut",
-    "pictures/two/0/samples/1.png": b"cut",
+    "pictures/list/metadata.jsonl": b'{"prompt": "a", "file_name": "0.png"}\n{"prompt": "a"}\n',
     "pictures/large/0.png": (ROOT / "examples/picture.png").read_bytes(),  # not 32 x 32 pixels
 }
+PICTURES = {
+    "list": "0.png",
+    "named": "cat.png",
+    "cut": "0.png",
+    "kinds": "0.png 1.png 1.jpg",
+    "three": "0.png 1.png 2.png",
+    "two": "0/samples/0.png 0/samples/1.png",
+    "uneven": "0/samples/0.png 0/samples/1.png 1/samples/0.png",
+}
+for folder, names in PICTURES.items():
+    FILES |= {f"pictures/{folder}/{name}": b"cut" for name in names.split()}
 
 
 @pytest.fixture(scope="module")
@@ -414,4 +274,4 @@ def test_no_error_is_without_a_row():
                 lines = {(str(file), n) for n in range(node.lineno, node.end_lineno + 1)}
                 if not lines & seen:
                     missing.append(f"{file.name}:{node.lineno}")
-    assert not missing, f"{missing} have no row in TABLE"
+    assert not missing, f"{missing} have no row in tests/mistakes.txt"

@@ -10,11 +10,10 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, call, shell
+from conftest import call, codes_of, fork, linux
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import toy
 from experiments import slow_loops as reference
 from support.flags import TASKS
 
@@ -88,52 +87,43 @@ def compare(run, models, log):
 
 SMALL = {"prompts_per_iteration": 2, "group_size": 2, "steps": 4, "iterations": 2}
 TWO_TASKS = {"tasks": ("ocr", "deqa")}
-SHORT = SMALL | {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
 DECAY = {"lr": 1.0, "grad_norm": 1e-10}  # AdamW's epsilon and weight decay outweigh such gradients
-OPD = {  # flags of the reference and of the script, and flags of the script alone
-    **{
-        objective: (SHORT | {"objective": objective, "clip_range": 1e-5}, [])
-        for objective in ("ppo-scalar", "ppo-published", "ppo-public-code")
-    },
+OPD = {  # values for the reference and the script, and flags of the script alone
     "ppo": (
-        SMALL
-        | {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2}
-        | {"skip": (2, 3)},
-        ["--micro_batch", "3", "--label_batch", "5", "--max_bad_steps", "2"],
+        {"clip_range": 0.01, "grad_norm": 0.01, "mar_weight": 0.5, "ema_every": 2, "skip": (2, 3)},
+        "--micro_batch 3 --label_batch 5 --max_bad_steps 2",
     ),
     "guidance and shares": (
-        SMALL
-        | {"guidance": 1.3, "student_guidance": 1.1, "teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
-        | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}}
-        | {"updates": 1, "seed": 3},
-        ["--micro_batch", "4", "--sample_every", "2", "--eval_prompts", "2", "--eval_steps", "2"],
+        {"guidance": 1.3, "student_guidance": 1.1, "updates": 1, "seed": 3}
+        | {"teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
+        | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}},
+        "--micro_batch 4 --sample_every 2 --eval_prompts 2 --eval_steps 2",
     ),
     "kl, random steps, dance": (
-        SMALL
-        | {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4}
+        {"objective": "kl", "noise_kind": "dance", "noise": 0.4, "anchor": "base", "lr": 3e-4}
         | {"guidance": 1.2, "student_guidance": 1.0, "random_steps": 2},
-        [],
+        "",
     ),
     "cps, some steps": (
-        SMALL
-        | TWO_TASKS
-        | {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1, "updates": 1}
-        | {"trained": (0, 2)}
-        | DECAY,
-        [],
+        {"noise_kind": "cps", "noise": 0.5, "anchor": "ocr", "ema_decay": 0.1, "updates": 1}
+        | {"trained": (0, 2), **TWO_TASKS, **DECAY},
+        "",
     ),
-    "ode": (SMALL | TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, []),
-    "trajectory": (SMALL | TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, []),
+    "ode": (TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, ""),
+    "trajectory": (TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, ""),
 }
+for objective in ("ppo-scalar", "ppo-published", "ppo-public-code"):
+    short = {"prompts_per_iteration": 1, "steps": 3, "iterations": 1, "tasks": ("ocr",)}
+    OPD[objective] = (short | {"objective": objective, "clip_range": 1e-5}, "")
 
 
 @pytest.mark.parametrize("row", OPD)
 def test_opd(monkeypatch, row, tmp_path):
-    (values, more), grids = OPD[row], []
+    values, more, grids = SMALL | OPD[row][0], OPD[row][1], []
     models, log = reference.opd(**values)
     skip_updates("train_opd", values.get("skip", ()), monkeypatch)
     monkeypatch.setattr("train_opd.picture_grid", lambda *given: grids.append(given))
-    words = [*flags_of(values), "--eval_prompts", 0, "--sample_every", 0, *more]
+    words = [*flags_of(values), "--eval_prompts", 0, "--sample_every", 0, *more.split()]
     call(monkeypatch, "train_opd", *words, "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
     assert len(grids) == ("--sample_every" in more)
@@ -153,45 +143,32 @@ def check_samples(file, columns, shown, models, values):
 
 def check_report(run, models, values):
     """The table at the end: start and average on the first test prompts, in 8-bit pictures."""
-    results, scores = json.loads((run / "results.json").read_text())["results"], {}
-    models_of = {"merged start": (models.start, values["guidance"])}
-    models_of["student"] = (models.average, values["student_guidance"])
-    for name, (weights, guidance) in models_of.items():
-        for task in TASKS:
-            prompts = reference.read(task, "test")[:2]
-            items = [(prompt, (0, "evaluate", task, j)) for j, prompt in enumerate(prompts)]
-            images = torch.stack(reference.pictures(models, weights, items, 2, guidance))
-            images = (images * 255).round() / 255
-            scores[name, task] = toy.REWARDS[task](images, prompts).double()
-            assert results[name][task]["n"] == 2
-            mean = scores[name, task].mean().item()
-            assert results[name][task]["mean"] == pytest.approx(mean, abs=2e-3), (name, task)
-    gain, variance = 0.0, 0.0
-    for task, scale in {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}.items():
-        difference = (scores["student", task] - scores["merged start", task]) / scale / 4
-        gain, variance = gain + difference.mean().item(), variance + difference.var().item() / 2
+    results = json.loads((run / "results.json").read_text())["results"]
+    means, gain = reference.report(models, values["guidance"], values["student_guidance"])
+    for (name, task), mean in means.items():
+        assert results[name][task]["n"] == 2
+        assert results[name][task]["mean"] == pytest.approx(mean, abs=2e-3), (name, task)
     line = re.search(r"student - merged start: (\S+) ± (\S+) in", (run / "table.md").read_text())
-    expected = pytest.approx([gain, variance**0.5], abs=1e-3)
-    assert [float(line[1]), float(line[2])] == expected
+    assert [float(line[1]), float(line[2])] == pytest.approx(gain, abs=1e-3)
 
 
 GRPO = {
     "one task": (
         {"reward": {"ocr": 1.0}, "beta": 0.5, "std": "group", "updates": 3, "clip_range": 1e-4}
         | {"eval_every": 1, "eval_prompts": 2, "eval_steps": 2, "skip": (3, 4)},
-        ["--micro_batch", "2", "--final", "best", "--max_bad_steps", "2"],
+        "--micro_batch 2 --final best --max_bad_steps 2",
     ),
     "mix and window": (
         {"mix": {"geneval": 3, "ocr": 1}, "mix_quality": 0.3, "window": 2, "window_end": 3}
-        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "updates": 1, "seed": 7}
+        | {"steps": 5, "guidance": 1.2, "grad_norm": 0.01, "ema_every": 2, "seed": 7}
         | {"eval_every": 2, "eval_prompts": 2, "eval_steps": 2},
-        ["--micro_batch", "5", "--label_batch", "3"],
+        "--micro_batch 5 --label_batch 3",
     ),
     "weighted rewards": (
         {"reward": {"deqa": 0.8, "pickscore": 0.4}, "tasks": ("ocr", "deqa"), "noise_kind": "cps"}
         | {"noise": 0.4, "ema_decay": 0.3, "eval_every": 3, "eval_prompts": 1, "eval_steps": 2}
         | DECAY,
-        [],
+        "",
     ),
 }
 
@@ -199,27 +176,23 @@ GRPO = {
 @pytest.mark.parametrize("row", GRPO)
 def test_grpo(monkeypatch, row, tmp_path):
     values, more = GRPO[row]
-    values = {"prompts_per_iteration": 2, "group_size": 3, "steps": 4, "iterations": 2} | values
-    values = {"updates": 1, "init": "merged"} | values
+    values = SMALL | {"group_size": 3, "updates": 1, "init": "merged"} | values
     models, log = reference.grpo(**values)
     skip_updates("train_teacher", values.get("skip", ()), monkeypatch)
-    call(monkeypatch, "train_teacher", *flags_of(values), *more, "--out", tmp_path / "run")
+    call(monkeypatch, "train_teacher", *flags_of(values), *more.split(), "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
 
 
 SFT = {"sft_images": 5, "batch": 3, "eval_steps": 2, "iterations": 3, "init": "merged"} | TWO_TASKS
-
-
 SFT_ROWS = {
     "skipped": (
         {"grad_norm": 0.1, "ema_every": 2, "skip": (2,), "seed": 4},
-        ["--micro_batch", "2", "--max_bad_steps", "2"],
+        "--micro_batch 2 --max_bad_steps 2",
     ),
     "guidance and shares": (
         {"guidance": 1.3, "teacher_guidance": {"ocr": 1.6}, "task_mix": {"ocr": 2, "deqa": 1}}
-        | {"ema_decay": 0.1}
-        | DECAY,
-        ["--label_batch", "2"],
+        | {"ema_decay": 0.1, **DECAY},
+        "--label_batch 2",
     ),
 }
 
@@ -229,7 +202,7 @@ def test_sft(monkeypatch, row, tmp_path):
     values, more = SFT_ROWS[row]
     models, log = reference.sft(**SFT, **values)
     skip_updates("train_sft", values.get("skip", ()), monkeypatch)
-    words = [*flags_of(SFT | values), *more, "--eval_prompts", "0"]
+    words = [*flags_of(SFT | values), *more.split(), "--eval_prompts", "0"]
     call(monkeypatch, "train_sft", *words, "--out", tmp_path / "run")
     compare(tmp_path / "run", models, log)
     if row == "skipped":  # a run that goes on has its images already
@@ -242,7 +215,7 @@ def flags_in_rows(script):
     tables = {"train_opd": OPD, "train_teacher": GRPO, "train_sft": SFT_ROWS}
     words = flags_of(TWO.get(script, {})) + ["--eval_prompts"]
     for values, more in tables.get(script, {}).values():
-        words += [*flags_of(values), *more]
+        words += [*flags_of(values), *more.split()]
     return {word for word in words if word.startswith("--")}
 
 
@@ -254,40 +227,27 @@ TWO = {  # nine samples, four and five; three images, one and two
     | {"eval_every": 2, "eval_prompts": 1, "eval_steps": 2},
     "train_sft": SFT,
 }
-TABLE = ["--tasks", "ocr", "geneval", "--num_prompts", "5", "--steps", "2", "--out"]
-IN_TURN = """
-import importlib, json, os, sys
-from test_iteration import skip_updates
-import pytest
-for number, (script, skip, words) in enumerate(json.loads(sys.argv[1])):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # names the store of this run
-    sys.argv = [script, *words]
-    module = importlib.import_module(script)
-    with pytest.MonkeyPatch.context() as patch:
-        skip_updates(script, skip, patch)
-        patch.setattr(module, "draw_curves", lambda *given: None, raising=False)
-        module.main(module.parse_args())
-"""
 
 
-def test_two_processes(monkeypatch, tmp_path):
-    """One after the other in the same two processes, which takes time to start."""
-    runs, quiet = [], ["--eval_prompts", "0"]
-    for script, values in TWO.items():
-        words = [*flags_of(values), "--micro_batch", "2", "--out", f"{tmp_path}/{script}"]
-        if script != "train_teacher":
-            words += quiet
-        runs.append([script, values.get("skip", ()), words])
-    runs.append(["evaluate", (), [*TABLE, f"{tmp_path}/evaluate"]])
-    (tmp_path / "in_turn.py").write_text(IN_TURN)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
-    done = shell(tmp_path / "in_turn.py", json.dumps(runs), processes=2)
-    assert done.returncode == 0, done.stderr
+@linux
+@pytest.mark.parametrize("script", TWO)
+def test_two_processes(monkeypatch, tmp_path, script):
+    values, log, run = TWO[script], tmp_path / "log.txt", tmp_path / "run"
+    words = [*flags_of(values), "--micro_batch", 2, "--out", run]
+    if script != "train_teacher":
+        words += ["--eval_prompts", 0]
+    skip_updates(script, values.get("skip", ()), monkeypatch)
+    assert codes_of(fork(2, log, call, monkeypatch, script, *words)) == [0, 0], log.read_text()
     loops = {"train_opd": reference.opd, "train_teacher": reference.grpo}
-    for script, values in TWO.items():
-        models, log = loops.get(script, reference.sft)(**values)
-        compare(tmp_path / script, models, log)
-    call(monkeypatch, "evaluate", *TABLE, tmp_path / "alone")
+    compare(run, *loops.get(script, reference.sft)(**values))
+
+
+@linux
+def test_two_processes_make_the_table_of_one(monkeypatch, tmp_path):
+    words, log = "--tasks ocr geneval --num_prompts 5 --steps 2 --out".split(), tmp_path / "log.txt"
+    call(monkeypatch, "evaluate", *words, tmp_path / "one")
+    pids = fork(2, log, call, monkeypatch, "evaluate", *words, tmp_path / "two")
+    assert codes_of(pids) == [0, 0], log.read_text()
     for name in ("table.md", "images/base/ocr/00004.png", "grid.png"):
-        one, two = (tmp_path / run / name for run in ("alone", "evaluate"))
+        one, two = (tmp_path / run / name for run in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()

@@ -1,16 +1,14 @@
 """merge.py against dense matrices: dW = scaling B A, so every merge has a known answer."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import call
 from peft.utils.merge_utils import ties
-from safetensors.torch import load_file, save_file
 from torch.linalg import svdvals
 from torch.testing import assert_close
 
 import merge as script
+from experiments import slow_loops
 from merge import truncate
 from support.lora import read_adapter, save_adapter
 
@@ -80,29 +78,13 @@ def test_a_rank_above_the_layers_own_is_filled_with_zeros(out, into, rank):
     assert_close(energy, 1.0)
 
 
-def ties_by_hand(parts, weights, density):
-    """One entry at a time, from the paper's three steps."""
-    trimmed = []
-    for part in parts:
-        number = max(int(density * part.numel()), 1)
-        limit = sorted(part.abs().flatten().tolist())[-number]
-        trimmed.append([x if abs(x) >= limit else 0.0 for x in part.flatten().tolist()])
-    merged = []
-    for entries in zip(*trimmed):
-        total = sum(w * x for w, x in zip(weights, entries))
-        agree = [(w, x) for w, x in zip(weights, entries) if x * total > 0]
-        weight = sum(w for w, _ in agree)
-        merged.append(sum(w * x for w, x in agree) / weight if weight else 0.0)
-    return torch.tensor(merged).view(parts[0].shape)
-
-
 @pytest.mark.parametrize("weights", ([1.0, 1.0, 1.0], [0.5, 0.3, 0.2], [3.0, 0.0, 1.0]))
 @pytest.mark.parametrize("density", (0.1, 0.4, 1.0))
 def test_ties_elects_and_averages_by_weight(weights, density):
     merged = merge(UNLIKE, "ties", weights, density=density)
     for name in SHAPES:
         parts = [dense(adapter)[name] for adapter in UNLIKE]
-        assert_close(merged[name], ties_by_hand(parts, weights, density), **CLOSE)
+        assert_close(merged[name], slow_loops.ties(parts, weights, density), **CLOSE)
         if weights == [1.0, 1.0, 1.0] and density < 1:  # without weights it is peft's
             assert_close(merged[name], ties(parts, torch.ones(3), density), **CLOSE)
     alone = merge(UNLIKE[:2], "ties", [1.0, 0.0], density=1.0)
@@ -170,15 +152,3 @@ def test_the_script_on_files(monkeypatch, tmp_path, capsys):
         kept.append((S[:2].square().sum() / S.square().sum()).item())
     wanted = f"retained energy {sum(kept) / 3:.1%} on average, {min(kept):.1%} in the worst layer"
     assert wanted in capsys.readouterr().out
-
-
-def test_fusing_passes_over_variants(monkeypatch, tmp_path):
-    """A .fp16 file beside the usual one comes first in the alphabet; it is not what is loaded."""
-    usual = "transformer/diffusion_pytorch_model.safetensors"
-    base = shutil.copytree("toy", tmp_path / "toy", ignore=shutil.ignore_patterns("adapters"))
-    half = {name: tensor.half() for name, tensor in load_file(base / usual).items()}
-    save_file(half, base / usual.replace("model.", "model.fp16."), metadata={"format": "pt"})
-    words = ["--adapters", "toy/adapters/ocr", "--fuse", base, "--out", tmp_path / "fused"]
-    call(monkeypatch, "merge", *words)
-    (fused,) = (tmp_path / "fused").glob("*.safetensors")
-    assert {tensor.dtype for tensor in load_file(fused).values()} == {torch.float32}

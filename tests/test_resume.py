@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, call, model_args, process_ends, shell, weights
+from conftest import PROMPTS, ROOT, call, codes_of, fork, free_port, linux
+from conftest import model_args, process_ends, shell, weights
 
 from support import checkpoint, checks, lora, model
 from support import run as run_module
@@ -33,7 +33,6 @@ from support.metrics import log_line, read_log
 from support.run import all_reduce, generator, start_processes, stop_processes
 
 BIT_IDENTICAL = {"rtol": 0, "atol": 0}
-linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
 
 def stand_in(out, files, tasks=("ocr", "deqa"), bad=(), pause=0.0, fails=(), **flags):
@@ -92,8 +91,9 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, files):
     """Five iterations, each with its checkpoint; tests work on copies."""
-    stand_in(tmp_path_factory.mktemp("run") / "run", files, keep=9)
-    return tmp_path_factory.getbasetemp() / "run0" / "run"
+    run = tmp_path_factory.mktemp("finished") / "run"
+    stand_in(run, files, keep=9)
+    return run
 
 
 @pytest.fixture
@@ -352,40 +352,6 @@ def train(script, out, *more, **words):
     call(pytest.MonkeyPatch(), script, *words)
 
 
-def fork(log, world, *job, **words):
-    """Start train() in processes of its own. They start at once: all imports are done."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(world):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            sys.stdout = sys.stderr = open(log, "a")
-            torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
-            torch.set_num_threads(1)
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            numbers["MASTER_ADDR"] = "127.0.0.1"
-            os.environ.update({name: str(value) for name, value in numbers.items()})
-            train(*job, **words)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return pids
-
-
-def codes_of(pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
 def lines(run):
     log = run / "metrics.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
@@ -408,16 +374,16 @@ SAVING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]  # what makes rank 0 sa
 def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, world):
     """In turn all processes get SIGKILL while they load, rank 0 gets a signal that makes it save,
     or one gets SIGKILL at a random instant. The others end by themselves; the next one resumes."""
-    draw, run, log = random.Random(world), tmp_path / "run", tmp_path / "log.txt"
+    draw, (run, whole, log) = random.Random(world), map(tmp_path.joinpath, ("run", "whole", "log"))
     kills, loading, words = 20, 1.0, {}
     if script == "stand_in":
         kills, loading, words = 6, 0.2, {"files": files, "iterations": 60, "save_every": 3}
-    assert codes_of(fork(log, world, script, tmp_path / "whole", **words)) == [0] * world
+    assert codes_of(fork(world, log, train, script, whole, **words)) == [0] * world
     if words:
         words["pause"] = 0.01
     for n in range(kills):
         before, number = lines(run), SAVING[n % 3] if n % 4 == 1 else signal.SIGKILL
-        pids = victims = fork(log, world, script, run, "--resume", **words)  # the first time too
+        pids = victims = fork(world, log, train, script, run, "--resume", **words)
         if n % 4 == 0:
             time.sleep(draw.uniform(0, loading))
         else:  # inside an iteration or a save
@@ -429,9 +395,9 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(files, tmp_path, script, 
         codes = codes_of(pids)
         assert 0 not in codes and (n % 4 != 1 or codes[0] == 128 + number), log.read_text()
     assert "saved after" in log.read_text() and not (run / "adapter").exists()
-    assert codes_of(fork(log, world, script, run, "--resume", **words)) == [0] * world
-    torch.testing.assert_close(last(run), last(tmp_path / "whole"), **BIT_IDENTICAL)
-    assert steady(run) == steady(tmp_path / "whole")
+    assert codes_of(fork(world, log, train, script, run, "--resume", **words)) == [0] * world
+    torch.testing.assert_close(last(run), last(whole), **BIT_IDENTICAL)
+    assert steady(run) == steady(whole)
 
 
 @linux
@@ -439,16 +405,33 @@ def test_a_process_that_fails_prints_its_own_message_and_ends_the_others(files, 
     """Rank 1 fails in iteration 3; rank 0 would wait for it, but saves and ends."""
     log, run = tmp_path / "log.txt", tmp_path / "run"
     words = {"files": files, "iterations": 99, "fails": (1, 3), "save_every": 50}
-    assert codes_of(fork(log, 2, "stand_in", run, **words)) == [2, 1]
+    assert codes_of(fork(2, log, train, "stand_in", run, **words)) == [2, 1]
     text = log.read_text()
     assert text.count("ValueError: only here") == 1 and "saved after 3 iterations" in text
     assert text.count("error: another process has stopped; its own message says why") == 1
     assert [c.name for c in checkpoint.checkpoints(run)] == ["step_3"]
 
 
-def worker_of(launcher):
+# ---- torchrun: one launcher, or one on each of two machines that see one folder
+
+
+def torchrun(folder, *words, machines=1):
+    """The launchers. Each prints into folder/log_RANK.txt."""
+    launch = "-m torch.distributed.run --master_addr=127.0.0.1".split()
+    launch += [f"--nnodes={machines}", f"--master_port={free_port()}"]
+    launchers = []
+    for rank in range(machines):
+        log = open(folder / f"log_{rank}.txt", "w")
+        command = [sys.executable, *launch, f"--node_rank={rank}", *map(str, words)]
+        how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
+        launchers.append(subprocess.Popen(command, **how))
+    return launchers
+
+
+def kill_worker(launcher):
     children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
-    return int(" ".join(file.read_text() for file in children).split()[-1])
+    newest = " ".join(file.read_text() for file in children).split()[-1]
+    os.kill(int(newest), signal.SIGKILL)
 
 
 @linux
@@ -456,38 +439,22 @@ def worker_of(launcher):
 def test_torchrun_restarts_and_resumes_what_was_killed(tmp_path):
     """A worker dies by kill -9. torchrun starts both again with the flags of the first time, which
     have --resume; at the end it hands a signal on to both, and rank 0 saves."""
-    run, log = tmp_path / "run", open(tmp_path / "log.txt", "w")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=2".split()
-    words = [*launch, "train_opd.py", *SCRIPTS["train_opd"], "--iterations", 999, "--resume"]
-    words += ["--out", run]
-    how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
-    process = subprocess.Popen([sys.executable, *map(str, words)], **how)
+    run, launch = tmp_path / "run", "--standalone --nproc_per_node=2 --max-restarts=2".split()
+    words = [*SCRIPTS["train_opd"], "--iterations", 999, "--resume", "--out", run]
+    (launcher,) = torchrun(tmp_path, *launch, "train_opd.py", *words)
     for number in (4, 12):
         wait_for_lines(run, number)
-        os.kill(worker_of(process), signal.SIGKILL)
+        kill_worker(launcher)
     wait_for_lines(run, 20)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 1
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 1
     saved = checkpoint.checkpoints(run)[-1]
     assert checkpoint.whole(saved) and int(saved.name[5:]) in (lines(run) - 1, lines(run))
     assert [line["iteration"] for line in read_log(run)] == list(range(lines(run)))
 
 
-# ---- Two machines that see one folder: two launchers with node ranks of their own
-
 SFT = "--batch 6 --iterations 4 --sft_images 12 --eval_steps 2 --eval_prompts 0".split()
 ON_TWO = {"train_opd": SCRIPTS["train_opd"], "train_sft": SFT}
-
-
-def two_machines(*words):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1"
-    launch = [sys.executable, *launch.split(), f"--master_port={port}"]
-    how = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    ranks = ("--node_rank=0", "--node_rank=1")
-    return [subprocess.Popen([*launch, rank, *map(str, words)], **how) for rank in ranks]
 
 
 @pytest.mark.slow
@@ -495,8 +462,8 @@ def two_machines(*words):
 def test_two_machines_give_the_curve_of_one(tmp_path, script):
     words = [f"{script}.py", *ON_TWO[script], "--lr", "1e-4", "--out"]
     assert shell(*words, tmp_path / "one").returncode == 0
-    nodes = two_machines(*words, tmp_path / "two")
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    launchers = torchrun(tmp_path, *words, tmp_path / "two", machines=2)
+    assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0]
     ends = weights(tmp_path / "two"), weights(tmp_path / "one")
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
@@ -505,11 +472,11 @@ def test_two_machines_give_the_curve_of_one(tmp_path, script):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ON_TWO)
 def test_a_process_killed_on_one_machine_ends_the_other_within_a_minute(tmp_path, script):
-    run = tmp_path / "run"
-    words = [*ON_TWO[script], "--iterations", 9999, "--save_every", 9999, "--out", run]
-    nodes = two_machines(f"{script}.py", *words)
-    wait_for_lines(run, 3)
-    os.kill(worker_of(nodes[1]), signal.SIGKILL)
-    here, there = (node.communicate(timeout=60)[1] for node in nodes)
-    assert [node.returncode for node in nodes] == [1, 1] and "SIGKILL" in there
+    words = [*ON_TWO[script], "--iterations", 9999, "--save_every", 9999, "--out", tmp_path / "run"]
+    launchers = torchrun(tmp_path, f"{script}.py", *words, machines=2)
+    wait_for_lines(tmp_path / "run", 3)
+    kill_worker(launchers[1])
+    assert [launcher.wait(timeout=60) for launcher in launchers] == [1, 1]
+    here, there = (file.read_text() for file in sorted(tmp_path.glob("log_*")))
     assert "error: another process has stopped" in here and "saved after" in here
+    assert "SIGKILL" in there
