@@ -69,17 +69,17 @@ ELSEWHERE = {  # the flags that the tests of another file see in their effect
     "guidance model_guidance seed batch overwrite",
 }
 ALL = "model=toy time_grid=double text_length=128 rewards=toy seed=0 guidance=1.0"
-TRAIN = f"""{ALL} lr=0.001 grad_norm=1.0 ema_decay=0.9 ema_every=1 micro_batch=128 label_batch=128
+TRAIN = f"""{ALL} grad_norm=1.0 ema_decay=0.9 ema_every=1 micro_batch=128 label_batch=128
     eval_steps=16 save_every=20 keep=2 max_bad_steps=10"""
-ROLLOUT = f"""{TRAIN} prompts_per_iteration=8 group_size=16 steps=6 updates=2 noise=0.7
+ROLLOUT = f"""{TRAIN} prompts_per_iteration=8 steps=6 updates=2 noise=0.7
     noise_kind=flow"""
 DEFAULTS = {
     "train_opd": f"""{ROLLOUT} rank=32 alpha=64 objective=ppo mar_weight=0.02 train_steps=first
-        iterations=80 out=runs/opd sample_every=10 eval_prompts=256""",
-    "train_teacher": f"""{ROLLOUT} rank=16 alpha=32 init=base mix_quality=0.2 on_reward_error=stop
+        group_size=2 iterations=160 lr=0.002 out=runs/opd sample_every=20 eval_prompts=256""",
+    "train_teacher": f"""{ROLLOUT} group_size=16 lr=0.001 rank=16 alpha=32 init=base mix_quality=0.2 on_reward_error=stop
         window=0 window_end=0 iterations=100 clip_range=0.01 beta=0.0 std=global eval_every=20
         eval_prompts=64 final=last""",
-    "train_sft": f"""{TRAIN} rank=32 alpha=64 init=base sft_images=2048 batch=64 iterations=160
+    "train_sft": f"""{TRAIN} lr=0.001 rank=32 alpha=64 init=base sft_images=2048 batch=64 iterations=160
         out=runs/sft eval_prompts=256""",
     "evaluate": f"{ALL} table=main num_prompts=0 steps=16 batch=128 out=runs/evaluate",
 }
