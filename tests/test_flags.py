@@ -77,8 +77,8 @@ DEFAULTS = {
     "train_opd": f"""{ROLLOUT} rank=32 alpha=64 objective=ppo mar_weight=0.02 train_steps=first
         group_size=2 iterations=160 lr=0.002 out=runs/opd sample_every=20 eval_prompts=256""",
     "train_teacher": f"""{ROLLOUT} group_size=16 lr=0.001 rank=16 alpha=32 init=base
-        mix_quality=0.2 on_reward_error=stop window=0 window_end=0 iterations=100 clip_range=0.01 beta=0.0 std=global eval_every=20
-        eval_prompts=64 final=last""",
+        mix_quality=0.2 on_reward_error=stop window=0 window_end=0 iterations=100 clip_range=0.01
+        beta=0.0 std=global eval_every=20 eval_prompts=64 final=last""",
     "train_sft": f"""{TRAIN} lr=0.001 rank=32 alpha=64 init=base sft_images=2048 batch=64
         iterations=160 out=runs/sft eval_prompts=256""",
     "evaluate": f"{ALL} table=main num_prompts=0 steps=16 batch=128 out=runs/evaluate",
