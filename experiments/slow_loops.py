@@ -265,7 +265,7 @@ def begin(flags, teachers, anchor="base"):
 def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student_guidance=None,
         trained=None, random_steps=0, **flags):  # fmt: skip
     """train_opd.py: (models, log)."""
-    f, models, descent, slots = begin(flags, True, anchor)
+    f, models, descent, slots = begin({"lr": 2e-3} | flags, True, anchor)
     guidance = f.guidance if student_guidance is None else student_guidance
     grid, log, eligible = models.grid(f.steps), [], trained or list(range(f.steps - 1))
     for iteration in range(f.iterations):
