@@ -232,7 +232,7 @@ def test_torchrun_joins_its_processes(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = shell(*launch, tmp_path / "join.py")
-    assert done.stdout.count("[0, 1]\n") == 2, done.stderr
+    assert done.stdout.count("[0, 1]") == 2, done.stderr  # two lines may mix
 
 
 # ---- The scheduler
