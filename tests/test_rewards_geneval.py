@@ -252,7 +252,7 @@ def test_the_converter_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "any.pth", tmp_path / "out"
     file.write_bytes(b"not a checkpoint")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    cases = [([file], {}, "743b7d99"), ([tmp_path / "none.pth"], {}, "curl"), ([], {}, "FILE.pth"),
+    cases = [([file], {}, "not 743b7d99"), ([tmp_path / "none.pth"], {}, "curl"), ([], {}, "FILE.pth"),
              ([file], {"SHA256_MMDET3": digest}, "mmdet 3"),
              ([file], {"SHA256": digest}, "cannot be read")]  # fmt: skip
     for words, constants, message in cases:
