@@ -124,6 +124,7 @@ def test_what_is_a_line(y, x, height, width, value, box):
     page = np.full((256, 512), 0.299, np.float32)  # no text
     page[5, 5] = page[7, 100] = 1.0  # specks
     page[y : y + height, x : x + width] = value
+    page[y, x : x + width] = 0.301  # just text
     found = ocr.find_lines(page, 256, 512)
     assert len(found) == (box is not None)
     for quad in found:
@@ -209,9 +210,8 @@ def test_cutting_out_lines():
     assert torch.equal(straight, pixels[:, 20:50, 10:110])
     for height, turns in ((29, 0), (30, 1)):  # a line of width 20 is upright from 1.5 * 20 on
         quad = np.array([[10.0, 5], [30, 5], [30, 5 + height], [10, 5 + height]])
-        assert torch.equal(
-            ocr.cut(pixels, quad), pixels[:, 5 : 5 + height, 10:30].rot90(turns, (1, 2))
-        )
+        line = pixels[:, 5 : 5 + height, 10:30].rot90(turns, (1, 2))
+        assert torch.equal(ocr.cut(pixels, quad), line)
 
     a, start = math.radians(20), np.array([60.0, 40.0])
     along, across = np.array([math.cos(a), math.sin(a)]), np.array([-math.sin(a), math.cos(a)])
