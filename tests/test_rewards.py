@@ -25,7 +25,7 @@ from experiments.tiny_scorers import inputs
 from rewards import REWARDS, aesthetic, clipscore, deqa, monitors, pickscore
 from rewards.images import as_pictures, exact_float32
 
-PICTURES = networks.coarse_pictures((64, 64), (56, 28), (71, 22), (64, 64), (49, 48), (19, 90))
+PICTURES = networks.coarse_pictures((64, 64), (56, 28), (71, 22), (64, 64), (49, 48), (21, 94))
 PROMPTS = ["a cat", "", "two dogs " * 30, "Ünïcödé ½ 猫 “q” &amp;amp;", "a cat", "x"]
 QUALITY = ["hpsv2", "imagereward"]
 NAMES = ["pickscore", "clipscore", "aesthetic", "deqa", "ocr", "geneval", *QUALITY]
