@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from conftest import raises
 from PIL import Image, ImageDraw, ImageFont
 from test_rewards import PICTURES, fetched
@@ -115,14 +116,15 @@ def test_boxes_of_paddleocr():
         (0, 0, 50, 512, 0.9, [0, 0, 511, 83]),  # 49 + 33.53
         (100, 80, 40, 80, 0.61, [60, 80, 179, 159]),
         (100, 80, 40, 80, 0.59, None),
-        (100, 80, 8, 16, 0.9, [76, 96, 99, 111]),
+        (100, 80, 4, 8, 0.9, [78, 98, 89, 105]),  # sides of 3 and 7; 1.575
         (100, 80, 3, 6, 0.9, None),  # too small
     ],
 )
 def test_what_is_a_line(y, x, height, width, value, box):
-    page = np.zeros((256, 512), np.float32)
+    page = np.full((256, 512), 0.299, np.float32)  # no text
     page[5, 5] = page[7, 100] = 1.0  # specks
     page[y : y + height, x : x + width] = value
+    page[y, x : x + width] = 0.301  # just text
     found = ocr.find_lines(page, 256, 512)
     assert len(found) == (box is not None)
     for quad in found:
@@ -206,8 +208,10 @@ def test_cutting_out_lines():
     pixels = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (3, 90, 120))).float()
     straight = ocr.cut(pixels, np.array([[10.0, 20], [110, 20], [110, 50], [10, 50]]))
     assert torch.equal(straight, pixels[:, 20:50, 10:110])
-    upright = ocr.cut(pixels, np.array([[10.0, 5], [30, 5], [30, 85], [10, 85]]))  # 20 x 80
-    assert torch.equal(upright, pixels[:, 5:85, 10:30].rot90(1, (1, 2)))
+    for height, turns in ((29, 0), (30, 1)):  # a line of width 20 is upright from 1.5 * 20 on
+        quad = np.array([[10.0, 5], [30, 5], [30, 5 + height], [10, 5 + height]])
+        line = pixels[:, 5 : 5 + height, 10:30].rot90(turns, (1, 2))
+        assert torch.equal(ocr.cut(pixels, quad), line)
 
     a, start = math.radians(20), np.array([60.0, 40.0])
     along, across = np.array([math.cos(a), math.sin(a)]), np.array([-math.sin(a), math.cos(a)])
@@ -230,7 +234,7 @@ def test_what_the_networks_get():
     for size, width in {(24, 400): 800, (10, 5000): 3200, (7, 5): 320}.items():
         assert ocr.for_reader(torch.zeros(3, *size), mean, std).shape == (3, 48, width)
     sizes = {(512, 512): (512, 512), (1024, 1024): (960, 960), (33, 47): (32, 32),
-             (70, 1500): (32, 960), (8, 8): (32, 32)}  # fmt: skip
+             (70, 1500): (32, 960), (8, 60): (32, 64)}  # fmt: skip
     for size, resized_to in sizes.items():
         assert ocr.for_detector(torch.zeros(3, *size)).shape == (3, *resized_to)
     pixels = torch.tensor([255.0, 0.0, 51.0])[:, None, None].expand(3, 32, 32)
@@ -254,7 +258,7 @@ def test_ctc_and_its_alphabet():
 # ---- The networks
 
 
-def test_reading_end_to_end(tiny, monkeypatch):
+def test_reading_end_to_end(tiny):
     reward = tiny["ocr"]()
     texts = reward.read(PICTURES)
     assert all(texts) and len(set(texts)) > 2  # something is read everywhere, and different things
@@ -266,13 +270,23 @@ def test_reading_end_to_end(tiny, monkeypatch):
         probabilities = reader(F.pad(line - 1, (0, 320 - 48))).last_hidden_state[0].numpy()
     assert probabilities.shape == (40, len(LETTERS) + 2)  # 320 columns, an eighth of them places
     assert texts[0] == ocr.decode(probabilities, ["", *LETTERS, " "])[0]
-    monkeypatch.setattr(ocr, "CONFIDENT", 1.1)  # doubtful lines are dropped
-    assert reward.read(PICTURES[:1]) == [""] and reward(PICTURES[:1], ['"ab"']).tolist() == [0.0]
+
+
+def test_confident_lines_are_joined(tiny, monkeypatch):
+    quads = [np.array([[0.0, y], [20, y], [20, y + 9], [0, y + 9]]) for y in (0, 9, 18)]
+    lines = iter([("one ", 0.9), ("two", 0.49), ("three", 0.5)])
+    monkeypatch.setattr(ocr, "find_lines", lambda *given: quads)
+    monkeypatch.setattr(ocr, "decode", lambda *given: next(lines))
+    assert tiny["ocr"]().read(PICTURES[:1]) == ["one three"]
 
 
 def test_other_networks_and_alphabets_are_refused(tiny, tmp_path):
     clip = tiny["clipscore"].keywords["weights"]
     raises("ocr: cannot load .*hf download", tiny["ocr"](detector=clip).load)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    yolos = hf.YolosForObjectDetection(hf.YolosConfig(**sizes, image_size=[32, 32]))
+    yolos.save_pretrained(tmp_path / "yolos")
+    raises("yolos needs its pictures prepared", tiny["ocr"](detector=tmp_path / "yolos").load)
     raises("no engine 'tesseract'", ocr.OCR, engine="tesseract")
     folder = shutil.copytree(tiny["ocr"].keywords["reader"], tmp_path / "reader")
     settings, reward = folder / "preprocessor_config.json", tiny["ocr"](reader=folder)

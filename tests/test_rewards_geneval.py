@@ -252,9 +252,13 @@ def test_the_converter_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "any.pth", tmp_path / "out"
     file.write_bytes(b"not a checkpoint")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    cases = [([file], {}, "743b7d99"), ([tmp_path / "none.pth"], {}, "curl"), ([], {}, "FILE.pth"),
-             ([file], {"SHA256_MMDET3": digest}, "mmdet 3"),
-             ([file], {"SHA256": digest}, "cannot be read")]  # fmt: skip
+    cases = [
+        ([], {}, "FILE.pth"),
+        ([tmp_path / "none.pth"], {}, "curl"),
+        ([file], {}, "not 743b7d99"),
+        ([file], {"SHA256_MMDET3": digest}, "mmdet 3"),
+        ([file], {"SHA256": digest}, "cannot be read"),
+    ]
     for words, constants, message in cases:
         with monkeypatch.context() as patch:
             for constant, value in constants.items():

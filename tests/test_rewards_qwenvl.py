@@ -8,7 +8,7 @@ import torch
 from conftest import raises
 from PIL import Image
 
-from experiments.published_networks import coarse_pictures, save_qwenvl
+from experiments.published_networks import coarse_pictures, lose_weight, save_qwenvl
 from rewards import qwenvl
 from rewards.qwenvl import KINDS, PROMPT, QwenVL
 
@@ -90,6 +90,9 @@ def test_replies_are_those_of_an_argmax_loop(folder, monkeypatch):
 @pytest.mark.parametrize("file", ["config", "model", "tokenizer", "preprocessor_config"])
 def test_an_incomplete_folder_is_an_error_of_one_line(folder, tmp_path, file):
     copy = shutil.copytree(folder, tmp_path / "copy")
+    if file == "model":
+        lose_weight(copy / "model.safetensors")
+        raises("qwenvl@copy: .* lacks 1 weights.*; hf download", judge, copy)
     for path in copy.glob(f"{file}.*"):
         path.unlink()
     raises("qwenvl@copy: .*; hf download .+$", judge, copy)
