@@ -1,6 +1,6 @@
 r"""Every stage on Stable Diffusion 3.5 Medium's own architecture, with random weights, on a CPU.
 
-    python experiments/full_size.py           # two idle cores: an hour and a half; 20 GB of memory
+    python experiments/full_size.py           # two idle cores: about an hour; 20 GB of memory
     python experiments/full_size.py --tiny    # the same steps with small widths: a minute or two
 
 A command for people; pytest does not collect it. The transformer, the VAE and both CLIP encoders
@@ -87,8 +87,8 @@ def training(folder):
 
 
 def distillation(folder):
-    """Four images an iteration, one of each task; two trained steps of three; MAR."""
-    words = "--prompts_per_iteration 4 --group_size 1 --updates 1 --steps 3 --iterations 3"
+    """Four images an iteration, one of each task; one trained step of two; MAR."""
+    words = "--prompts_per_iteration 4 --group_size 1 --updates 1 --steps 2 --iterations 3"
     words += " --lr 2e-4 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
     return [*training(folder), "--init", folder / "merged", *words.split()]
 
