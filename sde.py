@@ -1,12 +1,11 @@
 """Shared maths 1: sampling a flow-matching model as a stochastic differential equation (SDE).
 
-Copy what you need: this file imports torch and math only. `noise_scale` and `log_prob` stand alone,
-`step` needs `noise_scale`, `kl_weight` needs `step`, `rollout` needs `step` and `log_prob`.
+Copy what you need: this file imports torch and the standard library only.
 
-Why an SDE: the usual sampler is an ODE, whose next state is a function of the current state. There
-is no probability of an action, so no policy gradient and no KL. Flow-GRPO (arXiv 2505.05470) adds
-noise at every step and corrects the drift so that x_t keeps its distribution. The sampler is then a
-Gaussian policy: state (x, t, prompt), action x_next.
+Why an SDE: the usual sampler solves an ODE and is deterministic. A step has no probability, so
+there is no policy gradient and no KL. Flow-GRPO (arXiv 2505.05470) adds noise at every step and
+corrects the drift so that x_t keeps its distribution. The sampler is then a Gaussian policy: state
+(x, t, prompt), action x_next.
 
 Notation of the whole project (the papers' letter in the second column):
 
@@ -14,11 +13,12 @@ Notation of the whole project (the papers' letter in the second column):
   G             samples of one prompt (a group)
   T, S          steps of a rollout, and how many of them are trained
   N             S b rows: every trained (step, sample) pair is one row
-  C, H, W; D    latent dimensions; D = C H W. Here and in losses.py any shape behind B will do
+  C, H, W; D    latent dimensions; D = C H W. Here and in losses.py any shape after B works
   t, t_next     time: 1 = pure noise, 0 = data. The transformer receives 1000 t
-  dt; t_max     t - t_next > 0; the second time of the grid, the largest below 1 (t_1)
+  dt            t - t_next, above 0
+  t_max         the grid's second time, the largest below 1
   x, x_next     latents before and after a step; x_t = (1 - t) x_0 + t noise         (B, C, H, W)
-  v             velocity, predicts noise - x_0; v_teacher and v_anchor are theirs    (B, C, H, W)
+  v             velocity, predicts noise - x_0; likewise v_teacher and v_anchor      (B, C, H, W)
   a             noise level; 0.7 in the papers, 0 is the ODE
   sigma         noise per square root of time, a sqrt(t / (1 - t))
   mean    mu    the policy is x_next ~ Normal(mean, std^2 I)                         (B, C, H, W)
@@ -46,8 +46,8 @@ def noise_scale(t: Number, t_next: Number, a: float, t_max: Number, kind: str = 
            is replaced by 1 - t_max, as in Flow-GRPO's code.
     dance  a at every t: DanceGRPO (arXiv 2505.07818).
     cps    std = t_next sin(a pi / 2): coefficients-preserving sampling (arXiv 2509.05952).
-    With small steps flow and dance have the ODE's marginals. cps keeps the noise level of x_next at
-    exactly t_next for any step size, but not the marginals. Raises ValueError for another kind.
+    In the limit of small steps, flow and dance have the ODE's marginals. cps does not, but it
+    keeps x_next's noise level at exactly t_next for any step size. ValueError for another kind.
     """
     if kind == "flow":
         one_minus_t = 1 - t + (t == 1) * (1 - t_max)  # the second term is 0 except at t = 1
@@ -71,12 +71,12 @@ def step(
     sigma = noise_scale(t, t_next, a, t_max, kind)
     std = sigma * dt**0.5
     if kind == "cps":
-        # Predict data and noise, mix them for t_next. Fresh noise replaces a part of the predicted
-        # noise, whose coefficient shrinks to sqrt(t_next^2 - std^2).
+        # Predict data and noise, mix them for t_next. Fresh noise replaces a part of the predicted.
         x0, noise = x - t * v, x + (1 - t) * v
-        return (1 - t_next) * x0 + t_next * abs(math.cos(a * math.pi / 2)) * noise, std
+        remaining = t_next * abs(math.cos(a * math.pi / 2))  # sqrt(t_next^2 - std^2)
+        return (1 - t_next) * x0 + remaining * noise, std
     # Flow-GRPO Eq. 9: mean = x - dt [v + sigma^2 / (2 t) (x + (1 - t) v)].
-    # The second part balances the noise that is added: it pulls x along the score.
+    # The second term balances the added noise: it pulls x along the score.
     return x - dt * (v + sigma**2 / (2 * t) * (x + (1 - t) * v)), std
 
 
@@ -101,7 +101,7 @@ def kl_weight(t: Number, t_next: Number, a: float, t_max: Number, kind: str = "f
     is (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t): small at high noise, large near the data.
     Raises ValueError where std is 0.
     """
-    d_mean_d_v, std = step(0.0, 1.0, t, t_next, a, t_max, kind)  # the mean is linear in v
+    d_mean_d_v, std = step(0.0, 1.0, t, t_next, a, t_max, kind)  # linear: its value at x = 0, v = 1
     check_std(std)
     return d_mean_d_v**2 / (2 * std**2)
 
@@ -132,12 +132,12 @@ def rollout(
     generators: Sequence[torch.Generator] | None = None,
     window: Collection[int] | None = None,
 ) -> Trajectory:
-    """Sample from x (B, C, H, W) at grid[0] = 1 down to grid[-1]: 0, or earlier to stop midway.
+    """Sample from x (B, C, H, W) at grid[0] = 1 down to grid[-1]: 0, or above 0 to stop midway.
 
     velocity    any callable (x (B, C, H, W), t float) -> v like x; bind prompts with a lambda
     generators  one per sample, so that its noise does not depend on the batch it is in
     window      the steps that get noise (Flow-GRPO-Fast, MixGRPO); the others are ODE steps
-    Raises ValueError unless the grid falls from exactly 1: only there is sigma patched.
+    Raises ValueError unless the grid falls from exactly 1, where sigma is patched (noise_scale).
     """
     falls = all(t > t_next for t, t_next in zip(grid[:-1], grid[1:]))
     if grid[0] != 1 or not falls or grid[-1] < 0:
