@@ -1,7 +1,7 @@
 """Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching and GRPO.
 
 Copy what you need: torch only; the PPO forms and `grpo` also need `ppo_metrics` at the end. All are
-pure functions of tensors. They return (loss, metrics): a scalar to minimise, and floats to log.
+pure functions of tensors. A loss returns (loss, metrics): a scalar to minimise, floats to log.
 
 Shapes (B is any number of visited states; a training script passes rows of several steps):
   mean          the student's mean now, with gradient                        (B, C, H, W)
@@ -13,9 +13,9 @@ KL and log-prob are means over the D = C H W latent dimensions, then over the ba
 Gradient flows through `mean` and `v` alone; the rest are constants of the rollout. (If mean_old
 were recomputed with gradient, the log-ratio would be 0 with gradient 0 for every parameter.)
 
-Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055. "Gradient" is the expectation over x_next at
-ratio 1, so in the first update of a rollout. KL is KL(student, teacher) of one step, which
-distillation should descend.
+Flow-OPD is arXiv 2605.08063, DiffusionOPD 2605.15055. KL is KL(student, teacher) of one step, which
+distillation should descend. The gradient in the table is the expectation over x_next at ratio 1,
+that is, in the first update of a rollout.
 
   --objective      function           gradient            noise of the gradient   source
   ppo              opd_ppo            grad KL             some: a sampled reward  ours, default
@@ -56,22 +56,22 @@ def opd_ppo(
 ) -> tuple[Tensor, dict]:
     """The default: PPO with one ratio and one reward per latent coordinate.
 
-    It is the paper's form (v1: PPO, all gradient through the ratio) made right. The policy
-    factorises over coordinates, so each coordinate is an action of its own. Its reward is the
-    sampled log-ratio log pi_teacher(x_next) - log pi_old(x_next), which depends on the action. Why
-    it learns, for one coordinate at ratio 1, u = (mean_teacher - mean) / std, z the drawn noise:
+    It corrects the paper's form (v1: PPO, all gradient through the ratio). The policy factorises
+    over coordinates, so each coordinate is an action of its own. Its reward is the sampled
+    log-ratio log pi_teacher(x_next) - log pi_old(x_next), which depends on the action. Why it
+    learns, for one coordinate at ratio 1, with u = (mean_teacher - mean) / std and drawn noise z:
 
       reward r = u z - u^2 / 2, so E[r] = -u^2 / 2 = -KL and Var[r] = u^2 = 2 KL
       grad log pi = z / std (with respect to the mean)
       E[r grad log pi] = u / std = -grad KL: ascent on the reward is descent on the KL
 
-    Worked number: u = .3 gives KL .045, mean reward -.045, variance .09. The published reward is
-    the analytic -KL, without z: E[-KL z / std] = 0, nothing is left (`opd_ppo_published`).
+    Example: u = 0.3 gives KL 0.045, mean reward -0.045, variance 0.09. The published reward is
+    the analytic -KL, which has no z: E[-KL z / std] = 0, no gradient (`opd_ppo_published`).
 
-    When to take `opd_kl` instead: it has less variance and bears many updates of one rollout. From
-    the second update on, the expected gradient here is that of KL(student, teacher) - KL(student,
-    old student), which has no minimum at the teacher. The clip and few updates keep them close.
-    clip_range is that of single coordinates: 0.1 to 0.2, as for language models.
+    Prefer `opd_kl` for many updates of one rollout: it has less variance. From the second update
+    on, the expected gradient here is that of KL(student, teacher) - KL(student, old student), which
+    has no minimum at the teacher. The clip and few updates keep the student near the old one.
+    clip_range limits the ratio of a single coordinate: 0.1 to 0.2, as for language models.
     """
     log_ratio = log_ratio_of(x_next, mean, mean_old, std)  # (B, C, H, W)
     reward = log_ratio_of(x_next, mean_teacher, mean_old, std).detach()  # (B, C, H, W)
@@ -110,9 +110,9 @@ def opd_ppo_published(
 def opd_ppo_public(
     mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None
 ) -> tuple[Tensor, dict]:
-    """The public code of Flow-OPD: the same without the detach. The gradient through the KL learns.
+    """Flow-OPD's public code: opd_ppo_published without detach. It learns by the KL's own gradient.
 
-    (That code also dropped sqrt(dt) from the KL's variance, which is not repeated here.)
+    (That code also left sqrt(dt) out of the KL's std. This function keeps it.)
     """
     return opd_ppo_published(
         mean, mean_old, mean_teacher, x_next, std, clip_range, kl_to_go, detach=False
@@ -185,23 +185,23 @@ def flow_matching(v: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, dict]:
 def group_advantage(
     rewards: Tensor, groups: Tensor, global_std: bool = True, clip: float = 5.0
 ) -> Tensor:
-    """GRPO's advantage (reward - mean of its group) / std, clamped to +-clip: (N,), no gradient.
+    """GRPO's advantage (reward - mean of its group) / std, clamped to +-clip: (B,), no gradient.
 
-    rewards (N,) float; groups (N,) int, equal for samples of one prompt. global_std divides by the
-    std of all N rewards (Flow-GRPO's choice: groups that hardly differ are not blown up), else by
-    each group's own. A group of equal rewards gets zeros: nothing tells which sample was better.
+    rewards (B,) float; groups (B,) int, equal for samples of one prompt. global_std: divide by the
+    std of all B rewards, else by that of the group. Flow-GRPO takes the first, which does not blow
+    up groups whose rewards hardly differ. A group of equal rewards gets zeros: no sample is better.
     """
-    rewards = rewards.detach().double()
+    rewards = rewards.detach().double()  # so that the mean of equal rewards is exactly their value
     _, index, size = torch.unique(groups, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(size), dtype=rewards.dtype, device=rewards.device)
-    mean = mean.index_add(0, index, rewards) / size  # a number per group
-    centred = rewards - mean[index]  # (N,)
+    zeros = rewards.new_zeros(len(size))  # (groups,)
+    mean = zeros.index_add(0, index, rewards) / size  # (groups,)
+    centred = rewards - mean[index]  # (B,)
     if global_std:
         std = rewards.std(correction=0)
     else:
-        variance = torch.zeros_like(mean).index_add(0, index, centred.square()) / size
-        std = variance.sqrt()[index]  # (N,)
-    return (centred / (std + 1e-4)).clamp(-clip, clip).float()  # 1e-4: 0, not nan
+        variance = zeros.index_add(0, index, centred.square()) / size  # (groups,)
+        std = variance.sqrt()[index]  # (B,)
+    return (centred / (std + 1e-4)).clamp(-clip, clip).float()  # 1e-4: 0 / 0 would be nan
 
 
 def grpo(
@@ -220,7 +220,7 @@ def grpo(
 
 
 def ppo(log_ratio: Tensor, reward: Tensor, clip_range: float) -> tuple[Tensor, dict]:
-    """PPO: minus the mean of min(ratio r, clip(ratio) r), since the reward is to be maximised."""
+    """Minus PPO's objective (arXiv 1707.06347 Eq. 7): the mean of min(ratio r, clip(ratio) r)."""
     ratio = log_ratio.exp()  # 1 before the first update of a rollout
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * reward, clipped * reward).mean()

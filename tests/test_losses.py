@@ -97,7 +97,7 @@ def test_the_worked_number_in_the_docstring():
     gradients = [average(gradients) for _, gradients in results.values()]
     assert_close(gradients, [-0.3 / STD, -0.3 / STD, 0.0])  # descent moves the mean by u / std
     text = " ".join(losses.opd_ppo.__doc__.split())
-    assert "u = .3 gives KL .045, mean reward -.045, variance .09" in text
+    assert "u = 0.3 gives KL 0.045, mean reward -0.045, variance 0.09" in text
 
 
 def test_the_scalar_form_has_far_more_noise():
