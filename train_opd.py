@@ -12,7 +12,7 @@ One iteration, with the default sizes. It needs no reward, no VAE and no text en
     UPDATE   at half of the rows, then at the others: the student's velocity -> ppo + MAR
              -> a gradient per task -> their sum -> AdamW -> the running average, which is evaluated
 
-The KL between the steps of student and teacher, two Gaussians, is the dense training signal.
+The student's step and the teacher's are Gaussians. Their KL is the dense training signal.
 
 Deviations from the paper (numbered as in README.md, which has the whole list):
  1. PPO's ratio and reward are per latent coordinate; the paper's form is --objective ppo-published.
@@ -55,23 +55,23 @@ def parse_args() -> argparse.Namespace:
     named = {"action": Pairs}  # NAME=VALUE ... -> {NAME: VALUE}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
-    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if not in file")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of the prompts (equal)")
+    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of prompts; default 1")
     flag("--init", metavar="DIR|HUB", help="base or an adapter; default MODEL/adapters/merged")
-    flag("--anchor", metavar="DIR|HUB", help="MAR's anchor: base or default MODEL/adapters/deqa")
-    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
+    flag("--anchor", metavar="DIR|HUB", help="MAR's anchor, or base; default MODEL/adapters/deqa")
+    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init has its own)")
     flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="see the table in losses.py")
     flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for the others")
-    flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, as the paper; 0 = off")
+    flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, the paper's; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
     flag("--group_size", type=positive, default=2, help="samples per prompt, G (24 in the paper)")
     flag("--steps", type=at_least(2), default=6, help="steps of a rollout, T (10 in the paper)")
     flag("--train_steps", default="first", help="first = all but the last; all; 0,2,5; random:K")
-    flag("--noise", type=within(0), default=0.7, help="SDE noise level a; --objective ode takes 0")
+    flag("--noise", type=within(0), default=0.7, help="SDE noise level a (--objective ode: 0)")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
     flag("--student_guidance", type=scale, help="of the student; default --guidance")
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     flag("--lr", type=within(0), default=2e-3, help="AdamW's (public code: 1e-4, a larger model)")
     flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
-    flag("--ema_every", type=positive, default=1, help="steps between averages (public code: 8)")
+    flag("--ema_every", type=positive, default=1, help="updates between averages (public code: 8)")
     flag("--micro_batch", type=positive, default=128, help="rows in a pass with gradient")
     flag("--label_batch", type=positive, default=128, help="rows in a pass without gradient")
     flag = parser.add_argument_group("run").add_argument
@@ -96,10 +96,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_loras(args: argparse.Namespace, transformer: torch.nn.Module) -> tuple:
-    """Teachers, anchor, student and the student's average: LoRAs on one frozen backbone.
+    """Load teachers, anchor, student and the student's average: LoRAs on one frozen backbone.
 
-    Returns the parameters of student and average {name: tensor}, the anchor's LoRA (None: the base)
-    and the guidance scale of each LoRA."""
+    Returns the parameters {name: tensor} of student and average, the name of the anchor's LoRA
+    (None: the base) and {LoRA: guidance scale}."""
     guidance = {"student": args.student_guidance, "anchor": args.guidance, None: args.guidance}
     for task, path in args.teacher.items():
         name, alpha = f"teacher_{task}", args.teacher_alpha.get(task)
@@ -111,26 +111,26 @@ def load_loras(args: argparse.Namespace, transformer: torch.nn.Module) -> tuple:
 
 
 def load_anchor(transformer: torch.nn.Module, args: argparse.Namespace) -> str | None:
-    """The LoRA of MAR's anchor: None for the base, "teacher_TASK" if they are one, or "anchor"."""
+    """The LoRA of MAR's anchor: None (the base), "teacher_TASK" (that teacher's) or "anchor"."""
     if args.anchor == "base" or not args.mar_weight:
         return None
     for task, path in args.teacher.items():
-        if path == args.anchor and task not in args.teacher_guidance:
+        if path == args.anchor and task not in args.teacher_guidance:  # the same velocities
             return f"teacher_{task}"
     lora.load_adapter(transformer, "anchor", args.anchor, "--anchor")
     return "anchor"
 
 
 def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
-    """The seed decides the prompts of all iterations. Those of `samples` are embedded once.
+    """Draw the prompts of all iterations by the seed, and embed those of `samples`, once.
 
     Returns the schedule (per iteration a list of (task, prompt, metadata)), the test prompts {task:
     (prompts, metadata)}, the prompts of the sample pictures and the table of text embeddings."""
     run.print_batch(args)
     train = run.read_tasks(args.prompts)
     tests = run.read_tasks(args.test_prompts, args.eval_prompts)
-    wanted = (args.prompts_per_iteration, args.iterations, args.seed)
-    schedule = run.draw_schedule(train, args.task_mix, *wanted)
+    how = (args.prompts_per_iteration, args.iterations, args.seed)
+    schedule = run.draw_schedule(train, args.task_mix, *how)
     shown = [prompt for prompts, _ in train.values() for prompt in sorted(prompts)[:2]]
     used = run.prompts_used(schedule, samples, args.group_size, tests)
     return schedule, tests, shown, model.embed_prompts(pipe, used + shown, args)
@@ -138,8 +138,8 @@ def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
 
 def draw_steps(args: argparse.Namespace, iteration: int) -> torch.Tensor:
     """The trained steps of an iteration (S,), ascending. --train_steps random:K draws them anew."""
-    own = run.generator(args.seed, "steps", iteration)
-    order = torch.randperm(len(args.eligible_steps), generator=own)[: args.trained_steps]
+    generator = run.generator(args.seed, "steps", iteration)
+    order = torch.randperm(len(args.eligible_steps), generator=generator)[: args.trained_steps]
     return torch.tensor(args.eligible_steps)[order].sort().values
 
 
@@ -171,8 +171,8 @@ def main(args: argparse.Namespace) -> None:
     bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}
-        # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
-        #    row n is step step_of[n] of sample sample_of[n]; N = S b rows.
+        # 1. Prompts: each belongs to one task and is sampled G times. A trained step of a sample is
+        #    a row: row n is step step_of[n] of sample sample_of[n]; N = S b rows.
         trained = draw_steps(args, iteration)  # (S,)
         step_of = trained.repeat_interleave(b)  # (N,)
         sample_of = torch.arange(b).repeat(S)  # (N,)
@@ -187,9 +187,9 @@ def main(args: argparse.Namespace) -> None:
         generators = [run.generator(args.seed, "rollout", iteration, i) for i in samples]
         noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
         policy = lambda x, t: backbone.predict("student", x, t, prompt)
-        visited = grid[: trained[-1] + 2]
+        visited = grid[: trained[-1] + 2]  # times from 1 to the last trained step's t_next
         path = rollout(policy, noise, visited, args.noise, args.noise_kind, generators)
-        x, x_next = path.x[trained].flatten(0, 1), path.x[trained + 1].flatten(0, 1)
+        x, x_next = path.x[trained].flatten(0, 1), path.x[trained + 1].flatten(0, 1)  # (N, C, H, W)
         mean_old = path.mean[trained].flatten(0, 1)  # (N, C, H, W); x_next was drawn around it
         watch.lap("rollout")
 
@@ -201,10 +201,10 @@ def main(args: argparse.Namespace) -> None:
         mean_teacher, std = step(x, v_teacher, t, t_next, *sde)  # (N, C, H, W), (N, 1, 1, 1)
         width = torch.where(std > 0, std, 1)  # without noise, kl is half the squared distance
         kl = kl_of(mean_old, mean_teacher, width).view(S, b)  # before the update
-        kl_to_go = (kl.flip(0).cumsum(0).flip(0) - kl).flatten()  # (N,) of later trained steps
-        v_anchor, w = v_teacher.clone(), torch.zeros_like(t)
+        kl_to_go = (kl.flip(0).cumsum(0).flip(0) - kl).flatten()  # (N,): KL of later trained steps
+        v_anchor, w = v_teacher.clone(), torch.zeros_like(t)  # w = 0: no MAR
         if args.mar_weight:
-            rows = (~is_anchor[task_of]).nonzero().flatten()  # elsewhere v_anchor is v_teacher
+            rows = (~is_anchor[task_of]).nonzero().flatten()  # on the others v_anchor is v_teacher
             v_anchor[rows] = backbone.predict(anchor, x[rows], t[rows], prompt_of[rows])
             w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
         watch.lap("labels")
@@ -217,16 +217,16 @@ def main(args: argparse.Namespace) -> None:
                 for batch in run.chunks(rows, args.micro_batch):
                     v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
                     mean, _ = step(x[batch], v, t[batch], t_next[batch], *sde)  # (n, C, H, W)
-                    rollout_of = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
-                    loss, values = objective(mean, *rollout_of, args.clip_range, kl_to_go[batch])
+                    constants = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
+                    loss, values = objective(mean, *constants, args.clip_range, kl_to_go[batch])
                     penalty, mar_values = mar(v, v_anchor[batch], args.mar_weight * w[batch])
                     loss = loss + penalty
                     fraction = len(batch) * args.updates / (B * S)  # sums to 1 over all processes
                     (fraction * loss).backward()
                     values |= mar_values | {"loss": loss.item()}
                     metrics.add_to_log(log, values, fraction / args.updates)
-                gradients.append(run.take_gradients(parameters))  # (P,), and leave none behind
-            gradients = run.all_reduce(torch.stack(gradients))  # (tasks, P), on all processes
+                gradients.append(run.take_gradients(parameters))  # (P,); also clears them
+            gradients = run.all_reduce(torch.stack(gradients))  # (tasks, P), over all processes
             run.set_gradients(parameters, gradients.sum(0))
             norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():
@@ -239,14 +239,14 @@ def main(args: argparse.Namespace) -> None:
         watch.lap("update")
 
         # 5. Log: each task's KL before the update; do tasks agree (cosine 1) or conflict (-1)?
-        prompts_of = Counter(task for task, *_ in schedule[iteration])  # over all processes
-        for task, number in prompts_of.items():
+        prompts_per_task = Counter(task for task, *_ in schedule[iteration])  # over all processes
+        for task, number in prompts_per_task.items():
             total = kl.flatten()[task_of == tasks.index(task)].sum().item()  # of this process
             metrics.add_to_log(log, {f"kl/{task}": total}, 1 / (number * G * S))
         log = metrics.sum_logs(log)  # over all processes
         log |= run.task_cosines(gradients, tasks) | {"grad_norm": norm.item()} | watch.result()
         metrics.log_line(args.out, iteration, log)
-        bar.set_postfix({task: f"{log[f'kl/{task}']:.3f}" for task in prompts_of})
+        bar.set_postfix({task: f"{log[f'kl/{task}']:.3f}" for task in prompts_per_task})
 
         # 6. Samples: the averaged student, always on the same prompts and noise.
         if rank == 0 and metrics.is_due(iteration, args.sample_every, args.iterations):

@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
     flag("--test_prompts", **named, metavar="TASK=FILE", help="default .../TASK_test.txt")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
-    flag("--rank", type=positive, default=16, help="LoRA rank (32 in the paper; --init: its own)")
+    flag("--rank", type=positive, default=16, help="LoRA rank (paper: 32; --init has its own)")
     flag("--alpha", type=above_0, default=32, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     flag("--noise", type=within(0), default=0.7, help="SDE noise level a")
     flag("--noise_kind", choices=("flow", "dance", "cps"), default="flow", help="see sde.py")
     flag("--window", type=at_least(0), default=0, help="train only so many steps in a row; 0 = all")
-    flag("--window_end", type=at_least(0), default=0, help="the window ends before this step")
+    flag("--window_end", type=at_least(0), default=0, help="step after the window; 0 = the last")
     flag("--guidance", type=scale, default=1.0, help="guidance scale; 1 = off (SD3.5: 4.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=100, help="rollouts, each with --updates steps")
@@ -72,10 +72,10 @@ def parse_args() -> argparse.Namespace:
     flag("--lr", type=within(0), default=1e-3, help="AdamW's (public code: 3e-4, a larger model)")
     flag("--clip_range", type=above_0, default=1e-2, help="of PPO, on a ratio of mean log-probs")
     flag("--beta", type=within(0), default=0.0, help="weight of KL(student, base); 0 = off")
-    flag("--std", choices=("global", "group"), default="global", help="divisor of an advantage")
+    flag("--std", choices=("global", "group"), default="global", help="std that divides advantages")
     flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
-    flag("--ema_every", type=positive, default=1, help="steps between averages (public code: 8)")
+    flag("--ema_every", type=positive, default=1, help="updates between averages (public code: 8)")
     flag("--micro_batch", type=positive, default=128, help="rows in a pass with gradient")
     flag("--label_batch", type=positive, default=128, help="rows in a pass without gradient")
     flag = parser.add_argument_group("run").add_argument
@@ -100,11 +100,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw_window(args: argparse.Namespace, iteration: int) -> torch.Tensor:
-    """The trained steps of an iteration (S,): all but the last; or --window of them in a row
-    before --window_end, drawn anew (Flow-GRPO-Fast)."""
-    own, first = run.generator(args.seed, "window", iteration), 0
+    """The trained steps of an iteration (S,): all but the last; with --window (Flow-GRPO-Fast) so
+    many in a row before --window_end, drawn anew in every iteration."""
+    generator, first = run.generator(args.seed, "window", iteration), 0
     if args.window:
-        first = torch.randint(args.window_end - args.window + 1, (), generator=own)
+        first = torch.randint(args.window_end - args.window + 1, (), generator=generator)
     return torch.arange(args.trained_steps) + first
 
 
@@ -127,10 +127,10 @@ def main(args: argparse.Namespace) -> None:
     # The seed decides the prompts of all iterations. They are embedded once.
     train = run.read_tasks(args.prompts)  # {task: (prompts, metadata)}
     tests = run.read_tasks(args.test_prompts, args.eval_prompts)
-    reward_of = make_reward(args, device, train, tests)
+    reward_of = make_reward(args, device, train, tests)  # (images, slots) -> (b,) in 0..1
     shares, wanted = args.mix or dict.fromkeys(train, 1), args.prompts_per_iteration
     schedule = run.draw_schedule(train, shares, wanted, args.iterations, args.seed)
-    used = run.prompts_used(schedule, samples, G, tests)  # by this process
+    used = run.prompts_used(schedule, samples, G, tests)  # on this process
     text = model.embed_prompts(pipe, used, args)
     guidance = {"student": args.guidance, "average": args.guidance, None: args.guidance}
     backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)
@@ -141,8 +141,8 @@ def main(args: argparse.Namespace) -> None:
     bar = metrics.progress(start, args.iterations)
     for iteration in bar:
         watch, log = metrics.Stopwatch(device), {}
-        # 1. Prompts: each belongs to one task and is sampled G times. Every visited state is a row:
-        #    row n is step step_of[n] of sample sample_of[n]; N = S b rows.
+        # 1. Prompts: each belongs to one task and is sampled G times. A trained step of a sample is
+        #    a row: row n is step step_of[n] of sample sample_of[n]; N = S b rows.
         trained = draw_window(args, iteration)  # (S,)
         step_of = trained.repeat_interleave(b)  # (N,)
         sample_of = torch.arange(b).repeat(S)  # (N,)
@@ -152,22 +152,22 @@ def main(args: argparse.Namespace) -> None:
         prompt_of = prompt[sample_of]  # (N,)
         update_of = torch.tensor(samples)[sample_of] % args.updates  # (N,): a share of each group
 
-        # 2. Rollout (no gradient): the student samples with its SDE, to the end: images are scored.
+        # 2. Rollout (no gradient): the student samples with its SDE, to the end for the scorers.
         generators = [run.generator(args.seed, "rollout", iteration, i) for i in samples]
         noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
         policy = lambda x, t: backbone.predict("student", x, t, prompt)
         window = trained.tolist() if args.window else None  # the other steps get no noise
         path = rollout(policy, noise, grid, args.noise, args.noise_kind, generators, window)
-        x, x_next = path.x[trained].flatten(0, 1), path.x[trained + 1].flatten(0, 1)
+        x, x_next = path.x[trained].flatten(0, 1), path.x[trained + 1].flatten(0, 1)  # (N, C, H, W)
         old_log_prob = path.log_prob[trained].flatten()  # (N,)
         watch.lap("rollout")
 
-        # 3. Rewards (no gradient): every process scores its own images, all share the numbers.
+        # 3. Rewards (no gradient): every process scores its own images and gets all rewards.
         images = decode(pipe.vae, path.x[-1], args.label_batch)  # (b, 3, H, W)
         rewards = torch.cat(run.gather(reward_of(images, slots)))  # (B,) in 0..1
         advantage = torch.zeros(B)
-        of_slot = [task for task, *_ in schedule[iteration]]
-        for task in set(of_slot):  # each task by its own std: no task's scale outweighs another's
+        of_slot = [task for task, *_ in schedule[iteration]]  # the task of each prompt
+        for task in set(of_slot):  # each task by its own std, so that no task outweighs another
             rows = torch.tensor([of_slot[group] == task for group in group_of])  # (B,)
             advantage[rows] = group_advantage(rewards[rows], group_of[rows], args.std == "global")
         advantage_of = advantage[samples].to(device)[sample_of]  # (N,)
@@ -192,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
                 fraction = len(batch) * args.updates / (B * S)  # sums to 1 over all processes
                 (fraction * loss).backward()
                 metrics.add_to_log(log, values, fraction / args.updates)
-            gradient = run.all_reduce(run.take_gradients(parameters))  # (P,), on all processes
+            gradient = run.all_reduce(run.take_gradients(parameters))  # (P,), over all processes
             run.set_gradients(parameters, gradient)
             norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def monitor(images: torch.Tensor, slots: list[tuple], G: int) -> dict[str, float]:
-    """What changes when a reward is hacked: means over the iteration's images of all processes."""
+    """What reward hacking changes: means over the iteration's images of all processes."""
     images, log = images.nan_to_num(), {}
     for measure in (edge_density, colour_entropy):
         log[f"monitor/{measure.name}"] = torch.cat(run.gather(measure(images))).mean().item()
@@ -237,7 +237,7 @@ def monitor(images: torch.Tensor, slots: list[tuple], G: int) -> dict[str, float
 
 
 def test(args, pipe, text, tests, reward_of, iterations) -> dict[str, float]:
-    """Rewards of ODE samples of the averaged student on test prompts, and a picture per task.
+    """Score ODE samples of the averaged student on test prompts; save a picture per task.
 
     Returns {"test/TASK": mean over the task's prompts, "test": their mean}, on all processes."""
     rank, world = run.rank_and_world()
