@@ -35,21 +35,21 @@ def parse_args() -> argparse.Namespace:
     named = {"action": Pairs}
     flag("--teacher", **named, metavar="TASK=DIR|HUB", help="default MODEL/adapters/TASK")
     flag("--teacher_guidance", **named, kind=scale, metavar="TASK=SCALE", help="of one teacher")
-    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if unknown")
+    flag("--teacher_alpha", **named, kind=lora_alpha, metavar="TASK=A|rank", help="if not in file")
     flag("--prompts", **named, metavar="TASK=FILE", help="default MODEL/prompts/TASK_train.txt")
-    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of the images (equal)")
+    flag("--task_mix", **named, kind=portion, metavar="TASK=SHARE", help="of images; default 1")
     flag("--init", default="base", metavar="DIR|HUB", help="base (a fresh LoRA) or an adapter")
-    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init: its own)")
+    flag("--rank", type=positive, default=32, help="LoRA rank of the student (--init has its own)")
     flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
     flag("--sft_images", type=positive, default=2048, help="images of all teachers together")
-    flag("--guidance", type=scale, default=1.0, help="of the teachers (4.5 for SD3.5)")
+    flag("--guidance", type=scale, default=1.0, help="guidance scale of the teachers (SD3.5: 4.5)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch", type=positive, default=64, help="images per iteration, over all processes")
     flag("--iterations", type=positive, default=160, help="optimizer steps")
     flag("--lr", type=within(0), default=1e-3, help="AdamW's learning rate")
     flag("--grad_norm", type=within(0), default=1.0, help="clip the gradient to it; 0 = off")
     flag("--ema_decay", type=within(0, 1), default=0.9, help="of the average that is evaluated")
-    flag("--ema_every", type=positive, default=1, help="steps between averages")
+    flag("--ema_every", type=positive, default=1, help="updates between averages")
     flag("--micro_batch", type=positive, default=128, help="images in a pass with gradient")
     flag("--label_batch", type=positive, default=128, help="images in a pass of a teacher")
     flag = parser.add_argument_group("run").add_argument
@@ -73,15 +73,15 @@ def main(args: argparse.Namespace) -> None:
     parameters = list(student.values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4, fused=True)
 
-    # The seed decides every image: its task, its prompt, and the iterations that it is part of.
+    # The seed decides every image: its task, its prompt, and the iterations that train on it.
     train = run.read_tasks(args.prompts)
     tests = run.read_tasks(args.test_prompts, args.eval_prompts)
     slots = run.draw_schedule(train, args.task_mix, args.sft_images, 1, args.seed)[0]
-    numbers = {"image": (range(args.sft_images), [None] * args.sft_images)}
+    numbers = {"image": (range(args.sft_images), [None] * args.sft_images)}  # as if prompts
     schedule = run.draw_schedule(numbers, {"image": 1}, args.batch, args.iterations, args.seed)
     samples = run.share(args.batch, rank, world)  # of 0 .. batch - 1, this process's b samples
-    used = {slots[row[i][1]][1] for row in schedule for i in samples}  # prompts of what it learns
-    used |= {slots[i][1] for i in run.share(args.sft_images, rank, world)}  # and samples
+    images = {drawn[i][1] for drawn in schedule for i in samples}  # this process trains on these
+    used = {slots[i][1] for i in [*images, *run.share(args.sft_images, rank, world)]}  # and samples
     text = model.embed_prompts(pipe, [*used, *run.test_prompts_used(tests)], args)
     rows = torch.tensor([text["rows"].get(prompt, 0) for _, prompt, _ in slots])  # (images,)
     # Flow matching trains the unguided velocity: guidance scale 1.
@@ -94,12 +94,12 @@ def main(args: argparse.Namespace) -> None:
         watch, log = metrics.Stopwatch(device), {}
         # 1. Images: shuffled passes through the teachers' samples.
         index = torch.tensor([schedule[iteration][i][1] for i in samples])  # (b,)
-        generators = [run.generator(args.seed, "sft", iteration, i) for i in samples]
         x0 = latents[index].to(device)  # (b, C, H, W)
 
         # 2. States: points on the straight line from data (t = 0) to noise (t = 1).
+        generators = [run.generator(args.seed, "sft", iteration, i) for i in samples]
         noise = model.initial_noise(pipe, generators)  # (b, C, H, W)
-        t = torch.stack([torch.rand(1, 1, 1, generator=own) for own in generators]).to(device)
+        t = torch.stack([torch.rand(1, 1, 1, generator=g) for g in generators]).to(device)
         x = (1 - t) * x0 + t * noise  # (b, C, H, W), t (b, 1, 1, 1)
 
         # 3. Labels: the velocity along that line is known, noise - x0. No teacher is queried.
@@ -134,11 +134,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def sample_teachers(args, pipe, text, slots, file: Path) -> torch.Tensor:
-    """Latents that each slot's own teacher samples for its prompt: (images, C, H, W), on the CPU.
-    Every process samples its share; rank 0 keeps them in `file`, so that --resume need not."""
+    """Sample each slot's prompt with its task's teacher: latents (images, C, H, W), on the CPU.
+    Every process samples its share. Rank 0 saves all in `file`: --resume reads them."""
     rank, world = run.rank_and_world()
     if not run.gather(file.exists())[0]:  # rank 0 decides
-        own = {}
+        own = {}  # {image: latent} that this process samples
         for task in args.teacher:
             numbers = [i for i in run.share(len(slots), rank, world) if slots[i][0] == task]
             prompts, keys = [slots[i][1] for i in numbers], [(args.seed, "sft", i) for i in numbers]
