@@ -4,15 +4,13 @@
     python merge.py --adapters A B C --rank 32             # exact mean, cut to rank 32 by SVD
     python merge.py --adapters runs/opd/adapter --fuse toy --out runs/fused   # base + update
 
-A LoRA changes a layer by dW = scaling B A. Merging averages the teachers' dW:
+A LoRA changes a layer by dW = scaling B A, or by 0 if it lacks the layer. A merge averages dW:
     mean         sum_i w_i dW_i, exactly a LoRA of summed rank: stack A_i and w_i scaling_i B_i.
-    ties         TIES (arXiv 2306.01708): keep the share --density of largest entries of each dW; an
-                 entry's sign is that of the weighted sum; average, by weight, those of this sign.
-    dare         DARE (arXiv 2311.03099): keep entries with probability --density, / density; mean.
+    ties         TIES (arXiv 2306.01708): keep the largest entries of each dW, a share of --density.
+                 Average, by weight, the entries that have the sign of their weighted sum.
+    dare         DARE (arXiv 2311.03099): mean of entries kept with chance --density, divided by it.
     factor-mean  mean(B) mean(A), as Flow-OPD's public code does; for comparison only. It averages
                  all B_i A_j: each teacher's own product counts 1/n^2, the rest are cross terms.
-
-ties and dare need --rank. A layer that a teacher lacks is zero; ties averages it over the others.
 """
 
 import argparse
@@ -40,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     flag("--adapters", nargs="+", default=TEACHERS, metavar="DIR|HUB", help="what to merge")
     flag("--method", choices=("mean", "ties", "dare", "factor-mean"), default="mean", help="above")
     flag("--weights", nargs="+", type=within(0), help="one per adapter, relative; default equal")
-    flag("--rank", type=at_least(0), default=0, help="rank of the result; 0 = the exact sum")
+    flag("--rank", type=at_least(0), default=0, help="of the result; 0 = exact (not ties, dare)")
     flag("--density", type=within(0.001, 1), default=0.5, help="share that ties and dare keep")
     flag("--seed", type=at_least(0), default=0, help="of dare's dropping")
     flag("--fuse", metavar="MODEL", help="write this pipeline's transformer plus the result")
@@ -57,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     if args.method in ("ties", "dare") and not args.rank:
         fail(f"--method {args.method} gives a dense matrix: give a rank, for example --rank 32")
     check_folder(args.out)
-    held = {file.name for file in Path(args.out).glob("*")}
-    if held and not (args.overwrite and held & {"adapter_config.json", "config.json"}):
+    present = {file.name for file in Path(args.out).glob("*")}
+    if present and not (args.overwrite and present & {"adapter_config.json", "config.json"}):
         fail(f"--out {args.out} is not empty: choose another, or --overwrite an earlier result")
     return args
 
@@ -66,16 +64,16 @@ def parse_args() -> argparse.Namespace:
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple:
     """The best rank-`rank` approximation of B A, and the share of squared singular values it keeps.
 
-    SVD in the small space of the factors: B A = Qb (Rb Ra^T) Qa^T. A lower rank gets zeros."""
+    SVD in the small space of the factors: B A = Qb (Rb Ra^T) Qa^T. Missing ranks become zeros."""
     Qb, Rb = torch.linalg.qr(B.double())
     Qa, Ra = torch.linalg.qr(A.double().T)
-    U, S, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     energy = (S[:rank].square().sum() / S.square().sum().clamp(min=1e-300)).item()
     root = S[:rank].sqrt()  # split evenly between the factors
     new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(len(B), rank)
-    new_A[: len(root)] = root[:, None] * (V[:rank] @ Qa.T)
+    new_A[: len(root)] = root[:, None] * (Vh[:rank] @ Qa.T)
     new_B[:, : len(root)] = (Qb @ U[:, :rank]) * root
-    return new_A, new_B, energy if S.any() else 1.0
+    return new_A, new_B, energy if S.any() else 1.0  # a layer of zeros loses nothing
 
 
 def ties(dense: torch.Tensor, w: torch.Tensor, density: float) -> torch.Tensor:
@@ -84,14 +82,14 @@ def ties(dense: torch.Tensor, w: torch.Tensor, density: float) -> torch.Tensor:
     smallest = dense.abs().flatten(1).topk(number).values[:, -1, None, None]  # (adapters, 1, 1)
     kept = torch.where(dense.abs() >= smallest, dense, 0)
     elected = (w * kept).sum(0).sign()  # (out, in)
-    w = torch.where(kept.sign() == elected, w, 0) * elected.abs()  # (adapters, out, in)
+    w = torch.where(kept.sign() == elected, w, 0) * elected.abs()  # (adapters, out, in); no sign: 0
     return (w * kept).sum(0) / w.sum(0).clamp(min=1e-12)
 
 
 def merge(
     adapters: list[dict], method: str, weights: list, rank: int = 0, density=0.5, seed: int = 0
 ) -> tuple[dict[str, tuple], list[float]]:
-    """[{layer: (A, B, scaling)}] -> {layer: (A, B)}, dW = B A, and the energy each cut retains."""
+    """[{layer: (A, B, scaling)}] -> {layer: (A, B)} with dW = B A, and each cut's energy."""
     weights = [weight / sum(weights) for weight in weights]
     layers = sorted(set().union(*adapters))
     merged, energies = {}, []
@@ -117,7 +115,7 @@ def merge(
             w, A = torch.tensor(weights).view(-1, 1, 1), torch.eye(into)
             if method == "ties":
                 B = ties(dense, w, density)
-            else:  # dare: its expectation is the method mean
+            else:  # dare: divided by density, the expectation is the mean
                 B = (w * dense * (torch.rand(dense.shape) < density) / density).sum(0)
         if rank:
             A, B, energy = truncate(A, B, rank)
@@ -132,8 +130,8 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
     check_model(folder, "--fuse")
     folder = Path(folder, "transformer")
     try:
-        usual = [file for file in folder.glob("*.safetensors") if "." not in file.stem]  # no .fp16
-        with safe_open(min(usual), "pt") as file:
+        files = [file for file in folder.glob("*.safetensors") if "." not in file.stem]  # no .fp16
+        with safe_open(min(files), "pt") as file:
             dtype = file.get_tensor(min(file.keys())).dtype
         base = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         check_weights(base)
@@ -149,8 +147,8 @@ def fuse(model: str, merged: dict[str, tuple], out: str | Path) -> None:
 
 
 def save(args: argparse.Namespace, merged: dict[str, tuple], energies: list[float]) -> None:
-    """Write the merged adapter and print what the cut to --rank retained."""
-    tensors, root = {}, 2**0.5  # a student of scale 2 divides B by 2: so A and B stay balanced
+    """Write the merged adapter and print the share that the cut to --rank kept."""
+    tensors, root = {}, 2**0.5  # a student of scale 2 will divide B by 2: then A and B are balanced
     for layer, (A, B) in merged.items():
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A / root, B * root
     with new_folder(args.out) as folder:
@@ -171,7 +169,9 @@ def main(args: argparse.Namespace) -> None:
     loras = [read_adapter(path, "--adapters") for path in args.adapters]
     merged, energies = merge(loras, args.method, args.weights, args.rank, args.density, args.seed)
     try:
-        fuse(args.fuse, merged, args.out) if args.fuse else save(args, merged, energies)
+        if args.fuse:
+            return fuse(args.fuse, merged, args.out)
+        save(args, merged, energies)
     except (OSError, SafetensorError) as error:  # no space, for example
         fail(f"--out {args.out}: cannot be written ({reason(error)}); the old content is kept")
 
