@@ -14,8 +14,8 @@ The columns are the paper's: each metric on the test prompts of its own task, an
 Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4. ± is one standard error over prompts.
 --table quality prints several metrics on one set of prompts, --table compbench T2I-CompBench.
 
-All images are generated first, into OUT/images/MODEL/TASK/00000.png and so on, then scored, one
-scorer at a time. A file carries what made it (weights, prompt, noise, settings). A later call
+All images are generated first, into OUT/images/MODEL/TASK/00000.png and so on. Then one scorer at
+a time scores them. A file records what made it (weights, prompt, noise, settings), and a later call
 generates only what is missing: after a crash, or for one more model.
 
 --scores_only takes images made by anything: folders DIR/TASK, or DIR for a single task, that hold
@@ -65,8 +65,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
-    """Afterwards models, prompts and model_guidance are {name: value}, and all files are there."""
-    # Three modes: score models, look at one's own prompts, or score images made elsewhere.
+    """Afterwards models, prompts and model_guidance are {name: value}, and all files exist."""
+    # Three modes: score models, show images of --prompt, or score images made elsewhere.
     if args.scores_only and (args.prompt or args.models):
         fail("--scores_only generates no images: give it without --prompt and --models")
     if args.published and args.rewards == "toy":
@@ -91,7 +91,7 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
         args.models[name] = path
     if not args.scores_only:
         check_model(args.model)
-    # A guidance scale of its own: for a student that was distilled to need none, for example.
+    # --model_guidance: a student that was distilled to need no guidance is sampled without.
     for name in args.model_guidance:
         if name not in args.models:
             fail(f"--model_guidance: no model {name!r}; there are {', '.join(args.models)}")
@@ -108,7 +108,7 @@ def check_evaluation(args: argparse.Namespace) -> argparse.Namespace:
         check_prompt(prompt, "--prompt")
     if not (args.prompt or args.scores_only):
         args.prompts = prompt_files(args.prompts, args.tasks, "test", args.model)
-    # Nothing is overwritten by accident: not a run, and an evaluation only when asked to.
+    # A training run is never overwritten, an evaluation only with --overwrite.
     check_folder(args.out)
     results = Path(args.out, "prompts.png" if args.prompt else "results.json")
     if results.with_name("args.json").exists() or (results.exists() and not args.overwrite):
@@ -133,10 +133,10 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
 
 
 def sample_prompts(args: argparse.Namespace, device: torch.device) -> None:
-    """prompts.png: one's own prompts, a column per model, the same noise for all."""
+    """Write prompts.png: a row per --prompt, a column per model, the same noise for all."""
     pipe, loras, guidance = load_models(args, device)
     text = model.embed_prompts(pipe, args.prompt, args)
-    # The noise depends on seed and place alone, so it is the same for all models.
+    # The noise depends on seed and number alone: it is the same for all models.
     keys, columns = [(args.seed, "prompt", i) for i in range(len(args.prompt))], {}
     for name in loras:
         how = (args.steps, guidance[name], args.batch)
@@ -147,7 +147,7 @@ def sample_prompts(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
-    """{model: all that its images depend on, besides prompt and noise}."""
+    """{model: all that its images depend on, besides their prompt and number}."""
     rank, _ = run.rank_and_world()
     base = None
     if rank == 0:  # 15 GB of SD3.5: read once
@@ -159,7 +159,7 @@ def marks_of(args: argparse.Namespace, pipe, guidance: dict) -> dict[str, dict]:
     how |= {"text_length": args.text_length, "steps": args.steps, "size": args.size}
     how |= {"time_grid": args.time_grid}
     marks = {}
-    # Contents count and names do not: an adapter that was trained again gets new images.
+    # An adapter counts by its contents, not its path: one that was trained again gets new images.
     for name, path in args.models.items():
         marks[name] = how | {"adapter": path, "guidance": guidance[name]}
         if path != "base":
@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.scores_only:
         files = generate(args, tests, device)
 
-    # 3. Scores, from the files: 8-bit pictures, as anybody else's.
+    # 3. Scores, from the files: 8-bit pictures, like any others.
     scores, failed = score_files(files, tests, scorers, args.batch)
 
     # 4. Tables and grids.
@@ -216,16 +216,16 @@ def main(args: argparse.Namespace) -> None:
         if not any(scores.values()):
             print("\n".join(reasons), flush=True)
             fail(f"--rewards {args.rewards}: nothing was scored, see above; the images are kept")
-        text = paper_table(args.table, summary, tests, args.published)
-        text = "\n\n".join([text, *reasons])
+        table = paper_table(args.table, summary, tests, args.published)
+        table = "\n\n".join([table, *reasons])
         results = {"flags": vars(args), "results": summary, "not_scored": failed}
         save_json(out / "results.json", results)
-        (out / "table.md").write_text(text + "\n")
+        (out / "table.md").write_text(table + "\n")
         # Two prompts per task, and the prompts on which the models differ most.
         first = {task: range(len(prompts))[:2] for task, (prompts, _) in tests.items()}
         save_grid(out / "grid.png", scores, files, tests, first)
         save_grid(out / "differences.png", scores, files, tests, most_different(scores, tests))
-        print(f"\n{text}\n\n-> {out}/: {list_made(out)}")
+        print(f"\n{table}\n\n-> {out}/: {list_made(out)}")
     run.stop_processes()
 
 
