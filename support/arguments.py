@@ -8,7 +8,7 @@ from support.flags import TASKS, check_out, fail
 
 
 def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
-    """For train_opd.py and train_sft.py. Afterwards every file that a flag names is there."""
+    """For train_opd.py and train_sft.py. Afterwards every file that a flag names exists."""
     check_model(args.model)
     args.teacher = args.teacher or {task: f"{args.model}/adapters/{task}" for task in TASKS}
     check_prompt_files(args, list(args.teacher))
@@ -35,13 +35,13 @@ def check_distillation(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_objective(args: argparse.Namespace) -> None:
-    """What train_opd.py has and train_sft.py has not: the anchor, the objective and the sampler."""
+    """For train_opd.py alone: the anchor, the objective and the sampler."""
     args.anchor = args.anchor or f"{args.model}/adapters/deqa"
     if args.mar_weight:
         check_start(args.anchor, "--anchor")
     if args.student_guidance is None:
         args.student_guidance = args.guidance
-    if args.clip_range is None:  # of a coordinate's ratio, or of an image's
+    if args.clip_range is None:  # 0.2 for a coordinate's ratio, 1e-4 for an image's
         args.clip_range = 0.2 if args.objective == "ppo" else 1e-4
     if args.objective == "ode":
         args.noise = 0.0
@@ -64,7 +64,7 @@ def check_objective(args: argparse.Namespace) -> None:
 
 
 def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
-    """For train_teacher.py. Afterwards every file that a flag names is there."""
+    """For train_teacher.py. Afterwards every file that a flag names exists."""
     check_model(args.model)
     for task in args.tasks:
         if task not in (*TASKS, *args.prompts):
@@ -82,11 +82,11 @@ def check_teacher(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_prompt_files(args: argparse.Namespace, tasks: list[str]) -> None:
-    """args.prompts and args.test_prompts -> {task: file}. Without tests (--eval_prompts 0) only the
-    test prompts that were given: the command printed at the end names them."""
+    """args.prompts and args.test_prompts -> {task: file}. With --eval_prompts 0 the second holds
+    given files only, for the command printed at the end."""
     args.prompts = prompt_files(args.prompts, tasks, "train", args.model)
-    how = (tasks if args.eval_prompts else args.test_prompts, "test", args.model, "--test_prompts")
-    args.test_prompts = prompt_files(args.test_prompts, *how)
+    tests = tasks if args.eval_prompts else args.test_prompts
+    args.test_prompts = prompt_files(args.test_prompts, tests, "test", args.model, "--test_prompts")
 
 
 def check_start(path: str, flag: str) -> None:
@@ -95,7 +95,7 @@ def check_start(path: str, flag: str) -> None:
 
 
 def check_samples(args: argparse.Namespace) -> None:
-    """Steps have a density, updates take equal parts of a group, processes have samples."""
+    """Every step has a density, every update an equal part of a group, every process a sample."""
     G = args.group_size
     if args.noise <= 0 and getattr(args, "objective", "") != "ode":
         fail("--noise must be above 0: a step without noise has no density")
