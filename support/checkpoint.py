@@ -27,8 +27,8 @@ from support.lora import save_adapter
 from support.metrics import cut_log, read_log
 from support.run import gather, rank_and_world
 
-# Flags that do not change the weights: --resume compares all others. Where a flag names a file it
-# compares the contents of the file.
+# Flags that --resume does not compare: they do not change the weights, or they name files, whose
+# contents it compares (origin_of).
 HARMLESS = """
     model teacher init anchor prompts test_prompts out resume overwrite iterations save_every keep
     max_bad_steps sample_every eval_every eval_prompts eval_steps reward_device on_reward_error
@@ -46,7 +46,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def whole(checkpoint: Path) -> bool:
-    """Does a checkpoint match its checksums? The names in its list are never opened."""
+    """Does a checkpoint match its checksums? Files that its list names are never opened."""
     with contextlib.suppress(OSError, ValueError):
         return read_json((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
     return False
@@ -112,8 +112,8 @@ def origin_of(args: argparse.Namespace, pipe) -> dict:
 
 
 def newest_checkpoint(run: Path, origin: dict) -> int:
-    """The iterations of the newest complete checkpoint; 0 if there is none yet. Fails, and changes
-    nothing, if all are damaged or it was made from something else."""
+    """The iterations of the newest complete checkpoint; 0 if there is no checkpoint. Fails, and
+    changes nothing, if all are damaged or the newest was made from something else."""
     found = checkpoints(run)
     complete = [checkpoint for checkpoint in found if whole(checkpoint)]
     if not found:
@@ -123,7 +123,7 @@ def newest_checkpoint(run: Path, origin: dict) -> int:
         fail(f"--resume: all in {run}/checkpoints are damaged (checksums differ); nothing changed")
     newest = complete[-1]
     try:
-        saved = {**read_json((newest / "state.json").read_text())["origin"]}
+        saved = {**read_json((newest / "state.json").read_text())["origin"]}  # must be a dict
     except (ValueError, KeyError, TypeError):
         fail(f"--resume: {newest}/state.json was not written by this version of the code")
     changed = [what for what in {**origin, **saved} if origin.get(what, "") != saved.get(what, "")]
@@ -144,7 +144,7 @@ class Saver:
         self.args, self.run, self.rank = args, Path(args.out), rank_and_world()[0]
         self.student, self.average, self.optimizer = student, average, optimizer
         self.scale = args.alpha / args.rank  # of the student's LoRA
-        self.kept, self.saving = None, threading.RLock()  # kept: (iterations, tensors)
+        self.last, self.saving = None, threading.RLock()  # last: (iterations, tensors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of all that the next iteration depends on."""
@@ -164,7 +164,8 @@ class Saver:
                 parameter = self.student[name]
                 self.optimizer.state[parameter][moment] = tensor.to(parameter.device, copy=True)
             else:
-                {"student": self.student, "average": self.average}[kind][name].copy_(tensor)
+                weights = self.student if kind == "student" else self.average
+                weights[name].copy_(tensor)
 
     def iteration_done(self, iterations: int, bad_updates: int) -> None:
         """Keep the state after this many iterations and save it if it is due. bad_updates: how many
@@ -173,19 +174,18 @@ class Saver:
             tensors = self.tensors().items()
             copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors}
             with self.saving:
-                self.kept = iterations, copies
+                self.last = iterations, copies
             if iterations % self.args.save_every == 0 or iterations == self.args.iterations:
                 self.save()
         if bad_updates >= self.args.max_bad_steps:
             self.give_up(f"{bad_updates} updates in a row had a NaN or infinite gradient")
 
     def save(self) -> None:
-        """Write checkpoints/step_N: adapter/ (the average, ready for use) and the training state.
-        Then delete the oldest."""
+        """Write checkpoints/step_N: adapter/ (the average), training state. Delete the oldest."""
         with self.saving:
-            if not self.kept:
+            if not self.last:
                 return
-            iterations, tensors = self.kept
+            iterations, tensors = self.last
             name = f"checkpoints/step_{iterations}"
             if whole(self.run / name):
                 return
@@ -206,9 +206,9 @@ class Saver:
                 yield folder
         except (OSError, SafetensorError) as error:
             newest = ["none", *(checkpoint.name for checkpoint in checkpoints(self.run))][-1]
+            cure = f"the newest checkpoint is {newest}; make room, then --resume"
             print(file=sys.stderr)  # ends the progress bar's line
-            fail(f"--out {self.run}: cannot save {name} ({error}); the newest checkpoint is "
-                 f"{newest}; make room, then --resume")  # fmt: skip
+            fail(f"--out {self.run}: cannot save {name} ({error}); {cure}")
 
     def keep_best(self, score: float) -> None:
         """Write the average as best/ if it scores higher than every "test" in the log."""
@@ -237,22 +237,22 @@ class Saver:
         if self.rank == 0:
             self.save()
             print(f"\nerror: {message}", file=sys.stderr, flush=True)
-        gather(None)  # the others wait for that: when one exits, torchrun ends all
+        gather(None)  # the others wait for rank 0: when one exits, torchrun ends all
         raise SystemExit(2)
 
     def catch_signals(self) -> None:
         """From here on signals and uncaught errors save before the process ends. A thread waits for
-        signals: the main thread may be waiting for others, and launchers grant 30 seconds."""
+        signals: the main thread may be waiting for others, and launchers kill after 30 seconds."""
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         self.wakeup = signal.set_wakeup_fd(self.write)  # a signal's number arrives here at once
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.thread = threading.Thread(target=self.wait_for_signals, daemon=True)
         self.thread.start()
-        sys.excepthook = self.report_error  # after the thread, which would keep it for good
+        sys.excepthook = self.report_error  # now: a thread keeps the hook of its creation
 
     def wait_for_signals(self) -> None:
-        """The thread. The exit code is the signal's usual one."""
+        """What the thread does. The exit code is the signal's usual one."""
         while received := os.read(self.read, 1):
             if received[0] in SIGNALS:
                 try:
@@ -268,9 +268,9 @@ class Saver:
     def stop(self) -> None:
         """Save, in any thread, and print how to continue."""
         if self.rank == 0:
-            with self.saving:  # nothing newer is kept meanwhile
+            with self.saving:  # iteration_done waits
                 self.save()
-                done = f"saved after {self.kept[0]} iterations" if self.kept else "nothing to save"
+                done = f"saved after {self.last[0]} iterations" if self.last else "nothing to save"
             how = "continue with the same command and --resume"
             print(f"\nstopped; {done}; {how}", file=sys.stderr, flush=True)
 
