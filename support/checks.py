@@ -20,16 +20,16 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     {LoRA: scale} of student and teachers; student: {name: parameter}. Only rank 0 checks."""
     if rank_and_world()[0] > 0:
         return
-    # Disk: 24 bytes a parameter (student, average, two moments, the average in two formats). While
-    # it is saved there is one checkpoint more than --keep, at the end an adapter.
+    # Disk: 24 bytes a parameter (student, average, two moments, the average in two formats). There
+    # are --keep checkpoints, one that is being written, and at the end an adapter.
     needed = (args.keep + 2) * 24 * sum(p.numel() for p in student.values()) / 1e9
     free = check_disk(args.out, "--out", needed, "lower --keep")
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
     report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 
-    # Ratio: 1 before the first update, up to the rounding of another batch size. Where that
-    # rounding reaches the clip range, PPO clips noise. The rows: two samples of the student, at the
-    # first and at the last step that may be trained.
+    # Ratio: 1 before the first update, up to rounding, which depends on the batch size. If rounding
+    # reaches the clip range, PPO clips noise. The rows are two samples of the student, at the first
+    # and at the last step that may be trained.
     prompt = torch.tensor([text["rows"][prompts[0]], text["rows"][prompts[-1]]])
     noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)])
     backbone = Backbone(pipe.transformer, text, guidance, batch=4)
@@ -60,9 +60,9 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     v |= {lora: backbone.predict(lora, x, t, prompt_of) for lora in teachers}
     weight = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2
     pairs = [*combinations(v, 2)]
-    kl = [(weight * (v[a] - v[b]) ** 2).mean().item() for a, b in pairs]
-    smallest, a, b = min((value, *pair) for value, pair in zip(kl, pairs))
-    report(smallest > 0, f"teachers: the closest two are {a} and {b}, KL {smallest:.1e}")
+    kl = [(weight * (v[one] - v[other]) ** 2).mean().item() for one, other in pairs]
+    smallest, one, other = min((value, *pair) for value, pair in zip(kl, pairs))
+    report(smallest > 0, f"teachers: the closest two are {one} and {other}, KL {smallest:.1e}")
 
 
 def report(passed: bool, line: str) -> None:
