@@ -25,7 +25,7 @@ def read_json(text: str) -> Any:
 
 
 def save_json(path: str | Path, value: object) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never a half."""
+    """Write beside, then rename: a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -35,8 +35,8 @@ def save_json(path: str | Path, value: object) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, which then replaces `folder`. Its contents reach the
-    disk before its name does: after a power cut it is the old one or the new one."""
+    """Give an empty folder to write into, which then replaces `folder`. Its contents reach the disk
+    before its name does: after a power cut there is the old folder or the new one."""
     folder = Path(folder).resolve()
     beside, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
@@ -116,7 +116,7 @@ def read_prompts(path: str | Path, flag: str = "--prompts") -> tuple[list[str], 
 def prompt_files(
     given: dict[str, str], tasks: Collection[str], split: str, model: str, flag="--prompts"
 ) -> dict[str, str]:
-    """{task: file}, given or else the model's. split: "train" or "test". What is given may be a
+    """{task: file}, given or else the model's. split: "train" or "test". A given path may also be a
     folder of Flow-GRPO's dataset/."""
     for task in given:
         if task not in tasks:
@@ -192,9 +192,9 @@ def check_model(path: str, flag: str = "--model") -> None:
 
 def check_adapter(path: str, flag: str) -> None:
     """A folder holds a LoRA in PEFT's format or diffusers'. A hub id is checked later."""
-    names, where = f"a folder with {' or '.join(WEIGHTS)}", f"{flag} {path}"
+    wanted, where = f"a folder with {' or '.join(WEIGHTS)}", f"{flag} {path}"
     if hub_id(path) or any(os.path.isfile(f"{path}/{name}") for name in WEIGHTS):
         return
     if any(os.path.isfile(f"{path}/adapter/{name}") for name in WEIGHTS):
         fail(f"{where}: a run, not an adapter; did you mean {path}/adapter?")
-    fail(f"{where}: not an adapter, which is {names} (a .bin can run code: it is never opened)")
+    fail(f"{where}: not an adapter, which is {wanted} (a .bin can run code: it is never opened)")

@@ -96,8 +96,8 @@ def lora_alpha(text: str) -> float | str:
 
 
 class Pairs(argparse.Action):
-    """NAME=VALUE ... -> {NAME: VALUE}, each value of this `kind`; `bare`: that of a NAME alone. A
-    later flag overrules an earlier one by name, as the command line does with a file of flags."""
+    """NAME=VALUE ... -> {NAME: VALUE}, values of this `kind`; `bare` is the value of a lone NAME. A
+    later flag overrules an earlier one name by name: the command line overrules a file of flags."""
 
     def __init__(self, *how, kind: Callable = str, bare: str = "", **more) -> None:
         super().__init__(*how, nargs="+", default={}, **more)
@@ -146,13 +146,13 @@ def run_flags(flag: Callable) -> None:
     flag("--seed", type=at_least(0), default=0, help="of prompts, noise and fresh LoRAs")
     flag("--save_every", type=positive, default=20, help="iterations between checkpoints")
     flag("--keep", type=positive, default=2, help="number of newest checkpoints to keep")
-    flag("--max_bad_steps", type=positive, default=10, help="stop after so many NaN updates")
+    flag("--max_bad_steps", type=positive, default=10, help="stop at so many NaN updates in a row")
     flag("--resume", action="store_true", help="continue a run if there is one")
     flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
 
 def check_folder(out: str | Path) -> None:
-    """--out can be created and written into: better known before the work than after it."""
+    """Fail before the work, not after it, if --out cannot be created or written into."""
     try:
         existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     except OSError as error:  # for example, the name is too long
