@@ -1,7 +1,6 @@
 """LoRA adapters on one frozen backbone: a fifth teacher costs megabytes, not another model.
 
-Reading is strict because LoRAs fail in silence elsewhere: a key without a layer, a file without its
-alpha or an adapter of zeros would teach nothing.
+Reading is strict: a key without a layer, a missing alpha or a LoRA of zeros would teach nothing.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
     """A folder or hub id in PEFT or diffusers format -> {layer: (A (r, in), B (out, r), scaling)}.
 
     float32, finite. Reads safetensors and JSON, never a pickle. alpha, a number or "rank", replaces
-    the folder's. model: a path; if the adapter was made for another model, that is printed."""
+    the folder's. model: a path; a notice is printed if the adapter was made for another model."""
     folder, where = Path(fetch(str(path), flag, ADAPTER)), f"{flag} {path}"
     check_adapter(str(folder), flag)
     file = next(folder / name for name in ADAPTER[1:] if (folder / name).is_file())
@@ -60,35 +59,36 @@ def read_adapter(path: str | Path, flag: str, alpha=None, model: str = "") -> di
             fail(f"{where}: layer {layer} has no matching pair of lora_A and lora_B")
         if not A.double().norm() * B.double().norm() < 1e8:  # so written, nan fails too
             fail(f"{where}: layer {layer} holds nan, infinity or numbers far too large")
-        own = alpha_of(layer, config, where) if alpha is None else alpha
-        if own == "rank":
-            own = len(A)
-        if own is None:
+        layer_alpha = alpha_of(layer, config, where) if alpha is None else alpha
+        if layer_alpha == "rank":
+            layer_alpha = len(A)
+        if layer_alpha is None:
             cure = f"give --teacher_alpha TASK=ALPHA (mostly =rank), or {ADAPTER[0]}"
             fail(f"{where}: the file does not say its alpha; {cure}")
-        if type(own) not in (int, float) or not 0 < own < 1e6:
-            fail(f"{where}: alpha {own!r} of layer {layer} is not a number from 0 to 1e6")
-        layers[layer] = (A, B, own / len(A) ** (0.5 if config.get("use_rslora") else 1))
+        if type(layer_alpha) not in (int, float) or not 0 < layer_alpha < 1e6:
+            fail(f"{where}: alpha {layer_alpha!r} of layer {layer} is not a number from 0 to 1e6")
+        power = 0.5 if config.get("use_rslora") else 1  # rsLoRA: alpha / sqrt(rank)
+        layers[layer] = (A, B, layer_alpha / len(A) ** power)
     if not any(A.any() and B.any() for A, B, _ in layers.values()):
         fail(f"{where}: an all-zero adapter changes nothing: it was not trained or not saved")
     return layers
 
 
 def read_config(folder: Path, file: Path) -> dict:
-    """adapter_config.json, or what the file's header has: diffusers' config, or an alpha alone."""
+    """adapter_config.json; without one the file's header: diffusers' config, or an alpha alone."""
     if (folder / "adapter_config.json").is_file():
         return {**read_json((folder / "adapter_config.json").read_text(encoding="utf-8"))}
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {}
-    about = read_json(header.get("lora_adapter_metadata", "{}")).items()
+    config = read_json(header.get("lora_adapter_metadata", "{}"))
     alpha = header.get("lora_alpha") or header.get("ss_network_alpha")  # the second is kohya's
     alone = {"lora_alpha": float(alpha)} if alpha else {}
-    return alone | {key.removeprefix("transformer."): value for key, value in about}
+    return alone | {key.removeprefix("transformer."): value for key, value in config.items()}
 
 
 def check_config(config: dict, where: str) -> None:
-    """Refuse all but plain LoRA: A and B of other kinds load without a word and mean something
-    else. What this code does not know must be at peft's default, or off."""
+    """Refuse all but plain LoRA: A and B of other kinds would load silently and mean something
+    else. A key that this code does not know must be off, or at peft's default."""
     init, default = config.get("init_lora_weights"), LoraConfig().to_dict()
     if init not in PLAIN_INIT:
         cure = "save it with peft's path_initial_model_for_weight_conversion"
@@ -108,8 +108,8 @@ def sd3_layers() -> set[str]:
 
 
 def pair_up(tensors: dict[str, torch.Tensor], where: str) -> dict[str, dict[str, torch.Tensor]]:
-    """{"PREFIX.LAYER.lora_A.weight": tensor, ...} -> {layer: {"A": tensor, "B": tensor}}. Without
-    the prefixes of peft, diffusers, DDP and torch.compile, a layer must be one of SD3's."""
+    """{"PREFIX.LAYER.lora_A.weight": tensor, ...} -> {layer: {"A": tensor, "B": tensor}}. The
+    prefixes of peft, diffusers, DDP and torch.compile are cut; a layer must be one of SD3's."""
     pairs = {}
     for key, tensor in tensors.items():
         if re.search(r"lora_(up|down|unet)", key):
@@ -168,7 +168,7 @@ def config_of(layers: dict[str, tuple]) -> LoraConfig:
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers))
     config.rank_pattern = {layer: r for layer, r in ranks.items() if r != rank}
-    config.alpha_pattern = {layer: own for layer, own in alphas.items() if own != alpha}
+    config.alpha_pattern = {layer: value for layer, value in alphas.items() if value != alpha}
     return config
 
 
@@ -193,7 +193,7 @@ def load_adapter(transformer, name: str, path: str, flag: str, alpha=None) -> No
 
 
 class Float32Linear(torch.nn.Linear):
-    """Half of a LoRA in training: float32 for the optimizer, multiplied in its input's dtype.
+    """A or B of a LoRA in training: float32 for the optimizer, multiplied in its input's dtype.
     autocast would also run norms in float32: 1.2 times the time of an update (H100)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,14 +204,14 @@ def add_student(transformer: torch.nn.Module, args: argparse.Namespace) -> tuple
     """Add the LoRAs "student" and "average" (its running average), from --init or fresh.
 
     Both are float32 whatever the backbone is: bfloat16 would lose an update of 1e-4. Their scale is
-    the flags' alpha / rank, whatever --init has: B is divided by it, so that a learning rate always
-    means the same. Returns {"LAYER.lora_A.weight": parameter} of each; the student is active."""
+    --alpha / --rank, and B of --init is rescaled to it, so that a learning rate always means the
+    same. Returns {"LAYER.lora_A.weight": parameter} of each; the student is active."""
     layers, where, scale = None, f"--init {args.init}", args.alpha / args.rank
     if args.init != "base":
         layers = read_adapter(args.init, "--init", model=args.model)
-        layers = {layer: (A, B * (own / scale), scale) for layer, (A, B, own) in layers.items()}
+        layers = {layer: (A, B * (old / scale), scale) for layer, (A, B, old) in layers.items()}
     torch.manual_seed(args.seed)
-    for name in ("average", "student"):
+    for name in ("average", "student"):  # the last is active
         add_adapter(transformer, name, layers, args.rank, args.alpha, where)
     student = adapter_parameters(transformer, "student")
     average = adapter_parameters(transformer, "average")
@@ -244,7 +244,7 @@ def lora_layers(transformer: torch.nn.Module) -> list[LoraLayer]:
 def use(transformer: torch.nn.Module, name: str | None, layers=None) -> Iterator[None]:
     """Inside, the backbone uses this adapter (None: no adapter); afterwards the one before.
 
-    layers: its lora_layers. peft's own switch would also set requires_grad of all parameters."""
+    layers: the backbone's lora_layers. peft's own switch also sets requires_grad everywhere."""
     layers = layers or lora_layers(transformer)
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
@@ -265,7 +265,7 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], scale: fl
     for key, tensor in tensors.items():
         layer, _, half = key.rpartition(".lora_")
         saved[key] = (tensor.detach().float() * (scale if half == "B.weight" else 1)).cpu()
-        layers[layer] = (saved[f"{layer}.lora_A.weight"], None, 1)
+        layers[layer] = (saved[f"{layer}.lora_A.weight"], None, 1)  # config_of reads no B
     config = config_of(layers)
     metadata = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     peft_names = {f"base_model.model.{key}": tensor for key, tensor in saved.items()}
