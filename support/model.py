@@ -24,7 +24,7 @@ from support.lora import lora_layers, use
 from support.run import check_disk, chunks
 
 for library in (diffusers_logging, transformers_logging):
-    library.set_verbosity_error()  # our own errors are one line; theirs would stand around it
+    library.set_verbosity_error()  # our errors are one line, which theirs would bury
     library.disable_progress_bar()
 
 COMPILER = "inductor"  # of --compile; tests take one that needs no C++ compiler
@@ -59,7 +59,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
         fail(f"--model {args.model}: cannot be loaded as Stable Diffusion 3 ({reason(error)})")
     set_size(pipe.transformer, pipe.vae, args.size)
     pipe.time_grid = args.time_grid
-    counts = pipe.scheduler.config.num_train_timesteps  # what t = 1 is called; 1000 in SD3
+    counts = pipe.scheduler.config.num_train_timesteps  # the transformer's t = 1; 1000 in SD3
     pipe.transformer.register_to_config(num_train_timesteps=counts)
     pipe.transformer.requires_grad_(False).eval().to(device)
     pipe.vae.requires_grad_(False).eval()
@@ -76,10 +76,10 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> StableDiffu
 
 
 def set_size(transformer: torch.nn.Module, vae: torch.nn.Module, size: int | None) -> None:
-    """Images get --size pixels, a whole number of the transformer's patches; None: as they are."""
+    """Set the image side to --size pixels, a whole number of patches; None: the model's own."""
     if size is None:
         return
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # per latent, along a side
     unit = pixels * transformer.config.patch_size
     largest = unit * transformer.config.pos_embed_max_size
     if size % unit or size > largest:
@@ -98,14 +98,14 @@ def check_weights(module: torch.nn.Module, device: torch.device | str = "cpu") -
 def embed_prompts(pipe, prompts: Iterable[str], args: argparse.Namespace) -> dict:
     """Text embeddings on the CPU: {"rows": {prompt: row}, "embeds": (P, L, E), "pooled": (P, E')}.
 
-    Row 0 is the empty prompt of guidance. The text encoders are loaded for this alone and dropped;
-    with --cache_embeddings only if a prompt is new. The tokenizer's limit caps --text_length."""
+    Row 0 is the empty prompt of guidance. The text encoders are loaded for this and dropped; with
+    --cache_embeddings, only if a prompt is new. The tokenizer's limit caps --text_length."""
     distinct = ["", *sorted(set(prompts) - {""})]
     files, found = cache_files(pipe, distinct, args), {}
     for prompt, file in files.items():
         with contextlib.suppress(OSError, SafetensorError, KeyError):  # new or damaged: made again
-            read = load_file(file)
-            found[prompt] = {"embeds": read["embeds"], "pooled": read["pooled"]}
+            cached = load_file(file)
+            found[prompt] = {"embeds": cached["embeds"], "pooled": cached["pooled"]}
     new = [prompt for prompt in distinct if prompt not in found]
     if new:
         text = load_text_encoders(pipe, backbone_dtype(pipe.transformer), args.no_t5)
@@ -117,13 +117,13 @@ def embed_prompts(pipe, prompts: Iterable[str], args: argparse.Namespace) -> dic
         for i in tqdm(batches, "embedding prompts", unit="batch", disable=len(new) < 2000):
             batch = new[i : i + 64]
             embeds, _, pooled, _ = text.encode_prompt(batch, None, None, **how)  # (n, L, E), (n, E)
-            if files:  # this batch and those to come
+            if files:  # GB of this batch and those to come
                 size = (embeds[0].nbytes + pooled[0].nbytes) * (len(new) - i) / 1e9
                 check_disk(args.cache_embeddings, "--cache_embeddings", size, "make room")
-            for prompt, *row in zip(batch, embeds.cpu(), pooled.cpu()):
-                if not all(tensor.isfinite().all() for tensor in row):
+            for prompt, *tensors in zip(batch, embeds.cpu(), pooled.cpu()):
+                if not all(tensor.isfinite().all() for tensor in tensors):
                     fail(f"--model: the embedding of {prompt[:100]!r} is nan; try another --dtype")
-                found[prompt] = {"embeds": row[0], "pooled": row[1]}
+                found[prompt] = {"embeds": tensors[0], "pooled": tensors[1]}
                 if prompt in files:  # written beside, then renamed: processes share a cache
                     beside = f"{files[prompt]}.{os.getpid()}"
                     files[prompt].parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +167,8 @@ def load_text_encoders(pipe: StableDiffusion3Pipeline, dtype: torch.dtype, no_t5
                     raise ValueError(f"{name} lacks {min(info['missing_keys'])}")
         text = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            own = getattr(text, name)
-            if own is not None and len(own) < len(own.all_special_ids) + 2:
+            tokenizer = getattr(text, name)
+            if tokenizer is not None and len(tokenizer) < len(tokenizer.all_special_ids) + 2:
                 raise ValueError(f"{name} lacks files, so it knows no word; download it again")
         return text
     except Exception as error:
@@ -189,14 +189,14 @@ def velocity(transformer, x, t, text: dict, rows: Tensor, guidance: float) -> Te
     if guidance != 1:  # (2B, ...): the empty prompt (row 0) first
         x, t, rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([0 * rows, rows])
     dtype, device = backbone_dtype(transformer), x.device
-    embeds = text["embeds"][rows].to(device, dtype, non_blocking=True)  # (B, L, E)
-    pooled = text["pooled"][rows].to(device, dtype, non_blocking=True)  # (B, E')
+    embeds = text["embeds"][rows].to(device, dtype, non_blocking=True)  # (B or 2B, L, E)
+    pooled = text["pooled"][rows].to(device, dtype, non_blocking=True)  # (B or 2B, E')
     timestep = transformer.config.get("num_train_timesteps", 1000) * t  # as its scheduler counts
     (v,) = transformer(x.to(dtype), embeds, pooled, timestep=timestep, return_dict=False)
     v = v.float()
     if guidance == 1:
         return v
-    v_empty, v_prompt = v.chunk(2)
+    v_empty, v_prompt = v.chunk(2)  # (B, C, H, W) each
     return v_empty + guidance * (v_prompt - v_empty)
 
 
@@ -210,7 +210,7 @@ class Backbone:
 
     def velocity(self, name: str | None, x: Tensor, t: Tensor | float, prompt: Tensor) -> Tensor:
         """At states x (n, C, H, W), t (n, 1, 1, 1) or a float, prompt rows (n,): like x."""
-        # Many states have few prompts: the row of each, 1.7 MB in SD3.5, is uploaded once.
+        # Many states share few prompts: a prompt's row, 1.7 MB in SD3.5, is uploaded once.
         used, rows = torch.cat([0 * prompt[:1], prompt]).unique(return_inverse=True)  # row 0 first
         text = {part: self.text[part][used].to(x.device) for part in ("embeds", "pooled")}
         with use(self.transformer, name, self.layers):
@@ -246,6 +246,6 @@ def initial_noise(pipe, generators: Sequence[torch.Generator]) -> Tensor:
     """Normal noise, one (C, H, W) per generator: (B, C, H, W)."""
     config, number = pipe.transformer.config, len(generators)
     noise = torch.empty(number, config.in_channels, config.sample_size, config.sample_size)
-    for sample, own in zip(noise, generators):
-        sample.normal_(generator=own)
+    for sample, generator in zip(noise, generators):
+        sample.normal_(generator=generator)
     return noise.to(pipe.transformer.device)
