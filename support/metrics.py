@@ -20,12 +20,12 @@ def progress(start: int, iterations: int) -> tqdm:
 
 
 def is_due(iteration: int, every: int, iterations: int) -> bool:
-    """After every `every`-th iteration and after the last; never where `every` is 0."""
+    """True after every `every`-th iteration and after the last; never if `every` is 0."""
     return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == iterations)
 
 
 class Stopwatch:
-    """Seconds of an iteration's phases. A GPU runs behind Python: each lap waits for it."""
+    """Seconds of an iteration's phases. A GPU works asynchronously: each lap waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.laps, self.began = device, {}, time.perf_counter()

@@ -39,9 +39,9 @@ def start_processes() -> tuple[int, int, torch.device]:
             # After torchrun's --max-restarts the store still holds addresses of dead processes
             # (pytorch #135712). With several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        store.set(f"started/{rank}", "")  # one that failed before this line never comes
+        store.set(f"started/{rank}", "")  # a process that failed earlier never sets it
         store.wait([f"started/{other}" for other in range(world)], timedelta(minutes=5))
-        # Hours: processes that score or download may wait long. torchrun notices one that dies.
+        # Hours: others may score or download for long. torchrun notices a process that dies.
         how = {"rank": rank, "world_size": world, "timeout": timedelta(hours=12)}
         if device.type == "cuda":
             how["device_id"] = device
@@ -50,7 +50,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(0, 1) where no group was joined."""
+    """(rank, number of processes): (0, 1) without a group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -75,8 +75,8 @@ def gather(value: object) -> list:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over processes, in place; all must call it. It does the work of DistributedDataParallel,
-    which does not fit: LoRAs are switched, and micro-batches differ in number between processes."""
+    """Sum over processes, in place; all must call it. DistributedDataParallel does not fit: LoRAs
+    are switched, and the number of micro-batches differs between processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -97,7 +97,7 @@ def print_batch(args: argparse.Namespace) -> None:
 
 
 def chunks(index: Tensor, size: int) -> tuple[Tensor, ...]:
-    """An index tensor in pieces of at most `size`; none where it is empty."""
+    """An index tensor in pieces of at most `size`; no piece if it is empty."""
     return index.split(size) if len(index) else ()
 
 
@@ -154,7 +154,7 @@ def draw_schedule(train: dict, shares: dict, wanted: int, iterations: int, seed:
     Tasks follow a cycle, so `shares` {task: whole number} are exact in the long run. A task's
     prompts come in shuffled passes: each once, then each again in another order."""
     cycle = [task for task in train for _ in range(int(shares[task]))]
-    drawn, order = dict.fromkeys(train, 0), {}
+    drawn, order = dict.fromkeys(train, 0), {}  # {task: prompts so far}, {task: its current pass}
     schedule = [[] for _ in range(iterations)]
     for slot in range(iterations * wanted):
         task = cycle[slot % len(cycle)]
