@@ -3,7 +3,7 @@
     python train_opd.py @recipes/sd35m_opd.args --dry_run
 
 The model is built from its configuration files alone. Then a forward and a backward pass run on
-fake tensors, which have shapes but no contents, and the bytes of those alive are added up.
+fake tensors, which have shapes but no contents, and the bytes of the live ones are added up.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from support.lora import use
 from support.model import ENCODERS, backbone_dtype, precision, set_size, velocity
 from support.run import print_batch, rank_and_world, share, start_processes, stop_processes
 
-# In their order. What is held from a phase on is held in all later ones.
+# In order: what is held from a phase on stays held in the later ones.
 PHASES = ("loading", "text", "rollout", "labels", "update", "saving", "pictures")
 NAMES = {"loading": "the model is loaded", "text": "prompts are embedded", "pictures": "samples"}
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the bytes of tensors that are made inside and still alive; `peak` is the maximum."""
+    """Add up the bytes of tensors that are made inside and still alive; `peak` is the maximum."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Alive(TorchDispatchMode):
         return [t.untyped_storage() for t in tensors if t.device == self.device]
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.known.update(self.storages((args, kwargs)))  # made before: neither it nor its views
+        self.known.update(self.storages((args, kwargs)))  # made before: not counted, nor its views
         out = op(*args, **(kwargs or {}))
         for storage in self.storages(out):
             if storage not in self.known:
@@ -64,7 +64,7 @@ def size_of(module: torch.nn.Module) -> int:
 
 
 def peak_of(transformer, rows, side, tokens, guidance, device, backward=False) -> int:
-    """Peak bytes of one guided velocity, with `backward` and its gradient, of any transformer."""
+    """Peak bytes of one guided velocity of a transformer; with `backward`, also of its gradient."""
     config, dtype = transformer.config, backbone_dtype(transformer)
     x = torch.zeros(rows, config.in_channels, side, side, device=device)
     embeds = torch.zeros(1, tokens, config.joint_attention_dim, dtype=dtype)
@@ -88,21 +88,21 @@ def largest_batch(args: argparse.Namespace, world: int = 1) -> dict[str, int]:
 
 
 def for_gpu(args: argparse.Namespace, device: torch.device) -> bool:
-    """Where there is no GPU, --dtype bf16 (the recipes have it) says that the run will have one."""
+    """Count for a GPU? Without one here, --dtype bf16 (as in the recipes) says the run has one."""
     return device.type == "cuda" or args.dtype == "bf16"
 
 
 def prompts_embedded(args: argparse.Namespace, world: int) -> int:
-    """At most so many prompts are embedded by a process: of training, of pictures, of tests."""
+    """How many prompts a process embeds at most: empty, of training, of pictures, of tests."""
     G, tasks = args.group_size, len(args.teacher)
     places = {i // G for i in share(args.prompts_per_iteration * G, 0, world)}
     return 1 + args.iterations * len(places) + 2 * tasks + tasks * args.eval_prompts // world
 
 
 def copied(folder: str, part: str, module: torch.nn.Module) -> int:
-    """Bytes of a file that is read: it is mapped into memory until all its numbers are converted. 0
-    where it has the module's precision and so is the weights. A file that is not here has two bytes
-    a number, as those of SD3.5."""
+    """Bytes of a part's files, which are mapped into memory until all numbers are converted. 0 if
+    they have the module's precision: then they are the weights. Files that are not here count two
+    bytes a number, like SD3.5's."""
     files = Path(folder, part).glob("*.safetensors")
     size = sum(file.stat().st_size for file in files if "." not in file.stem)  # no .fp16
     size = size or 2 * sum(tensor.numel() for tensor in module.state_dict().values())
@@ -111,7 +111,7 @@ def copied(folder: str, part: str, module: torch.nn.Module) -> int:
 
 def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     """What one process holds {name: (place, from which phase on, bytes)}, and what a phase takes on
-    top {(place, phase): bytes at its peak}. place: "device" or "host"; on a CPU they are one."""
+    top {(place, phase): bytes at its peak}. place: "device" or "host", the same memory on a CPU."""
     dtype, encoders, gpu = precision(args.dtype, device), dict(ENCODERS), for_gpu(args, device)
     if args.no_t5:
         del encoders["text_encoder_3"]
@@ -126,7 +126,7 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     torch.nn.Module.to(transformer, dtype).requires_grad_(False).eval()  # diffusers' own .to warns
     text.to(dtype)
     bare = size_of(transformer)
-    # While it is loaded: its file, and its table of positions, which is built before it is read.
+    # While it is loaded: its files, and its table of positions (buffers), built before it is read.
     read = copied(folder, "transformer", transformer)
     read += 4 * sum(buffer.numel() for buffer in transformer.buffers())
     student, *_ = load_loras(args, transformer)
@@ -143,7 +143,7 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     S, steps = args.trained_steps, args.eligible_steps[-1] + 1
     b = math.ceil(args.prompts_per_iteration * args.group_size / world)  # samples of a process
     latent = 4 * config.in_channels * side**2  # bytes of a state, float32
-    # Noise, states and means of a rollout; of its rows x, x_next, two means and two labels.
+    # Noise, states and means of a rollout; of each row x, x_next, two means and two labels.
     states, tasks = (2 * steps + 2 + 6 * S) * b * latent, len(args.teacher)
     pictures = bool(args.sample_every or args.eval_prompts)
     vae_is = ("host", "loading")
@@ -164,7 +164,7 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
     files = [copied(folder, part, encoder) for part, encoder in text.items()]
     extra["host", "text"] = gpu * size_of(text) + max(files)
     extra["host", "saving"] = 4 * trained  # the next state, and what is written of it
-    # Of the scales one that doubles the rows, if any.
+    # Any scale but 1 doubles the rows; which one does not matter.
     scales = {args.guidance, *args.teacher_guidance.values()} - {1}
     guidance = dict.fromkeys(("rollout", "update"), args.student_guidance)
     guidance["labels"] = max(scales, default=1)
@@ -186,13 +186,12 @@ def phases(args, load_loras, folder, device, world=1) -> tuple[dict, dict]:
 
 
 def in_all(held: dict, extra: dict, *places: str) -> dict[str, int]:
-    """{phase: bytes in all at its peak} in these places; phases that take nothing there are left
-    out."""
+    """{phase: bytes in all at its peak} in these places, for phases that take something on top."""
     total = {}
     for number, phase in enumerate(PHASES):
         on_top = [extra[place, phase] for place in places if (place, phase) in extra]
-        sizes = [size for place, since, size in held.values()
-                 if place in places and PHASES.index(since) <= number]  # fmt: skip
+        begun = PHASES[: number + 1]
+        sizes = [size for place, since, size in held.values() if place in places and since in begun]
         if on_top:
             total[phase] = sum(on_top) + sum(sizes)
     return total

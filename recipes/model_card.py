@@ -64,7 +64,7 @@ def base_of(args: argparse.Namespace) -> str:
 
 
 def base_of_adapter(path: str) -> str:
-    """What its config names, or the model whose folder it is in, as toy/adapters/ocr; or ""."""
+    """The model that its config names, else the one it lies in, as toy/adapters/ocr does, or ""."""
     file = Path(fetch(path, "--adapters", ADAPTER), "adapter_config.json")
     config = read_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     model = file.parent.parent.parent
@@ -82,7 +82,7 @@ def complete_config(file: Path, base: str, revision: str) -> None:
 
 
 def published(args: argparse.Namespace) -> tuple[int, str]:
-    """Iterations after which the adapter was saved, the last or the best, and its test rewards."""
+    """The iterations of the published adapter (the last or the best) and its test rewards."""
     log = read_log(args.out) or [{"iteration": -1}]
     line = log[-1]
     if getattr(args, "final", "last") == "best":
@@ -94,8 +94,8 @@ def published(args: argparse.Namespace) -> tuple[int, str]:
 
 
 def copy_pictures(run: Path, folder: Path, iterations: int) -> list[dict]:
-    """Cut the student's pictures after so many iterations, or else in grid.png, out of their grids:
-    at most 8, for the front matter's "widget"."""
+    """Cut at most 8 pictures of the student out of the grid of these iterations, or of grid.png.
+    Returns the front matter's "widget"."""
     shutil.rmtree(folder, ignore_errors=True)
     widget = []
     for file in sorted(run.glob(f"samples/*{iterations:05d}.png")) or run.glob("grid.png"):
@@ -142,7 +142,7 @@ def usage(base: str, revision: str, args: argparse.Namespace, widget: list[dict]
     """Lines of Python: stock diffusers with the settings of the run's own pictures."""
     given = vars(args)
     model, adapter = repr(base or "BASE MODEL"), f"{args.out}/adapter"
-    if hasattr(args, "adapters"):  # a merge's --out is no run
+    if hasattr(args, "adapters"):  # of a merge --out is the adapter, not a run
         adapter = args.out
     if revision:
         model += f", revision={revision!r}"
