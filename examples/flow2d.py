@@ -115,9 +115,9 @@ def distil(
         v = velocity(student, x, t, task_of)  # (N, 2), the only tensor with gradient
         mean, _ = step(x, v, t, t_next, a, grid[1])
         kl = (weight * (v.detach() - v_teacher).square()).mean(1).view(steps, samples)
-        kl_to_go = kl.flip(0).cumsum(0).flip(0) - kl  # of later steps: `trajectory` needs it
-        states = mean, mean_old, mean_teacher, x_next, std
-        loss, _ = losses.OBJECTIVES[objective](*states, kl_to_go=kl_to_go.flatten())
+        kl_to_go = kl.flip(0).cumsum(0).flip(0) - kl  # of later steps, for `trajectory`
+        inputs = mean, mean_old, mean_teacher, x_next, std
+        loss, _ = losses.OBJECTIVES[objective](*inputs, kl_to_go=kl_to_go.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -134,8 +134,8 @@ def distil(
 def sample(net: Module, task: int) -> tuple[Tensor, float]:
     """Sample 500 points of a task without noise: all states (21, 500, 2), and the filled share.
 
-    That is the share of points within three standard deviations of a spot. No spot counts for more
-    than its fair part, so 1 needs all spots equally full."""
+    That is the share of points within three standard deviations of a spot, where no spot counts for
+    more than its fair part: 1 needs all spots equally full."""
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
     grid = torch.linspace(1, 0, 21).tolist()
     path = rollout(lambda x, t: velocity(net, x, t, torch.tensor(task)), noise, grid, a=0.0).x

@@ -98,11 +98,11 @@ def add_adapters(transformer: FluxTransformer2DModel) -> list[torch.nn.Parameter
     for name, rank in {"left": 4, "right": 4, "student": 16}.items():  # any ranks
         flags = {"target_modules": LAYERS, "init_lora_weights": "gaussian"}
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **flags), name)
-    for name, weight in transformer.named_parameters():
+    for name, parameter in transformer.named_parameters():
         if ".lora_B.left" in name or ".lora_B.right" in name:
-            torch.nn.init.normal_(weight, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.3)
     transformer.set_adapter("student")  # peft: the active adapter alone carries gradient
-    return [weight for name, weight in transformer.named_parameters() if "student" in name]
+    return [parameter for name, parameter in transformer.named_parameters() if "student" in name]
 
 
 def main(args):
@@ -118,7 +118,7 @@ def main(args):
     # Two tasks with one prompt embedding each. A real run has prompt files and encode_prompt.
     embeds = {"left": torch.randn(2, 1, L, 32).unbind(), "right": torch.randn(2, 1, L, 32).unbind()}
 
-    # A visited state is a row: step i // B of sample i % B. N = S B rows.
+    # A trained step of a sample is a row: step i // B of sample i % B. N = S B rows.
     B, S = args.samples, args.steps - 1  # the last step is not trained
     times = torch.tensor(grid).repeat_interleave(B).view(-1, 1, 1)
     t, t_next = times[: S * B], times[B : (S + 1) * B]  # (N, 1, 1)
@@ -129,13 +129,13 @@ def main(args):
         kl = 0.0
         for task, (embed, pooled) in embeds.items():  # every task in every iteration
             text = embed.expand(B, -1, -1), pooled[:, 0].expand(B, -1)  # (B, L, E), (B, E')
-            text_of = [part.repeat(S, *[1] * (part.ndim - 1)) for part in text]  # N rows
+            text_of = text[0].repeat(S, 1, 1), text[1].repeat(S, 1)  # (N, L, E), (N, E')
             # Rollout: the student samples with its own SDE.
             transformer.set_adapter("student")
             noise = pack(torch.randn(B, C, H, W))
             path = rollout(lambda x, t: velocity(transformer, x, t, *text), noise, grid, NOISE)
-            x, x_next = path.x[:S].flatten(0, 1), path.x[1 : S + 1].flatten(0, 1)  # N rows
-            mean_old = path.mean[:S].flatten(0, 1)
+            x, x_next = path.x[:S].flatten(0, 1), path.x[1 : S + 1].flatten(0, 1)
+            mean_old = path.mean[:S].flatten(0, 1)  # (N, H W / 4, 4 C), like x and x_next
             # Labels: the task's teacher, and the base as MAR's anchor.
             with torch.no_grad():
                 transformer.set_adapter(task)
@@ -160,7 +160,7 @@ def main(args):
     print(f"KL to the teachers: {curve[0]:.2e} -> {curve[-1]:.2e}")
     print(f"latents for the VAE: {tuple(unpack(path.x[-1], H, W).shape)}")
 
-    # pipe.load_lora_weights loads nothing from what transformer.save_lora_adapter writes, silently.
+    # pipe.load_lora_weights silently loads nothing from what transformer.save_lora_adapter writes.
     config = transformer.peft_config["student"].to_dict()
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     tensors = get_peft_model_state_dict(transformer, adapter_name="student")

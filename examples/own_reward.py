@@ -5,8 +5,8 @@
 Replace `reward`, a function of images (B, 3, H, W) in [0, 1] and prompts that returns a number per
 image, and PROMPTS. Of this project the script uses sde.py, losses.py and the pipeline in toy/.
 
-A reward alone takes all it can get: look at what happens to the shapes. Against that
-train_teacher.py has --beta and weighted rewards. It is this script with what long runs need: prompt
+A reward alone is maximised at any price: look at what happens to the shapes. train_teacher.py
+limits that by --beta and weighted rewards. It is this script with what long runs need: prompt
 files, test rewards, guidance, checkpoints, averaged weights, many processes.
 """
 
@@ -80,7 +80,7 @@ def main(args):
         path = rollout(lambda x, t: velocity(x, t, prompt), noise, grid, a=0.0)
         return torch.cat(decode(pipe.vae, path.x[-1]).unbind(), dim=2)
 
-    # G samples of every prompt. A visited state is a row: step i // B of sample i % B.
+    # G samples of every prompt. A trained step is a row: step i // B of sample i % B.
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(args.group_size)  # (B,)
     B, S = len(prompt), args.steps - 1  # the last step is not trained
     times = torch.tensor(grid).repeat_interleave(B).view(-1, 1, 1, 1)
@@ -96,7 +96,7 @@ def main(args):
         log_prob_old = path.log_prob[:S].flatten()  # (N,)
         rewards = reward(decode(pipe.vae, path.x[-1]), [PROMPTS[i] for i in prompt])  # (B,)
         advantage = group_advantage(rewards, prompt)  # (B,)
-        # Make the steps of the better ones more likely: two updates, each with every second sample.
+        # Make the steps of the better images more likely: two updates, each with half the samples.
         for update in range(2):
             rows = torch.nonzero(sample_of % 2 == update).flatten()
             sample = sample_of[rows]
@@ -117,7 +117,7 @@ def main(args):
     picture = Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
     picture = picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
     picture.save(args.out / "before_after.png")
-    # pipe.load_lora_weights loads nothing from what transformer.save_lora_adapter writes, silently.
+    # pipe.load_lora_weights silently loads nothing from what transformer.save_lora_adapter writes.
     config = transformer.peft_config["default"].to_dict()
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     tensors = get_peft_model_state_dict(transformer)

@@ -5,8 +5,8 @@
 
 diffusers shifts the times of SD3 twice: `--time_grid double`, as Flow-GRPO and Flow-OPD train.
 `single` shifts once. Each point is a step t -> t_next at its t; sde.py has the formulas. The last
-panel asks: if the student's velocity were wrong by the same everywhere, which steps would the loss
-be made of?
+panel: if the student's velocity were equally wrong at all t, which share of the loss would each
+step have?
 """
 
 import argparse
@@ -43,12 +43,12 @@ def main(args: argparse.Namespace) -> None:
         left.plot(times, sigma, ":", color=line.get_color(), label=f"sigma, {name}")
         middle.plot(times, weight, "o-", label=name)
         share = [100 * w / sum(weight[:-1]) for w in weight[:-1]]  # the last step is not trained
-        places = [step + 0.4 * (name == "single") for step in range(len(share))]
+        places = [step + 0.4 * (name == "single") for step in range(len(share))]  # side by side
         right.bar(places, share, 0.4, label=name)
         print(f"{name}: t {' '.join(f'{t:.3g}' for t in grid)}")
         print(f"{name}: w(t) {' '.join(f'{w:.3g}' for w in weight)}")
         print(f"{name}: share of a trained step, % {' '.join(f'{part:.1f}' for part in share)}")
-    left.set(title="noise of a step, a = " + f"{args.noise:g}", xlabel="time t (1 = noise)")
+    left.set(title=f"noise of a step, a = {args.noise:g}", xlabel="time t (1 = noise)")
     middle.set(title="weight w(t) of its KL", xlabel="time t (1 = noise)", yscale="log")
     right.set(title="share of the KL at equal error, %", xlabel="trained step")
     for axis in (left, middle, right):

@@ -3,7 +3,7 @@
     pip install tensorboard
     python examples/to_tensorboard.py runs/opd && tensorboard --logdir runs
 
-Run it again to add what a run has logged since; it starts from the beginning. (This file may not be
+Run it again for what a run has logged since: it converts the whole log anew. (This file may not be
 called tensorboard.py: Python would import it in place of the package.)
 """
 
