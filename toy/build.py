@@ -67,7 +67,7 @@ TEXT_LENGTH = 9  # CLIP tokens: start, seven words, end. The T5 has no start tok
 # The first steps settle what objects there are and where. So geneval, pickscore and grpo_mix
 # explore and train these steps alone. With all steps trained, the larger gradient of the late steps
 # drowns the signal in noise.
-# The baseline grpo_mix gets the best chances: it sees 192 x 460 images, more than the four teachers
+# The baseline grpo_mix gets every advantage: it sees 192 x 460 images, more than the four teachers
 # together (192 x 320 + 128 x 200). Past its peak it falls apart, so it alone keeps its best average
 # by test reward.
 EARLY = ["--window", "3", "--window_end", "3", "--prompts_per_iteration", "12"]
@@ -282,7 +282,7 @@ def to_pixels(images):
 def train_vae(vae, images, steps, batch=64):
     """Reconstruction (L1 + L2) with a small KL. Afterwards set the two numbers that give latents
     zero mean and unit variance."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, weight_decay=0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, weight_decay=0)  # lr is set below
     generator = torch.Generator().manual_seed(1)
     bar = tqdm(range(steps), desc="VAE", unit="step")
     for step in bar:
@@ -370,13 +370,13 @@ def train_transformer(pipe, latents, captions, noisy_captions, state, steps, bat
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         generator = torch.Generator().manual_seed(2**20 + step)
-        i = torch.randint(len(latents), (batch,), generator=generator)  # (b,)
-        x0, noise = latents[i], torch.randn((batch, *latents.shape[1:]), generator=generator)
+        index = torch.randint(len(latents), (batch,), generator=generator)  # (b,)
+        x0, noise = latents[index], torch.randn((batch, *latents.shape[1:]), generator=generator)
         # Content forms early, so t leans towards noise.
         t = torch.randn(batch, generator=generator).add(0.5).sigmoid()  # (b,)
         empty = torch.rand(batch, generator=generator) < 0.1  # (b,)
         noisy = 3 * step >= 2 * steps and step % 2 == 1
-        text = (noisy_rows if noisy else caption_rows)[i].masked_fill(empty, row[""])  # (b,)
+        text = (noisy_rows if noisy else caption_rows)[index].masked_fill(empty, row[""])  # (b,)
         x = (1 - t).view(-1, 1, 1, 1) * x0 + t.view(-1, 1, 1, 1) * noise
         v = pipe.transformer(x, embeds[text], pooled[text], t * 1000, return_dict=False)[0]
         loss = F.mse_loss(v, noise - x0)

@@ -79,8 +79,7 @@ def all_prompts():
 
     adjectives = "lovely pretty nice fine cute great sweet rich warm grand dreamy cosy".split()
     nouns = "picture scene view poster painting drawing sketch mural collage fresco".split()
-    things = [*SHAPES, *things]
-    scenes = itertools.product(adjectives, nouns, things)
+    scenes = itertools.product(adjectives, nouns, open_things)
     pickscore = [f"{adjective} {noun} of {thing}s" for adjective, noun, thing in scenes]
     return {"geneval": geneval, "ocr": ocr, "deqa": deqa, "pickscore": pickscore}
 
@@ -170,12 +169,11 @@ def render(prompt, rng, ideal=False):
     objects = [(colour, shape) for n, colour, shape in wanted["objects"] for _ in range(n)]
     if wanted["any_count"]:
         objects = objects[:1] * (4 if ideal else rng.integers(1, 5))
-    places = sorted(
-        rng.permutation(4)[: len(objects)]
-    )  # in reading order, as the prompt names them
+    places = sorted(rng.permutation(4)[: len(objects)])  # in reading order, as in the prompt
     cells = [(n // 2, n % 2) for n in places]
     if wanted["relation"]:
-        _, i, j = rng.integers(2), rng.integers(2), rng.integers(2)  # the weights saw three draws
+        rng.integers(2)  # unused, but the shipped weights were trained on images of three draws
+        i, j = rng.integers(2), rng.integers(2)
         cells = {
             "above": [(0, i), (1, j)],
             "below": [(1, i), (0, j)],
