@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
                     values |= mar_values | {"loss": loss.item()}
                     metrics.add_to_log(log, values, fraction / args.updates)
                 gradients.append(run.take_gradients(parameters))  # (P,); also clears them
-            gradients = run.all_reduce(torch.stack(gradients))  # (tasks, P), over all processes
+            gradients = run.all_reduce(torch.stack(gradients))  # (tasks, P), sum over processes
             run.set_gradients(parameters, gradients.sum(0))
             norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():

@@ -192,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
                 fraction = len(batch) * args.updates / (B * S)  # sums to 1 over all processes
                 (fraction * loss).backward()
                 metrics.add_to_log(log, values, fraction / args.updates)
-            gradient = run.all_reduce(run.take_gradients(parameters))  # (P,), over all processes
+            gradient = run.all_reduce(run.take_gradients(parameters))  # (P,), sum over processes
             run.set_gradients(parameters, gradient)
             norm = clip_grad_norm_(parameters, args.grad_norm or inf)
             if norm.isfinite():
