@@ -180,7 +180,8 @@ def fuse(folder, watch):
         before, after = (m.get_submodule(layer).weight.float() for m in (base, fused))
         gap = (after - before - scaling * B @ A).abs() / after.abs().clamp(min=1e-4)
         gaps.append(gap.max())
-    check(max(gaps) < 2**-8, f"fused - base = update within {max(gaps):.1e} of a weight")
+    half = 2**-8  # bfloat16 keeps 8 bits, so it rounds by at most that part of a number
+    check(max(gaps) < 1.001 * half, f"fused - base = update within {max(gaps):.1e} of a weight")
 
 
 def opd(folder, watch):
