@@ -186,6 +186,7 @@ def fuse(folder, watch):
 
 def opd(folder, watch):
     watch.laps()
+    watch.around(train_opd, "self_checks", "self-checks")
     watch.around(train_opd, "sample_images", "pictures")
     out = folder / "opd"
     run("train_opd", *distillation(folder), "--sample_every", 3, "--out", out)

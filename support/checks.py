@@ -12,7 +12,7 @@ import torch
 from losses import log_ratio_of
 from sde import kl_weight, rollout, step
 from support.model import Backbone, initial_noise
-from support.run import check_disk, generator, rank_and_world
+from support.run import check_disk, chunks, generator, rank_and_world
 
 
 def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
@@ -41,7 +41,9 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     times = torch.tensor(grid, device=x.device).view(-1, 1, 1, 1)
     t, t_next = times[step_of], times[step_of + 1]  # (4, 1, 1, 1)
     sde = (args.noise, grid[1], args.noise_kind)
-    v = {"student": backbone.velocity("student", x, t, prompt_of).detach()}  # as in an update
+    batches = chunks(torch.arange(4), args.micro_batch)  # as in an update, with gradient
+    v = [backbone.velocity("student", x[n], t[n], prompt_of[n]).detach() for n in batches]
+    v = {"student": torch.cat(v)}
     objective = getattr(args, "objective", "grpo")
     if objective not in ("kl", "ode"):
         mean, std = step(x, v["student"], t, t_next, *sde)
