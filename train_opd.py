@@ -23,6 +23,7 @@ Deviations from the paper (numbered as in README.md, which has the whole list):
 
 import argparse
 from collections import Counter
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="see the table in losses.py")
     flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for the others")
+    flag("--step_weights", choices=("kl", "equal"), default="kl", help="w(t), or 1 each")
     flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, as the paper; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
@@ -202,11 +204,14 @@ def main(args: argparse.Namespace) -> None:
         width = torch.where(std > 0, std, 1)  # without noise, kl is half the squared distance
         kl = kl_of(mean_old, mean_teacher, width).view(S, b)  # before the update
         kl_to_go = (kl.flip(0).cumsum(0).flip(0) - kl).flatten()  # (N,) of later trained steps
-        v_anchor, w = v_teacher.clone(), torch.zeros_like(t)
+        v_anchor = v_teacher.clone()
         if args.mar_weight:
             rows = (~is_anchor[task_of]).nonzero().flatten()  # elsewhere v_anchor is v_teacher
             v_anchor[rows] = backbone.predict(anchor, x[rows], t[rows], prompt_of[rows])
-            w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
+        w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
+        weight = torch.ones_like(w)  # the KL's own; 1 / w makes all velocity errors count alike
+        if args.step_weights == "equal":
+            weight = 1 / w
         watch.lap("labels")
 
         # 4. Update: a gradient per task, summed over micro-batches, processes and then tasks.
@@ -216,6 +221,7 @@ def main(args: argparse.Namespace) -> None:
                 rows = ((task_of == k) & (update_of == update)).nonzero().flatten()
                 for batch in run.chunks(rows, args.micro_batch):
                     v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
+                    v.register_hook(partial(torch.mul, weight[batch]))  # weighs v's gradient
                     mean, _ = step(x[batch], v, t[batch], t_next[batch], *sde)  # (n, C, H, W)
                     rollout_of = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
                     loss, values = objective(mean, *rollout_of, args.clip_range, kl_to_go[batch])

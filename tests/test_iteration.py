@@ -95,6 +95,7 @@ OPD = {  # values for the reference and the script, and flags of the script alon
     ),
     "guidance and shares": (
         {"guidance": 1.3, "student_guidance": 1.1, "updates": 1, "seed": 3}
+        | {"step_weights": "equal"}
         | {"teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
         | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}},
         "--micro_batch 4 --sample_every 2 --eval_prompts 2 --eval_steps 2",
@@ -109,7 +110,10 @@ OPD = {  # values for the reference and the script, and flags of the script alon
         | {"trained": (0, 2), **TWO_TASKS, **DECAY},
         "",
     ),
-    "ode": (TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, ""),
+    "ode": (
+        TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr", "step_weights": "equal"},
+        "",
+    ),
     "trajectory": (TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, ""),
 }
 for objective in ("ppo-scalar", "ppo-published", "ppo-public-code"):
