@@ -89,7 +89,7 @@ def training(folder):
 def distillation(folder):
     """Four images an iteration, one of each task; one trained step of two; MAR."""
     words = "--prompts_per_iteration 4 --group_size 1 --updates 1 --steps 2 --iterations 3"
-    words += " --lr 2e-4 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
+    words += " --lr 3e-5 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
     return [*training(folder), "--init", folder / "merged", *words.split()]
 
 

@@ -121,6 +121,14 @@ CHANGES = {  # part later: what is changed
 for name, words in CHANGES.items():
     for rate in ("1e-3", "2e-3"):
         LABELS[f"later_{name}_lr{rate}"] = f"{words}, learning rate {rate}"
+for rate in ("5e-4", "1e-3", "2e-3"):
+    words = f"`ppo` with MAR, velocity errors, one weight for all steps, learning rate {rate}"
+    LABELS[f"later_ppo_lr{rate}"] = words
+LABELS["faster_default"] = "the default"
+LABELS["faster_published"] = "published schedule with its rewards, 32 images an iteration"
+LABELS["beyond_merge_sft"] = "SFT from the merge"
+LABELS["beyond_merge_sft_opd"] = "merge, SFT, Flow-OPD"
+LABELS["beyond_opd_mix"] = "merge, Flow-OPD, GRPO-Mix"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",

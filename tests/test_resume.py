@@ -314,8 +314,8 @@ def test_a_resumed_script_ends_with_the_same_bits(monkeypatch, tmp_path, script)
 
 
 def test_self_checks_see_silent_faults(capsys, monkeypatch):
-    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing. With
-    gradient, no batch is larger than an update's."""
+    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing.
+    With gradient, no batch is larger than an update's."""
     args = model_args(init=f"{ROOT}/toy/adapters/merged", rank=1, alpha=1, seed=0, keep=2, out="x")
     args.noise, args.noise_kind, args.eligible_steps, args.clip_range = 0.7, "flow", [0, 1], 0.2
     args.micro_batch = 3
