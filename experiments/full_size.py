@@ -1,6 +1,6 @@
 r"""Every stage on Stable Diffusion 3.5 Medium's own architecture, with random weights, on a CPU.
 
-    python experiments/full_size.py           # two idle cores: about an hour; 20 GB of memory
+    python experiments/full_size.py           # two cores: twenty minutes; 18 GB of memory, 25 of disk
     python experiments/full_size.py --tiny    # the same steps with small widths: a minute or two
 
 A command for people; pytest does not collect it. The transformer, the VAE and both CLIP encoders
@@ -117,9 +117,9 @@ def lora_numbers(transformer):
 
 
 def check_size(folder, expected):
-    """The safetensors in a folder have so many bytes, and no more than a header besides."""
+    """The safetensors in a folder have so many bytes, and no more than their headers besides."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    check(0 <= size - expected < 2e5, f"{folder.name}: {size / 1e6:.1f} MB of weights")
+    check(0 <= size - expected < 4e5, f"{folder.name}: {size / 1e6:.1f} MB of weights")
 
 
 def estimate(folder, watch):
