@@ -1,6 +1,6 @@
 r"""Every stage on Stable Diffusion 3.5 Medium's own architecture, with random weights, on a CPU.
 
-    python experiments/full_size.py           # two cores: twenty minutes; 18 GB of memory, 25 of disk
+    python experiments/full_size.py           # two cores: twenty minutes; 18 GB of memory
     python experiments/full_size.py --tiny    # the same steps with small widths: a minute or two
 
 A command for people; pytest does not collect it. The transformer, the VAE and both CLIP encoders
