@@ -322,13 +322,13 @@ def plan_pays(jobs):
     """GRPO-Mix from three starts, far beyond the student's images: one seed far, two less so."""
     starts = {"base": [], "merge": MERGED, "sft": jobs.from_sft}
     far = {"base": ALONG, "merge": ALONG, "sft": ALONG[:6]}
-    near = {"base": ALONG[:6], "merge": ALONG[:5], "sft": ALONG[:5]}
+    near = {"base": ALONG[:5], "merge": ALONG[:4], "sft": ALONG[:4]}
     for seed in range(3):
         for start, flags in starts.items():
             at = near[start] if seed else far[start]
             jobs.grpo(f"mix_from_{start}", *WEIGHTED, *flags, part="pays", seed=seed, at=at)
             words = [*BEST, *(flags or ["--init", "base"])]
-            at = (*LONG, 640) if start == "merge" else LONG
+            at = (*LONG, 640) if start == "merge" and not seed else LONG
             jobs.add("pays", f"opd_from_{start}", "train_opd.py", *words, seed=seed, at=at)
 
 
