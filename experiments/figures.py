@@ -17,6 +17,8 @@ from experiments.records import (
     RATES,
     TASKS,
     at_stage,
+    by_images,
+    images_before,
     pair,
     scores,
     stage_curve,
@@ -107,7 +109,9 @@ def draw_line(axis, line, style, shift):
 def log_x(axis, panel):
     ticks = sorted({x for line in panel.lines for x in line[1]})
     axis.set_xscale("log")
-    words = [f"{x:g}" for x in ticks]
+    if ticks[-1] > 5000:  # images
+        ticks = [tick for tick in (300, 1000, 3000, 10000, 30000, 100000) if tick >= ticks[0] / 2]
+    words = [f"{x:,g}" for x in ticks]
     if ticks[0] < 1:  # learning rates, as a flag has them
         words = [f"{x:.0e}".replace("e-0", "e-") for x in ticks]
     axis.set_xticks(ticks, words)
@@ -321,6 +325,25 @@ def hacking_panels(runs, found):
     ]
 
 
+def pays_panels(runs, found):
+    given, counted = [], []
+    for kind, method in (("mix", "GRPO-Mix"), ("opd", "Flow-OPD")):
+        for start, words in (("base", "the base"), ("merge", "the merge"), ("sft", "SFT")):
+            run, label = f"{kind}_from_{start}", f"{method} from {words}"
+            curve = by_images(runs, run)
+            if curve:
+                means, errors, _ = zip(*curve.values())
+                given.append((label, list(curve), means, errors))
+                images = [images_before(run) + number for number in curve]
+                counted.append((label, images, means, errors))
+    images, ylabel = "images sampled", "Average (0 to 1)"
+    levels = {"oracle": value(runs, "oracle", "average")[0]}
+    return [
+        Panel("Teachers and SFT are given", images, ylabel, "x", given, levels),
+        Panel("Their images are counted", images, ylabel, "x", counted, levels),
+    ]
+
+
 def complete(runs):
     """Is there what the scores of others are compared with?"""
     return {"oracle", "merged", "base"} <= set(runs)
@@ -334,6 +357,7 @@ def draw_all(runs, found, folder):
     figures |= {"interference": interference_panels, "tasks": tasks_panels}
     if complete(runs):
         figures |= {"average": average_panels, "routing": routing_panels, "hacking": hacking_panels}
+        figures["pays"] = pays_panels
     for name, panels_of in figures.items():
         panels = [panel for panel in panels_of(runs, found) if panel.lines]
         if panels:
