@@ -23,8 +23,8 @@ Deviations from the paper (numbered as in README.md, which has the whole list):
 
 import argparse
 from collections import Counter
+from functools import partial
 from math import inf
-from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="see the table in losses.py")
     flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for the others")
+    flag("--step_weights", choices=("kl", "equal"), default="kl", help="of step errors: w(t) or 1")
     flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, the paper's; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompts_per_iteration", type=positive, default=8, help="over all tasks and processes")
@@ -97,7 +98,6 @@ def parse_args() -> argparse.Namespace:
 
 def load_loras(args: argparse.Namespace, transformer: torch.nn.Module) -> tuple:
     """Load teachers, anchor, student and the student's average: LoRAs on one frozen backbone.
-
     Returns the parameters {name: tensor} of student and average, the name of the anchor's LoRA
     (None: the base) and {LoRA: guidance scale}."""
     guidance = {"student": args.student_guidance, "anchor": args.guidance, None: args.guidance}
@@ -123,7 +123,6 @@ def load_anchor(transformer: torch.nn.Module, args: argparse.Namespace) -> str |
 
 def load_prompts(args: argparse.Namespace, pipe, samples: list[int]) -> tuple:
     """Draw the prompts of all iterations by the seed, and embed those of `samples`, once.
-
     Returns the schedule (per iteration a list of (task, prompt, metadata)), the test prompts {task:
     (prompts, metadata)}, the prompts of the sample pictures and the table of text embeddings."""
     run.print_batch(args)
@@ -202,11 +201,12 @@ def main(args: argparse.Namespace) -> None:
         width = torch.where(std > 0, std, 1)  # without noise, kl is half the squared distance
         kl = kl_of(mean_old, mean_teacher, width).view(S, b)  # before the update
         kl_to_go = (kl.flip(0).cumsum(0).flip(0) - kl).flatten()  # (N,): KL of later trained steps
-        v_anchor, w = v_teacher.clone(), torch.zeros_like(t)  # w = 0: no MAR
+        v_anchor = v_teacher.clone()
         if args.mar_weight:
             rows = (~is_anchor[task_of]).nonzero().flatten()  # on the others v_anchor is v_teacher
             v_anchor[rows] = backbone.predict(anchor, x[rows], t[rows], prompt_of[rows])
-            w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
+        w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
+        weight = 1 / w if args.step_weights == "equal" else torch.ones_like(w)  # equal: cancels w
         watch.lap("labels")
 
         # 4. Update: a gradient per task, summed over micro-batches, processes and then tasks.
@@ -216,6 +216,7 @@ def main(args: argparse.Namespace) -> None:
                 rows = ((task_of == k) & (update_of == update)).nonzero().flatten()
                 for batch in run.chunks(rows, args.micro_batch):
                     v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
+                    v.register_hook(partial(torch.mul, weight[batch]))  # scales v's gradient
                     mean, _ = step(x[batch], v, t[batch], t_next[batch], *sde)  # (n, C, H, W)
                     constants = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
                     loss, values = objective(mean, *constants, args.clip_range, kl_to_go[batch])
@@ -254,9 +255,7 @@ def main(args: argparse.Namespace) -> None:
             how = (args.eval_steps, args.student_guidance, args.label_batch)
             with lora.use(pipe.transformer, "average"):
                 images = sample_images(pipe, text, shown, keys, *how)
-            file = Path(args.out, "samples", f"{iteration + 1:05d}.png")
-            picture_grid(file, {"student": images}, shown)
-
+            picture_grid(f"{args.out}/samples/{iteration + 1:05d}.png", {"student": images}, shown)
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)
 

@@ -17,6 +17,8 @@ from experiments.records import (
     RATES,
     TASKS,
     at_stage,
+    by_images,
+    images_before,
     pair,
     scores,
     stage_curve,
@@ -24,10 +26,15 @@ from experiments.records import (
     value,
 )
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; and a marker each.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "x", "P")
-STYLES = ("-", "-", "-", "--", "-", "-.", ":")  # where two lines coincide, both can be seen
+plt.rc("figure.constrained_layout", w_pad=0.08, h_pad=0.08)  # inches of margin
+# Okabe and Ito's palette, which colour-blind readers tell apart, and a grey; and a marker each.
+PALETTE = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000", "#777777")
+LOOKS = list(zip(PALETTE, ("o", "s", "P", "^", "D", "v", "x", "<")))
+# A method or a metric looks the same in every figure. Objectives: as in examples/flow2d.py.
+METRICS = (*TASKS, "edges", "noise", "distance", "variety")
+FIXED = dict(zip((*OBJECTIVES, "merge + GRPO-Mix"), LOOKS))
+FIXED |= {COLUMNS[metric][0]: style for metric, style in zip(METRICS, LOOKS)}
+DASHES = {"ppo-public-code": "--", "ode": ":", "ppo, 128 images": "--"}  # they lie on other lines
 
 
 class Panel(NamedTuple):
@@ -43,69 +50,82 @@ def figure(path, panels, width):
     """Draw panels side by side. Where x are words, points with error bars in place of lines with
     bands."""
     same = len({panel.ylabel for panel in panels}) == 1  # one quantity, one scale
-    size = {"figsize": (width * len(panels), 3.3), "layout": "constrained"}
+    size = {"figsize": (width * len(panels), 3.8), "layout": "constrained"}
     picture, axes = plt.subplots(1, len(panels), squeeze=False, sharey=same, **size)
     names = list(dict.fromkeys(line[0] for panel in panels for line in panel.lines))
-    in_legend = set()
+    in_legend = {}
     for axis, panel in zip(axes[0], panels):
         for n, line in enumerate(panel.lines):
-            colour = names.index(line[0])  # the same in all panels
-            draw_line(axis, line, colour, 0.15 * (n - (len(panel.lines) - 1) / 2))
+            shift = 0.15 * (n - (len(panel.lines) - 1) / 2)
+            draw_line(axis, line, look(line[0], names), shift)
         for note, height in panel.levels.items():
             axis.axhline(height, color="gray", linewidth=0.9, linestyle="--")
             place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            axis.annotate(note, (0.99, height), fontsize=7, **place)
+            axis.annotate(note, (0.99, height), fontsize=9, **place)
         if panel.log == "x":
             log_x(axis, panel)
         if panel.log == "y":
             log_y(axis, panel)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-        axis.title.set_fontsize(10)
         axis.margins(y=0.08)
         axis.grid(alpha=0.3)
-        labels = {line[0] for line in panel.lines}
-        if not labels <= in_legend:
-            axis.legend(fontsize=7)
-        in_legend |= labels
+        in_legend |= {handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]}
+    columns = -(-len(names) // 2)  # two rows
+    picture.legend(handles=in_legend.values(), loc="outside lower center", ncols=columns)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=100)
     plt.close(picture)
 
 
-def draw_line(axis, line, colour, shift):
+def look(label, names):
+    """The style of a line. names: all labels of the figure. "ppo, 32 images" looks like "ppo"."""
+    name = label.split(",")[0]
+    colour, marker = FIXED.get(name, LOOKS[names.index(label)])
+    style = {"label": label, "color": colour, "marker": marker, "linewidth": 2.2}
+    dashes = DASHES.get(label, DASHES.get(name))
+    if dashes:  # thin and hollow: what lies below can be seen
+        style |= {"linestyle": dashes, "linewidth": 1.5, "markerfacecolor": "none"}
+    return style
+
+
+def draw_line(axis, line, style, shift):
     """shift: to the side, for points over words."""
-    label, x, y, band = line
-    style = {"color": PALETTE[colour], "linewidth": 1.4, "label": label}
-    if len(x) < 15:
-        style |= {"marker": MARKERS[colour], "markersize": 4}
+    _, x, y, band = line
     if isinstance(x[0], str):
         places = range(len(x))
         moved = [place + shift for place in places]
-        axis.errorbar(moved, y, band, linestyle="", capsize=2, **style)
+        axis.errorbar(moved, y, band, capsize=2, **style | {"linestyle": ""})
         axis.set_xticks(places, x)
         return
-    axis.plot(x, y, linestyle=STYLES[colour], **style)
+    if len(x) >= 15:
+        style["marker"] = ""
+    axis.plot(x, y, markersize=5, **style)
     if band:
         low = [value - half for value, half in zip(y, band)]
         high = [value + half for value, half in zip(y, band)]
-        axis.fill_between(x, low, high, color=PALETTE[colour], alpha=0.2, linewidth=0)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def log_x(axis, panel):
     ticks = sorted({x for line in panel.lines for x in line[1]})
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    if ticks[-1] > 5000:  # images
+        ticks = [tick for tick in (300, 1000, 3000, 10000, 30000, 100000) if tick >= ticks[0] / 2]
+    words = [f"{x:,g}" for x in ticks]
+    if ticks[0] < 1:  # learning rates, as a flag has them
+        words = [f"{x:.0e}".replace("e-0", "e-") for x in ticks]
+    axis.set_xticks(ticks, words)
     axis.minorticks_off()
 
 
 def log_y(axis, panel):
-    """0.2 and not 2 x 10^-1."""
+    """Over few decades 0.2 and not 2 x 10^-1."""
     axis.set_yscale("log")
     values = [y for line in panel.lines for y in line[2]]
-    few_decades = max(values) < 1000 * min(values)
-    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
-    axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if few_decades else "")
+    if max(values) < 1000 * min(values):
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 3, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
 
 
 # ---- Lines from records
@@ -171,23 +191,23 @@ def to_teacher(runs, numbers):
 
 def average_panels(runs, found):
     names = {
-        "opd_small": "Flow-OPD, 32 images an iteration",
-        "opd_merge": "Flow-OPD, 128 images an iteration",
-        "ode_lr3e-3": "Flow-OPD, 32 images, ode at 3e-3",
-        "published_schedule": "published schedule, 32 images an iteration",
-        "merge_mix": "merge + GRPO-Mix, 192 images an iteration",
+        "opd_small": "ppo, 32 images",
+        "opd_merge": "ppo, 128 images",
+        "ode_lr3e-3": "ode, 32 images",
+        "published_schedule": "ppo-public-code, published schedule",
+        "merge_mix": "merge + GRPO-Mix, 192 images",
     }
     lines = []
     for name, label in names.items():
         lines += average_line(runs, name, label)
     top = value(runs, "oracle", "average")[0]
     levels = {"oracle": top, "97 % of the oracle": 0.97 * top}
-    xlabel = "CPU minutes of training, one thread"
-    return [Panel("", xlabel, "Average (0 to 1)", "", lines, levels)]
+    title = "From the merged start: objective and images per iteration"
+    return [Panel(title, "CPU minutes, one thread", "Average (0 to 1)", "", lines, levels)]
 
 
 def objectives_panels(runs, found):
-    images, kls, rates, curves = "iteration (32 images each)", [], [], []
+    images, kls, rates, curves = "iteration, 32 images each", [], [], []
     for name in OBJECTIVES:
         at_default = f"{name}_lr1e-3"
         if name != "ode" and at_default in runs:  # ode's KL is another quantity, on other states
@@ -196,16 +216,16 @@ def objectives_panels(runs, found):
         for lr in RATES:
             if f"{name}_lr{lr}" in runs:
                 points.append((float(lr), *value(runs, f"{name}_lr{lr}", "average")))
-        if points and name != "ppo-public-code":  # its line coincides with kl's
+        if points:
             rates.append((name, *zip(*points)))
     if complete(runs):
         for run, name in {"opd_small": "ppo", "kl_lr1e-3": "kl", "ode_lr3e-3": "ode"}.items():
             curves += average_line(runs, run, name, "iterations")
     average = "Average (0 to 1)"
     return [
-        Panel("learning rate 1e-3", images, "KL to own teacher, nats / dimension", "y", kls),
-        Panel("after 80 iterations", "learning rate", average, "x", rates),
-        Panel("while they train", images, average, "", curves),
+        Panel("KL to own teacher, rate 1e-3", images, "nats per dimension", "y", kls),
+        Panel("Average after 80 iterations", "learning rate", average, "x", rates),
+        Panel("Average during training", images, average, "", curves),
     ]
 
 
@@ -220,10 +240,10 @@ def gradients_panels(runs, found):
         times = [entry["t"] for entry in steps]
         by_step.append((name, times, [entry["variance"] for entry in steps], None))
     batch, to_exact = "images in the batch", "cosine to the exact gradient"
-    step, variance = "time t of the step, 1 = noise", "variance / exact gradient squared"
+    step, variance = "time t of the step (1 = noise)", "variance / exact gradient squared"
     return [
-        Panel("all five steps", batch, to_exact, "x", by_batch),
-        Panel("one image", step, variance, "y", by_step),
+        Panel("Direction of the whole gradient", batch, to_exact, "x", by_batch),
+        Panel("Noise of one image at each step", step, variance, "y", by_step),
     ]
 
 
@@ -241,8 +261,8 @@ def interference_panels(runs, found):
             mixed.append((pair(name), list(by_iteration), cosines, None))
     ylabel = "cosine of two tasks' gradients"
     return [
-        Panel("Flow-OPD from merge, three seeds", "iteration", ylabel, "", logged),
-        Panel("merge + GRPO-Mix, one seed", "iteration", ylabel, "", mixed),
+        Panel("Flow-OPD from merge (three seeds)", "iteration", ylabel, "", logged),
+        Panel("merge + GRPO-Mix (one seed)", "iteration", ylabel, "", mixed),
     ]
 
 
@@ -263,10 +283,9 @@ def tasks_panels(runs, found):
             errors.append(of_stage[1])
         for task, y, error in zip(TASKS, zip(*ratios), zip(*errors)):
             relative.append((COLUMNS[task][0], stages, y, error))
-    ratio = "score / score of the task's own teacher"
     return [
-        Panel("three seeds", "iteration", "KL to own teacher, nats / dimension", "y", kls),
-        Panel("seed 2", "iteration", ratio, "", relative),
+        Panel("KL to own teacher (three seeds)", "iteration", "nats per dimension", "y", kls),
+        Panel("Score (seed 2)", "iteration", "score / score of own teacher", "", relative),
     ]
 
 
@@ -281,24 +300,48 @@ def routing_panels(runs, found):
         for name, label in rows.items():
             numbers = {task: value(runs, name, task) for task in TASKS}
             lines.append((label, heads, *to_teacher(runs, numbers)))
-    return [Panel("", "task", "score / score of its own teacher", "", lines)]
+    title = "Flow-OPD with and without routing"
+    return [Panel(title, "", "score / score of own teacher", "", lines)]
 
 
 def hacking_panels(runs, found):
-    lines = []
+    scored, others = [], []
     for record in runs.get("teacher_pickscore", ()):
         rows = [scores(runs["base"][0])]
         rows += [scores(record, stage) for stage in record["stages"]]
-        for metric in ("pickscore", "deqa", "edges", "noise", "distance", "variety"):
+        for metric in METRICS:
             label = COLUMNS[metric][0]
             if metric == "pickscore":
                 label = "PickScore, the reward"
             base = rows[0][metric]["mean"]
             y = [row[metric]["mean"] / base for row in rows]
             error = [row[metric]["se"] / base for row in rows]
-            lines.append((label, [0, *record["stages"]], y, error))
-    images = "GRPO iteration (192 images each)"
-    return [Panel("", images, "score / score of the base", "y", lines)]
+            panel = scored if metric in TASKS else others
+            panel.append((label, [0, *record["stages"]], y, error))
+    images = "GRPO iteration, 192 images each"
+    return [
+        Panel("Scores of the tasks", images, "score / score of the base", "", scored),
+        Panel("What no teacher was trained on", images, "value / value of the base", "y", others),
+    ]
+
+
+def pays_panels(runs, found):
+    given, counted = [], []
+    for kind, method in (("mix", "GRPO-Mix"), ("opd", "Flow-OPD")):
+        for start, words in (("base", "the base"), ("merge", "the merge"), ("sft", "SFT")):
+            run, label = f"{kind}_from_{start}", f"{method} from {words}"
+            curve = by_images(runs, run)
+            if curve:
+                means, errors, _ = zip(*curve.values())
+                given.append((label, list(curve), means, errors))
+                images = [images_before(run) + number for number in curve]
+                counted.append((label, images, means, errors))
+    images, ylabel = "images sampled", "Average (0 to 1)"
+    levels = {"oracle": value(runs, "oracle", "average")[0]}
+    return [
+        Panel("Teachers and SFT are given", images, ylabel, "x", given, levels),
+        Panel("Their images are counted", images, ylabel, "x", counted, levels),
+    ]
 
 
 def complete(runs):
@@ -314,8 +357,9 @@ def draw_all(runs, found, folder):
     figures |= {"interference": interference_panels, "tasks": tasks_panels}
     if complete(runs):
         figures |= {"average": average_panels, "routing": routing_panels, "hacking": hacking_panels}
+        figures["pays"] = pays_panels
     for name, panels_of in figures.items():
         panels = [panel for panel in panels_of(runs, found) if panel.lines]
         if panels:
-            width = 6 if name in ("average", "routing", "hacking") else 4.6  # inches of a panel
+            width = {1: 8, 2: 4.6, 3: 3.5}[len(panels)]  # inches of a panel
             figure(folder / f"{name}.png", panels, width)

@@ -1,6 +1,6 @@
 r"""Every stage on Stable Diffusion 3.5 Medium's own architecture, with random weights, on a CPU.
 
-    python experiments/full_size.py           # two idle cores: about an hour; 20 GB of memory
+    python experiments/full_size.py           # two cores: twenty minutes; 18 GB of memory
     python experiments/full_size.py --tiny    # the same steps with small widths: a minute or two
 
 A command for people; pytest does not collect it. The transformer, the VAE and both CLIP encoders
@@ -89,7 +89,7 @@ def training(folder):
 def distillation(folder):
     """Four images an iteration, one of each task; one trained step of two; MAR."""
     words = "--prompts_per_iteration 4 --group_size 1 --updates 1 --steps 2 --iterations 3"
-    words += " --lr 2e-4 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
+    words += " --lr 3e-5 --eval_prompts 0 --eval_steps 2 --micro_batch 2 --label_batch 4"
     return [*training(folder), "--init", folder / "merged", *words.split()]
 
 
@@ -117,9 +117,9 @@ def lora_numbers(transformer):
 
 
 def check_size(folder, expected):
-    """The safetensors in a folder have so many bytes, and no more than a header besides."""
+    """The safetensors in a folder have so many bytes, and no more than their headers besides."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    check(0 <= size - expected < 2e5, f"{folder.name}: {size / 1e6:.1f} MB of weights")
+    check(0 <= size - expected < 4e5, f"{folder.name}: {size / 1e6:.1f} MB of weights")
 
 
 def estimate(folder, watch):
@@ -180,11 +180,13 @@ def fuse(folder, watch):
         before, after = (m.get_submodule(layer).weight.float() for m in (base, fused))
         gap = (after - before - scaling * B @ A).abs() / after.abs().clamp(min=1e-4)
         gaps.append(gap.max())
-    check(max(gaps) < 2**-8, f"fused - base = update within {max(gaps):.1e} of a weight")
+    half = 2**-8  # bfloat16 keeps 8 bits, so it rounds by at most that part of a number
+    check(max(gaps) < 1.001 * half, f"fused - base = update within {max(gaps):.1e} of a weight")
 
 
 def opd(folder, watch):
     watch.laps()
+    watch.around(train_opd, "self_checks", "self-checks")
     watch.around(train_opd, "sample_images", "pictures")
     out = folder / "opd"
     run("train_opd", *distillation(folder), "--sample_every", 3, "--out", out)

@@ -24,10 +24,10 @@ SFT = 600  # iterations of 64 images
 # The main job of the first round, which all its students vary: 128 images an iteration.
 FIRST = "--objective ppo --prompts_per_iteration 8 --group_size 16 --updates 2 --lr 1e-3".split()
 PARTS = "main objectives gradients MAR interference ablations staleness speed hacking repeat"
-PARTS += " map default bf16 pays strict tasks later guidance"
+PARTS += " map default bf16 faster pays beyond strict tasks later guidance"
 MAP_IMAGES = 2560
 BEST = "--objective ppo --prompts_per_iteration 8 --group_size 2 --updates 2 --lr 2e-3".split()
-LONG = (20, 40, 80, 160, 320, 640)  # iterations of 16 images
+LONG = (20, 40, 80, 160, 320)  # iterations of 16 images: 320 to 5,120
 ALONG = (5, 10, 20, 40, 80, 160, 320, 520)  # iterations of 192 images: 960 to 99,840
 VARIANT = "experiments/variants.py"
 
@@ -82,7 +82,9 @@ def plan(out):
     plan_map(jobs)
     plan_default(jobs)
     plan_bf16(jobs)
+    plan_faster(jobs)
     plan_pays(jobs)
+    plan_beyond(jobs)
     plan_strict(jobs)
     plan_tasks(jobs)
     plan_later_papers(jobs)
@@ -307,19 +309,39 @@ def plan_bf16(jobs):
         jobs.add("bf16", "default_bf16", "train_opd.py", *flags, seed=seed, at=(160,))
 
 
+def plan_faster(jobs):
+    """The default beside the published schedule with its rewards, in turn."""
+    published = ["--objective", "ppo-public-code", "--steps", "10", *EPOCHS]
+    for seed in range(3):
+        words = ["rewards", *FIRST, *SMALL, *published]
+        add_variant(jobs, "faster", "faster_published", words, seed, at=(80, 120, 160, 200))
+        add_variant(jobs, "faster", "faster_default", BEST, seed, at=(40, 60, 80, 100, 160))
+
+
 def plan_pays(jobs):
-    """GRPO-Mix from three starts, far beyond the student's images."""
+    """GRPO-Mix from three starts, far beyond the student's images: one seed far, two less so."""
     starts = {"base": [], "merge": MERGED, "sft": jobs.from_sft}
+    far = {"base": ALONG, "merge": ALONG, "sft": ALONG[:6]}
+    near = {"base": ALONG[:5], "merge": ALONG[:4], "sft": ALONG[:4]}
     for seed in range(3):
         for start, flags in starts.items():
-            at = ALONG
-            if seed:
-                at = ALONG[:7] if start == "base" else ALONG[:6]
+            at = near[start] if seed else far[start]
             jobs.grpo(f"mix_from_{start}", *WEIGHTED, *flags, part="pays", seed=seed, at=at)
-            flags = flags or ["--init", "base"]
-            name, words = f"opd_from_{start}", [*BEST, *flags]
-            at = LONG if start == "merge" else LONG[:-1]
-            jobs.add("pays", name, "train_opd.py", *words, seed=seed, at=at)
+            words = [*BEST, *(flags or ["--init", "base"])]
+            at = (*LONG, 640) if start == "merge" and not seed else LONG
+            jobs.add("pays", f"opd_from_{start}", "train_opd.py", *words, seed=seed, at=at)
+
+
+def plan_beyond(jobs):
+    """Longer chains of stages: is any student better than its teachers?"""
+    for seed in range(3):
+        from_merge = ["--init", "toy/adapters/merged"]
+        sft = f"{jobs.out}/beyond_merge_sft_seed{seed}/adapter"
+        jobs.add("beyond", "beyond_merge_sft", "train_sft.py", *from_merge, seed=seed, at=(SFT,))
+        flags = [*BEST, "--init", sft]
+        jobs.add("beyond", "beyond_merge_sft_opd", "train_opd.py", *flags, seed=seed, at=(320,))
+        opd = ["--init", f"{jobs.out}/default_ppo_b16_u2_lr2e-3_seed{seed}.stages/160"]
+        jobs.grpo("beyond_opd_mix", *WEIGHTED, *opd, part="beyond", seed=seed, at=(20, 54))
 
 
 def plan_strict(jobs):
@@ -343,12 +365,12 @@ def plan_strict(jobs):
         starts[start] = ["--init", f"{jobs.out}/strict_{start}_seed0/adapter"]
     for seed in range(3):
         for start, flags in starts.items():
-            at = ALONG[:7] if start == "base" and not seed else ALONG[:6]
+            at = ALONG[:6] if start == "base" and not seed else ALONG[:5]
             mix = [*WEIGHTED, *flags, *strict]
             jobs.grpo(f"strict_mix_from_{start}", *mix, part="strict", seed=seed, at=at)
             opd = [*BEST, *teachers, *flags]
             name = f"strict_opd_from_{start}"
-            jobs.add("strict", name, "train_opd.py", *opd, seed=seed, at=LONG[:-1])
+            jobs.add("strict", name, "train_opd.py", *opd, seed=seed, at=LONG)
 
 
 def plan_tasks(jobs):
@@ -360,7 +382,7 @@ def plan_tasks(jobs):
             own = ["--teacher", *(f"{task}=toy/adapters/{task}" for task in tasks)]
             size = ["--prompts_per_iteration", str(2 * number)]
             flags = [*BEST, *size, *own, "--init", "base", "--mar_weight", "0"]
-            jobs.add("tasks", f"tasks{number}_opd", "train_opd.py", *flags, seed=seed, at=LONG[:-1])
+            jobs.add("tasks", f"tasks{number}_opd", "train_opd.py", *flags, seed=seed, at=LONG)
             mix = ["--mix", *(f"{task}=1" for task in tasks), *MIX]
             mix += ["--prompts_per_iteration", str(3 * number)]
             jobs.grpo(f"tasks{number}_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
@@ -368,7 +390,7 @@ def plan_tasks(jobs):
     for seed in range(3):
         own = "--prompts_per_iteration 2 --teacher ocr=toy/adapters/ocr --init base --mar_weight 0"
         flags = [*BEST, *own.split()]
-        jobs.add("tasks", "tasks_ocr_opd", "train_opd.py", *flags, seed=seed, at=LONG[:-1])
+        jobs.add("tasks", "tasks_ocr_opd", "train_opd.py", *flags, seed=seed, at=LONG)
         mix = ["--mix", "ocr=1", *MIX, "--prompts_per_iteration", "3"]
         jobs.grpo("tasks_ocr_mix", *mix, part="tasks", seed=seed, at=(10, 54, 108))
 
@@ -391,12 +413,18 @@ def plan_later_papers(jobs):
     }
     rows = [(name, lr, 0) for name in variants for lr in ("1e-3", "2e-3")]
     best = {"kl": "2e-3", "velocity": "1e-3", "noisy": "1e-3", "clean": "2e-3"}
+    best |= {"ode_velocity": "2e-3", "beta": "2e-3"}
     rows += [(name, lr, seed) for seed in (1, 2) for name, lr in best.items()]
     for name, lr, seed in rows:
         words = [*candidate("kl", 16, "2", lr), *variants[name]]
         if name not in ("kl", "ode", "uniform"):
             words = [name.removeprefix("ode_"), *words]
         add_variant(jobs, "later", f"later_{name}_lr{lr}", words, seed=seed, at=(160,))
+    # The same weights with ppo, and with MAR, whose errors they weigh too.
+    rows = [("5e-4", 0), ("1e-3", 0), ("2e-3", 0), ("1e-3", 1), ("1e-3", 2)]
+    for lr, seed in rows:
+        flags = [*candidate("ppo", 16, "2", lr), "--step_weights", "equal"]
+        jobs.add("later", f"later_ppo_lr{lr}", "train_opd.py", *flags, seed=seed, at=(160,))
 
 
 def plan_guidance(jobs):

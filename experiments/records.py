@@ -121,6 +121,14 @@ CHANGES = {  # part later: what is changed
 for name, words in CHANGES.items():
     for rate in ("1e-3", "2e-3"):
         LABELS[f"later_{name}_lr{rate}"] = f"{words}, learning rate {rate}"
+for rate in ("5e-4", "1e-3", "2e-3"):
+    words = f"`ppo` with MAR, velocity errors, one weight for all steps, learning rate {rate}"
+    LABELS[f"later_ppo_lr{rate}"] = words
+LABELS["faster_default"] = "the default"
+LABELS["faster_published"] = "published schedule with its rewards, 32 images an iteration"
+LABELS["beyond_merge_sft"] = "SFT from the merge"
+LABELS["beyond_merge_sft_opd"] = "merge, SFT, Flow-OPD"
+LABELS["beyond_opd_mix"] = "merge, Flow-OPD, GRPO-Mix"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",
@@ -146,6 +154,8 @@ SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in on
     "ocr": (90, 128, 21),
     "deqa": (110, 128, 21),
 }
+TEACHER_IMAGES = sum(n * size for n, size, _ in (SHIPPED[task] for task in TASKS))  # 87,040
+SFT_IMAGES = 2048
 MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test reward
 
 
@@ -264,6 +274,32 @@ def reached(runs, name, goal):
         part = (goal - average[n - 1]) / (average[n] - average[n - 1])
         out.append(minutes[n - 1] + (minutes[n] - minutes[n - 1]) * part)
     return out
+
+
+def by_images(runs, name):
+    """{images sampled: (Average, standard error, seeds)} of a run that was scored at several stages,
+    over the seeds that have the stage."""
+    found = {}
+    for record in runs.get(name, ()):
+        per_iteration = record["compute"]["images"] // record["stages"][-1]
+        for stage in record["stages"]:
+            own = scores(record, stage)["average"]
+            found.setdefault(stage * per_iteration, []).append((own["mean"], own["se"]))
+    curve = {}
+    for images, pairs in sorted(found.items()):
+        means, errors = zip(*pairs)
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        error = max(spread, statistics.mean(errors)) / len(means) ** 0.5
+        curve[images] = (statistics.mean(means), error, len(means))
+    return curve
+
+
+def images_before(name):
+    """Images that were sampled before a run began: for the teachers, unless it is GRPO-Mix from the
+    base, and for SFT."""
+    if name == "mix_from_base":
+        return 0
+    return TEACHER_IMAGES + SFT_IMAGES * name.endswith("sft")
 
 
 def staged(runs, name):

@@ -23,6 +23,8 @@ from experiments.records import (
     SHIPPED,
     TASKS,
     at_stage,
+    by_images,
+    images_before,
     load,
     pair,
     reached,
@@ -277,6 +279,21 @@ def mix_minutes(runs, against=None):
     return f"{long / statistics.mean(numbers):.1f} times" if numbers else MISSING
 
 
+def curves(runs, names):
+    """A row for every number of images, a column for every run: the Average, its error, its seeds."""
+    names = [name for name in names.split() if name in runs]
+    curve_of = {name: by_images(runs, name) for name in names}
+    head = ["images", *(LABELS[name] for name in names)]
+    lines = [["sampled before", *(f"{images_before(name):,}" for name in names)]]
+    for images in sorted({number for curve in curve_of.values() for number in curve}):
+        cells = [f"{images:,}"]
+        for curve in curve_of.values():
+            mean, error, seeds = curve.get(images, (None, None, None))
+            cells.append(f"{mean:.3f} ± {error:.3f} ({seeds})" if mean else "")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
 def hours(runs):
     costs = [record["compute"]["cpu_minutes"] for record in trainings(runs)]
     return f"{len(costs)} trainings, {sum(costs) / 60:.1f} hours of CPU time"
@@ -300,7 +317,7 @@ def parts(runs):
 
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
-OF_RUNS += (minutes, speedup, mix_minutes, hours, parts)
+OF_RUNS += (minutes, speedup, mix_minutes, curves, hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
 

@@ -96,6 +96,8 @@ SLIPS = {  # file: what kind of slip, the text, what the tired hand writes inste
          "backbone.predict(anchor, x[rows], t_next[rows]"),
         ("factor", "(t - t_next) ** 2 / 2", "(t - t_next) ** 2"),
         ("forgotten", "args.mar_weight * w[batch]", "w[batch]"),
+        ("not", "weight = 1 / w", "weight = w"),
+        ("shape", "torch.mul, weight[batch]", "torch.mul, weight[:1]"),
         ("sign", "loss = loss + penalty", "loss = loss - penalty"),
         ("local", "args.updates / (B * S)", "args.updates / (b * S)"),
         ("stale", "fraction = len(batch) * args.updates", "fraction = len(rows) * args.updates"),

@@ -263,7 +263,7 @@ def begin(flags, teachers, anchor="base"):
 
 
 def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student_guidance=None,
-        trained=None, random_steps=0, **flags):  # fmt: skip
+        trained=None, random_steps=0, step_weights="kl", **flags):  # fmt: skip
     """train_opd.py: (models, log)."""
     f, models, descent, slots = begin({"lr": 2e-3} | flags, True, anchor)
     guidance = f.guidance if student_guidance is None else student_guidance
@@ -321,7 +321,8 @@ def opd(objective="ppo", mar_weight=0.02, clip_range=0.2, anchor="deqa", student
                 penalty = mar_weight * row.w * ((v - row.v_anchor) ** 2).mean()
                 values |= {"mar": penalty.item(), "loss": (loss + penalty).item()}
                 add(means, {name: x / len(own) / f.updates for name, x in values.items()})
-                gradient = gradient_of((loss + penalty) / len(own), models)
+                weight = 1 / row.w if step_weights == "equal" else 1.0
+                gradient = gradient_of(weight * (loss + penalty) / len(own), models)
                 add(per_task.setdefault(row.task, {}), gradient)
             total = {}
             for gradient in per_task.values():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rewards.images import as_rgb
+from rewards.tables import COLUMNS
 from sde import rollout
 from support.files import prompt_files, read_prompts
 from support.flags import fail, one_line
@@ -146,35 +148,44 @@ def picture_grid(
     columns: dict[str, Sequence[torch.Tensor]],
     prompts: Sequence[str],
     scores: dict[str, Sequence[float]] | None = None,
+    tasks: Sequence[str] = (),
 ) -> None:
-    """A column per model, a row per prompt; the prompt above its row, a score under each image.
+    """A column per model, a row per prompt; the prompt and its task above its row, a score under
+    each image.
 
     columns {name: images (3, H, W) in [0, 1]}, scores {name: numbers}. No prompt, no file. In the
     file stands where each picture is: [[column, prompt, left, top, right, bottom], ...]."""
     if not prompts:
         return
-    side = max(112, *(image.shape[-1] for images in columns.values() for image in images))
-    font, pad, line = ImageFont.load_default(12), 8, 16
+    largest = max(image.shape[-1] for images in columns.values() for image in images)
+    side = largest * math.ceil(96 / largest)  # all pixels of an image are equally large
+    font, pad, line = ImageFont.load_default(13), 8, 18
     prompts = [one_line(prompt)[:120] for prompt in prompts]
+    heads = [f"{task}: {prompt}" for task, prompt in zip(tasks, prompts)] or prompts
+    names = [textwrap.wrap(one_line(name), side // 7)[:2] for name in columns]
+    top = pad + line * max(map(len, names))
     height = line + side + pad
     if scores:
         height += line
-    longest = int(max(font.getlength(prompt) for prompt in prompts))
-    width = max(pad + (side + pad) * len(columns), 2 * pad + longest)
-    page = Image.new("RGB", (width, line + pad + height * len(prompts)), "white")
+    longest = int(max(font.getlength(head) for head in heads))
+    width = max(pad + (side + pad) * len(columns), 4 * pad + longest)
+    page = Image.new("RGB", (width, top + pad + height * len(prompts)), "white")
     pen, places, info = ImageDraw.Draw(page), [], PngInfo()
-    for row, prompt in enumerate(prompts):
-        pen.text((pad, line + pad + height * row), prompt, "black", font)
+    for row, head in enumerate(heads):
+        y = top + height * row
+        pen.rectangle((pad, y, width - pad, y + line - 1), "gainsboro")
+        pen.text((2 * pad, y + 1), head, "black", font)
     for column, (name, images) in enumerate(columns.items()):
         x = pad + (side + pad) * column
-        pen.text((x, 4), one_line(name)[: side // 7], "black", font)
+        for number, words in enumerate(names[column]):
+            pen.text((x, pad / 2 + line * number), words, "black", font)
         for row in range(len(prompts)):
-            y = 2 * line + pad + height * row
+            y = top + line + height * row
             picture = ImageOps.contain(as_picture(images[row]), (side, side), Image.NEAREST)
             page.paste(picture, (x, y))
             places.append([name, prompts[row], x, y, x + picture.width, y + picture.height])
             if scores and not math.isnan(scores[name][row]):
-                pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "dimgray", font)
+                pen.text((x, y + side), f"{float(scores[name][row]):.2f}", "black", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     info.add_text("pictures", json.dumps(places))
     page.save(path, pnginfo=info)
@@ -189,7 +200,8 @@ def save_grid(path: str | Path, scores: dict, files: dict, tests: dict, rows: di
     for name, of_model in scores.items():
         columns[name] = read_pictures(files[name][task][j] for task, j in places)
         marks[name] = [of_model[task][j] if task in of_model else math.nan for task, j in places]
-    picture_grid(path, columns, [tests[task][0][j] for task, j in places], marks)
+    prompts, tasks = [tests[task][0][j] for task, j in places], [task for task, _ in places]
+    picture_grid(path, columns, prompts, marks, [COLUMNS.get(task, task) for task in tasks])
 
 
 def draw_curves(folder: str | Path, panels: dict[str, str]) -> None:

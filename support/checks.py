@@ -12,7 +12,7 @@ import torch
 from losses import log_ratio_of
 from sde import kl_weight, rollout, step
 from support.model import Backbone, initial_noise
-from support.run import check_disk, generator, rank_and_world
+from support.run import check_disk, chunks, generator, rank_and_world
 
 
 def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
@@ -27,9 +27,8 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
     report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 
-    # Ratio: 1 before the first update, up to rounding, which depends on the batch size. If rounding
-    # reaches the clip range, PPO clips noise. The rows are two samples of the student, at the first
-    # and at the last step that may be trained.
+    # Ratio: 1 before the first update, up to rounding. If that reaches the clip range, PPO clips
+    # noise. The rows: two samples, at the first and at the last step that may be trained.
     prompt = torch.tensor([text["rows"][prompts[0]], text["rows"][prompts[-1]]])
     noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)])
     backbone = Backbone(pipe.transformer, text, guidance, batch=4)
@@ -41,7 +40,9 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     times = torch.tensor(grid, device=x.device).view(-1, 1, 1, 1)
     t, t_next = times[step_of], times[step_of + 1]  # (4, 1, 1, 1)
     sde = (args.noise, grid[1], args.noise_kind)
-    v = {"student": backbone.velocity("student", x, t, prompt_of).detach()}  # as in an update
+    batches = chunks(torch.arange(4), args.micro_batch)  # as in an update, with gradient
+    parts = [backbone.velocity("student", x[n], t[n], prompt_of[n]).detach() for n in batches]
+    v = {"student": torch.cat(parts)}  # (4, C, H, W)
     objective = getattr(args, "objective", "grpo")
     if objective not in ("kl", "ode"):
         mean, std = step(x, v["student"], t, t_next, *sde)

@@ -62,9 +62,10 @@ def test_records_are_of_the_plan(tmp_path):
 
 def test_the_scripts_accept_every_planned_command(tmp_path, monkeypatch):
     for job in plan(tmp_path):  # what other runs start from
-        run = tmp_path / f"{job.name}_seed{job.seed}"
-        run.mkdir()
-        (run / "adapter").symlink_to(ROOT / "toy" / "adapters" / "merged")
+        run = f"{job.name}_seed{job.seed}"
+        for made in (f"{run}/adapter", *(f"{run}.stages/{stage}" for stage in job.stages)):
+            (tmp_path / made).parent.mkdir(exist_ok=True)
+            (tmp_path / made).symlink_to(ROOT / "toy" / "adapters" / "merged")
     miniature.write_prompts(tmp_path / "prompts")
     for script, *flags in {(job.script, *job.flags) for job in plan(tmp_path)}:
         if script in (None, "experiments/gradients.py"):

@@ -75,7 +75,8 @@ ROLLOUT = f"""{TRAIN} prompts_per_iteration=8 steps=6 updates=2 noise=0.7
     noise_kind=flow"""
 DEFAULTS = {
     "train_opd": f"""{ROLLOUT} rank=32 alpha=64 objective=ppo mar_weight=0.02 train_steps=first
-        group_size=2 iterations=160 lr=0.002 out=runs/opd sample_every=20 eval_prompts=256""",
+        step_weights=kl group_size=2 iterations=160 lr=0.002 out=runs/opd sample_every=20
+        eval_prompts=256""",
     "train_teacher": f"""{ROLLOUT} group_size=16 lr=0.001 rank=16 alpha=32 init=base
         mix_quality=0.2 on_reward_error=stop window=0 window_end=0 iterations=100 clip_range=0.01
         beta=0.0 std=global eval_every=20 eval_prompts=64 final=last""",

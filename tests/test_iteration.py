@@ -95,6 +95,7 @@ OPD = {  # values for the reference and the script, and flags of the script alon
     ),
     "guidance and shares": (
         {"guidance": 1.3, "student_guidance": 1.1, "updates": 1, "seed": 3}
+        | {"step_weights": "equal"}
         | {"teacher_guidance": {"ocr": 1.6, "deqa": 1.2}}
         | {"task_mix": {"ocr": 2, "geneval": 1, "deqa": 1, "pickscore": 1}},
         "--micro_batch 4 --sample_every 2 --eval_prompts 2 --eval_steps 2",
@@ -109,7 +110,10 @@ OPD = {  # values for the reference and the script, and flags of the script alon
         | {"trained": (0, 2), **TWO_TASKS, **DECAY},
         "",
     ),
-    "ode": (TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr"}, ""),
+    "ode": (
+        TWO_TASKS | {"objective": "ode", "noise": 0.0, "init": "ocr", "step_weights": "equal"},
+        "",
+    ),
     "trajectory": (TWO_TASKS | {"objective": "trajectory", "clip_range": 1e-4}, ""),
 }
 for objective in ("ppo-scalar", "ppo-published", "ppo-public-code"):
@@ -134,7 +138,7 @@ def test_opd(monkeypatch, row, tmp_path):
 
 def check_samples(file, columns, shown, models, values):
     """Two prompts of each task, with noise that depends on seed and prompt alone."""
-    assert file.name == "00002.png"  # after two iterations
+    assert file.endswith("samples/00002.png")  # after two iterations
     assert shown == [prompt for task in TASKS for prompt in sorted(reference.read(task))[:2]]
     items = [(prompt, (values["seed"], "sample", prompt)) for prompt in shown[3:5]]
     expected = reference.pictures(models, models.average, items, 2, values["student_guidance"])

@@ -314,9 +314,11 @@ def test_a_resumed_script_ends_with_the_same_bits(monkeypatch, tmp_path, script)
 
 
 def test_self_checks_see_silent_faults(capsys, monkeypatch):
-    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing."""
+    """Dropout: the model that updates is not the one that sampled. Teachers that teach nothing.
+    With gradient, no batch is larger than an update's."""
     args = model_args(init=f"{ROOT}/toy/adapters/merged", rank=1, alpha=1, seed=0, keep=2, out="x")
     args.noise, args.noise_kind, args.eligible_steps, args.clip_range = 0.7, "flow", [0, 1], 0.2
+    args.micro_batch = 3
     pipe = model.load_pipeline(args, torch.device("cpu"))
     student, _ = lora.add_student(pipe.transformer, args)
     for task in ("ocr", "deqa"):
@@ -332,9 +334,15 @@ def test_self_checks_see_silent_faults(capsys, monkeypatch):
 
     assert lines("kl") == (["disk", "times", "teachers"], "")
     assert lines("ppo") == lines("ppo-scalar") == (["disk", "times", "ratio", "teachers"], "")
-    real, dropout = model.velocity, torch.nn.functional.dropout
-    monkeypatch.setattr(model, "velocity", lambda *words: dropout(real(*words), 0.1))
+    real, dropout, sizes = model.velocity, torch.nn.functional.dropout, []
+
+    def noisy(transformer, x, *words):
+        sizes.extend([len(x)] * torch.is_grad_enabled())
+        return dropout(real(transformer, x, *words), 0.1)
+
+    monkeypatch.setattr(model, "velocity", noisy)
     assert lines("ppo")[1].startswith("WARNING: check: ratio")
+    assert sizes == [3, 1]
     monkeypatch.setattr(model, "velocity", lambda transformer, x, *words: torch.ones_like(x))
     found, warning = lines("kl")
     assert found == ["disk", "times"]
