@@ -6,10 +6,10 @@
 
 One iteration, with the default sizes. It needs no reward, no VAE and no text encoder:
 
-    PROMPTS  8 of 4 tasks, 2 samples of each
-    ROLLOUT  noise = x[0] -> x[1] -> ... -> x[5]: the student's own SDE; 16 x 5 states are 80 rows
-    LABELS   at every row: the velocity of its task's teacher, and of the anchor
-    UPDATE   at half of the rows, then at the others: the student's velocity -> ppo + MAR
+    PROMPTS  8 prompts, 2 of each task; 2 samples of each prompt
+    ROLLOUT  from noise at t = 1, five steps of the student's SDE: 16 samples x 5 steps = 80 rows
+    LABELS   at the state of every row: the velocity of its task's teacher, and of the anchor
+    UPDATE   with the first sample of every prompt, then with the second: ppo + MAR
              -> a gradient per task -> their sum -> AdamW -> the running average, which is evaluated
 
 The student's step and the teacher's are Gaussians. Their KL is the dense training signal.
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4, fused=True)
     grid = model.time_grid(pipe, args.steps)  # T + 1 floats from 1 to 0
     times = torch.tensor(grid, device=device).view(-1, 1, 1, 1)  # (T + 1, 1, 1, 1)
-    sde = (args.noise, grid[1], args.noise_kind)  # noise level a, t_max, kind
+    sampler = (args.noise, grid[1], args.noise_kind)  # noise level a, t_max, kind
 
     B, G, S = args.prompts_per_iteration * args.group_size, args.group_size, args.trained_steps
     samples = run.share(B, rank, world)  # of 0 .. B - 1, this process's b samples
@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         for k, task in enumerate(tasks):
             rows = (task_of == k).nonzero().flatten()
             v_teacher[rows] = backbone.predict(f"teacher_{task}", x[rows], t[rows], prompt_of[rows])
-        mean_teacher, std = step(x, v_teacher, t, t_next, *sde)  # (N, C, H, W), (N, 1, 1, 1)
+        mean_teacher, std = step(x, v_teacher, t, t_next, *sampler)  # (N, C, H, W), (N, 1, 1, 1)
         width = torch.where(std > 0, std, 1)  # without noise, kl is half the squared distance
         kl = kl_of(mean_old, mean_teacher, width).view(S, b)  # before the update
         kl_to_go = (kl.flip(0).cumsum(0).flip(0) - kl).flatten()  # (N,): KL of later trained steps
@@ -205,11 +205,11 @@ def main(args: argparse.Namespace) -> None:
         if args.mar_weight:
             rows = (~is_anchor[task_of]).nonzero().flatten()  # on the others v_anchor is v_teacher
             v_anchor[rows] = backbone.predict(anchor, x[rows], t[rows], prompt_of[rows])
-        w = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
+        w = kl_weight(t, t_next, *sampler) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
         weight = 1 / w if args.step_weights == "equal" else torch.ones_like(w)  # equal: cancels w
         watch.lap("labels")
 
-        # 4. Update: a gradient per task, summed over micro-batches, processes and then tasks.
+        # 4. Update: a gradient per task (5 compares them), summed over micro-batches, processes.
         for update in range(args.updates):
             gradients = []
             for k in range(len(tasks)):
@@ -217,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
                 for batch in run.chunks(rows, args.micro_batch):
                     v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
                     v.register_hook(partial(torch.mul, weight[batch]))  # scales v's gradient
-                    mean, _ = step(x[batch], v, t[batch], t_next[batch], *sde)  # (n, C, H, W)
+                    mean, _ = step(x[batch], v, t[batch], t_next[batch], *sampler)  # (n, C, H, W)
                     constants = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
                     loss, values = objective(mean, *constants, args.clip_range, kl_to_go[batch])
                     penalty, mar_values = mar(v, v_anchor[batch], args.mar_weight * w[batch])
@@ -256,6 +256,7 @@ def main(args: argparse.Namespace) -> None:
             with lora.use(pipe.transformer, "average"):
                 images = sample_images(pipe, text, shown, keys, *how)
             picture_grid(f"{args.out}/samples/{iteration + 1:05d}.png", {"student": images}, shown)
+
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)
 

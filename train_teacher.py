@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4, fused=True)
     grid = model.time_grid(pipe, args.steps)  # T + 1 floats from 1 to 0
     times = torch.tensor(grid, device=device).view(-1, 1, 1, 1)  # (T + 1, 1, 1, 1)
-    sde = (args.noise, grid[1], args.noise_kind)  # noise level a, t_max, kind
+    sampler = (args.noise, grid[1], args.noise_kind)  # noise level a, t_max, kind
     B, G, S = args.prompts_per_iteration * args.group_size, args.group_size, args.trained_steps
     samples = run.share(B, rank, world)  # of 0 .. B - 1, this process's b samples
     b = len(samples)
@@ -179,13 +179,13 @@ def main(args: argparse.Namespace) -> None:
             rows = (update_of == update).nonzero().flatten()
             for batch in run.chunks(rows, args.micro_batch):
                 v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
-                mean, _ = step(x[batch], v, t[batch], t_next[batch], *sde)  # (n, C, H, W)
+                mean, _ = step(x[batch], v, t[batch], t_next[batch], *sampler)  # (n, C, H, W)
                 new_log_prob = log_prob(x_next[batch], mean, std[batch])  # (n,)
                 old = old_log_prob[batch]
                 loss, values = grpo(new_log_prob, old, advantage_of[batch], args.clip_range)
                 if args.beta:
                     v_base = backbone.predict(None, x[batch], t[batch], prompt_of[batch])
-                    w = kl_weight(t[batch], t_next[batch], *sde)  # (n, 1, 1, 1)
+                    w = kl_weight(t[batch], t_next[batch], *sampler)  # (n, 1, 1, 1)
                     kl_base = (w * (v - v_base).square()).mean()
                     loss = loss + args.beta * kl_base
                     values["kl_base"] = kl_base.item()

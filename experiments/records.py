@@ -277,8 +277,8 @@ def reached(runs, name, goal):
 
 
 def by_images(runs, name):
-    """{images sampled: (Average, standard error, seeds)} of a run that was scored at several stages,
-    over the seeds that have the stage."""
+    """{images sampled: (Average, standard error, seeds)} of a run that was scored at several
+    stages, over the seeds that have the stage."""
     found = {}
     for record in runs.get(name, ()):
         per_iteration = record["compute"]["images"] // record["stages"][-1]

@@ -280,7 +280,7 @@ def mix_minutes(runs, against=None):
 
 
 def curves(runs, names):
-    """A row for every number of images, a column for every run: the Average, its error, its seeds."""
+    """A row for every number of images, a column for every run: Average, its error, its seeds."""
     names = [name for name in names.split() if name in runs]
     curve_of = {name: by_images(runs, name) for name in names}
     head = ["images", *(LABELS[name] for name in names)]

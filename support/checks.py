@@ -39,13 +39,13 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     x, x_next = path.x[steps].flatten(0, 1), path.x[steps + 1].flatten(0, 1)  # (4, C, H, W)
     times = torch.tensor(grid, device=x.device).view(-1, 1, 1, 1)
     t, t_next = times[step_of], times[step_of + 1]  # (4, 1, 1, 1)
-    sde = (args.noise, grid[1], args.noise_kind)
+    sampler = (args.noise, grid[1], args.noise_kind)
     batches = chunks(torch.arange(4), args.micro_batch)  # as in an update, with gradient
     parts = [backbone.velocity("student", x[n], t[n], prompt_of[n]).detach() for n in batches]
     v = {"student": torch.cat(parts)}  # (4, C, H, W)
     objective = getattr(args, "objective", "grpo")
     if objective not in ("kl", "ode"):
-        mean, std = step(x, v["student"], t, t_next, *sde)
+        mean, std = step(x, v["student"], t, t_next, *sampler)
         log_ratio = log_ratio_of(x_next, mean, path.mean[steps].flatten(0, 1), std)
         ratio_of = "coordinate" if objective == "ppo" else "image"
         if ratio_of == "image":
@@ -59,7 +59,7 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     if not teachers:
         return
     v |= {lora: backbone.predict(lora, x, t, prompt_of) for lora in teachers}
-    weight = kl_weight(t, t_next, *sde) if args.noise else (t - t_next) ** 2 / 2
+    weight = kl_weight(t, t_next, *sampler) if args.noise else (t - t_next) ** 2 / 2
     pairs = [*combinations(v, 2)]
     kl = [(weight * (v[one] - v[other]) ** 2).mean().item() for one, other in pairs]
     smallest, one, other = min((value, *pair) for value, pair in zip(kl, pairs))
