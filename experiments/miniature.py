@@ -105,13 +105,13 @@ def evaluate(adapters, num_prompts, part, folder, log, threads, guidance=1):
     flags += ["--out", folder / "scores", "--overwrite"]
     call(["evaluate.py", "--models", *models, *flags], log, threads)
     results = json.loads((folder / "scores" / "results.json").read_text())["results"]
-    return {name: five_digits(results[name]) for name in adapters}
+    return {name: six_digits(results[name]) for name in adapters}
 
 
-def five_digits(rows):
+def six_digits(rows):
     rounded = {}
     for metric, row in rows.items():
-        rounded[metric] = {key: float(f"{value:.5g}") for key, value in row.items()}
+        rounded[metric] = {key: float(f"{value:.6g}") for key, value in row.items()}
     return rounded
 
 
