@@ -8,7 +8,10 @@ prompt. Task 0 wants points at six spots on a ring, task 1 at five spots of a cr
 was trained on its own task by flow matching, and is wrong about the other. The student starts as
 the base, which knows neither task, and never sees a data point. It generates its own training
 states with the SDE. At every state the task's teacher gives its velocity, and the student learns to
-follow it. The function `distil` is the loop of train_opd.py with the same phases.
+follow it.
+
+The function `distil` is the loop of train_opd.py without MAR, groups of samples, second updates,
+the average of the weights, samples and checkpoints; and it also trains the last step.
 
 Of this project the script uses sde.py and losses.py alone. An action has only D = 2 coordinates
 here, so the gradient noise of ppo-scalar, which grows with D, is small.
@@ -39,7 +42,10 @@ RING = [[2 * math.cos(k * math.pi / 3), 2 * math.sin(k * math.pi / 3)] for k in 
 CROSS = [[0.0, 0.0], [1.5, 0.0], [-1.5, 0.0], [0.0, 1.5], [0.0, -1.5]]
 SPOTS = torch.tensor(RING), torch.tensor(CROSS)
 WIDTH = 0.15  # a task's data: equal Gaussians of this standard deviation around its spots
-ORANGE, BLUE, GREY, PINK = "#D55E00", "#0072B2", "#666666", "#CC79A7"  # safe for colour-blind eyes
+# Safe for colour-blind eyes. An objective has the colour that it has in experiments/RESULTS.md.
+GREY, WINE = "#777777", "#882255"  # the base, the teachers
+COLOURS = {"ppo": "#0072B2", "kl": "#D55E00", "ode": "#56B4E9", "trajectory": "#009E73"}
+COLOURS |= {"ppo-public-code": "#CC79A7", "ppo-scalar": "#E69F00", "ppo-published": "black"}
 
 
 def data(task: int, number: int) -> Tensor:
@@ -90,6 +96,7 @@ def distil(
     step_of = torch.arange(steps).repeat_interleave(samples)  # (N,)
     sample_of = torch.arange(samples).repeat(steps)  # (N,)
     t, t_next = times[step_of][:, None], times[step_of + 1][:, None]  # (N, 1)
+    # For the log. An ODE step has no KL, so for `ode` it is that of an SDE step at the same state.
     weight = kl_weight(t, t_next, NOISE, grid[1])  # (N, 1)
 
     curve = []
@@ -132,14 +139,14 @@ def distil(
 
 @torch.no_grad()
 def sample(net: Module, task: int) -> tuple[Tensor, float]:
-    """Sample 500 points of a task without noise: all states (21, 500, 2), and the filled share.
+    """Sample 5000 points of a task without noise: all states (21, 5000, 2), and the filled share.
 
-    That is the share of points within three standard deviations of a spot, where no spot counts for
-    more than its fair part: 1 needs all spots equally full."""
-    noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+    That is the share of points within three standard deviations of a spot. No spot counts for more
+    than its fair part, so 1 needs all spots equally full."""
+    noise = torch.randn(5000, 2, generator=torch.Generator().manual_seed(1))
     grid = torch.linspace(1, 0, 21).tolist()
     path = rollout(lambda x, t: velocity(net, x, t, torch.tensor(task)), noise, grid, a=0.0).x
-    near = torch.cdist(SPOTS[task], path[-1]) < 3 * WIDTH  # (spots, 500)
+    near = torch.cdist(SPOTS[task], path[-1]) < 3 * WIDTH  # (spots, 5000)
     return path, near.float().mean(1).clamp(max=1 / len(near)).sum().item()
 
 
@@ -148,83 +155,71 @@ def draw_top(
     base: Module,
     teachers: list[Module],
     students: dict[str, tuple],
-    colours: dict[str, str],
     grid: list[float],
 ) -> None:
-    """What one iteration sees, and the KL of all iterations."""
-    title = "One iteration: the student samples (grey, from the squares on); "
-    figure.suptitle(title + "the teacher labels every state it visits", fontsize=13)
-    *panels, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    t = torch.tensor(grid[:-1]).view(-1, 1, 1)  # (T, 1, 1)
-    for k, axis in enumerate(panels):
-        noise, task = torch.tensor([[-1.6, 1.3], [1.7, 0.9], [0.2, -1.9]]), torch.tensor(k)
-        torch.manual_seed(3)
-        x = rollout(lambda x, t: velocity(base, x, t, task), noise, grid, NOISE).x  # (T + 1, 3, 2)
-        axis.plot(*x.movedim(2, 0), "-o", color="0.6", ms=3, lw=1, zorder=1)
-        axis.plot(*x[0].T, "s", color="0.4", zorder=3)
-        arrows(axis, teachers[k], x[:-1], t, k, ORANGE, width=0.005, scale=30)
-        arrows(axis, base, x[:-1], t, k, BLUE, width=0.005, scale=30)
-        frame(axis, k, f"task {k}, {TASKS[k]}: the first iteration")
-    panels[1].plot([], [], color=BLUE, lw=3, label="the student's velocity")
-    panels[1].plot([], [], color=ORANGE, lw=3, label="its teacher's")
-    panels[1].legend(loc="lower left", fontsize=8)
+    """What the first iteration sees of one sample, and the KL of all iterations."""
+    left, right = figure.subplots(1, 2)
+    torch.manual_seed(60)  # a path whose arrows lie apart
+    noise, task, t = torch.randn(1, 2), torch.tensor(0), torch.tensor(grid[:-1])[:, None]
+    path = rollout(lambda x, t: velocity(base, x, t, task), noise, grid, NOISE)
+    x = path.x[:, 0]  # (T + 1, 2)
+    left.plot(*x.T, "-o", color="0.75", ms=7, label="states, by the SDE")
+    left.plot(*x[0], "s", color="black", ms=9, label="start: noise")
+    arrows = {"angles": "xy", "scale_units": "xy", "scale": 4, "width": 0.009, "zorder": 3}
+    models = {"the student": (base, GREY), "its teacher": (teachers[0], WINE)}
+    for name, (net, colour) in models.items():
+        v = velocity(net, x[:-1], t, task)
+        style = {"color": colour, "label": f"velocity of {name}", **arrows}
+        left.quiver(*x[:-1].T, *-v.T, **style)  # -v: sampling goes from t = 1 to 0
+    frame(left, 0)
+    left.set_title("One sample of the first iteration (ring)", fontsize=13)
+    low, high = x.amin(0) - 0.7, x.amax(0) + 0.4
+    left.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
     for (name, (_, curve)), style in zip(students.items(), ["-", "--", ":", "-."] * 2):
-        right.semilogy(curve, style, color=colours[name], label=name)
-    title = "KL(student, teacher) at the visited states, cut off at 10"
-    right.set(title=title, xlabel="iteration", ylim=(None, 10))
+        right.semilogy(curve, style, color=COLOURS[name], lw=2, label=name)
+    right.set_title("KL(student, teacher), cut off at 10", fontsize=13)
+    right.set(xlabel="iteration", ylim=(None, 10))
     right.grid(alpha=0.3)
     right.legend()
 
 
 def draw_bottom(
-    figure: SubFigure,
-    base: Module,
-    teachers: list[Module],
-    students: dict[str, tuple],
-    colours: dict[str, str],
+    figure: SubFigure, base: Module, teachers: list[Module], students: dict[str, tuple]
 ) -> None:
     """What every model samples for both tasks."""
-    title = "Samples without noise: velocity at t = 0.5 (arrows), 60 paths, 500 points. "
-    figure.suptitle(title + "Dotted: the spots of the task", fontsize=13)
+    title = "Samples without noise: 500 points, 60 paths, and how far the dotted spots are filled"
+    figure.suptitle(title, fontsize=13)
     columns = {  # {title: (network for task 0, network for task 1, colour)}
-        "its own teacher": (*teachers, ORANGE),
-        "the other task's teacher": (*teachers[::-1], ORANGE),
-        "the student before": (base, base, GREY),
+        "own teacher": (*teachers, WINE),
+        "other teacher": (*teachers[::-1], WINE),
+        "student before": (base, base, GREY),
     }
     for name, (student, _) in students.items():
-        columns[f"the student after, {name}"] = (student, student, colours[name])
-    lattice = torch.linspace(-2.6, 2.6, 15)
-    lattice = torch.cartesian_prod(lattice, lattice)  # (225, 2)
+        columns[f"student, {name}"] = (student, student, COLOURS[name])
     for task, row in enumerate(figure.subplots(2, len(columns))):
         for axis, (title, (*nets, colour)) in zip(row, columns.items()):
             path, filled = sample(nets[task], task)
-            arrows(axis, nets[task], lattice, 0.5, task, "0.75", width=0.004, scale=45)
             axis.plot(*path[:, :60].movedim(2, 0), color=colour, lw=0.6, alpha=0.5)
-            axis.scatter(*path[-1].T, s=5, color=colour, linewidths=0, zorder=3)
-            frame(axis, task, f"{title}\nspots filled: {filled:.0%}")
+            axis.scatter(*path[-1, :500].T, s=5, color=colour, linewidths=0, zorder=3)
+            frame(axis, task)
+            axis.set_xlabel(f"{filled:.0%} filled", fontsize=12)
+            if task == 0:
+                axis.set_title(title, fontsize=11)
         row[0].set_ylabel(f"task {task}: {TASKS[task]}", fontsize=12)
 
 
-def arrows(
-    axis: plt.Axes, net: Module, x: Tensor, t: Tensor | float, task: int, colour: str, **style
-) -> None:
-    """Draw -v at x: sampling goes from t = 1 to 0."""
-    v = velocity(net, x, t, torch.tensor(task))
-    axis.quiver(*x.reshape(-1, 2).T, *-v.reshape(-1, 2).T, color=colour, zorder=2, **style)
-
-
-def frame(axis: plt.Axes, task: int, title: str) -> None:
-    """Title, limits and the task's spots."""
+def frame(axis: plt.Axes, task: int) -> None:
+    """Limits and the task's spots."""
     for spot in SPOTS[task].tolist():
         circle = plt.Circle(spot, 3 * WIDTH, fill=False, color="black", lw=0.9, ls=":", zorder=4)
         axis.add_patch(circle)
     axis.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xticks=[], yticks=[])
-    axis.set_title(title, fontsize=10)
 
 
 def main(args):
     torch.manual_seed(args.seed)
-    grid = torch.linspace(1, 0, 11).tolist()  # T = 10 steps
+    grid = torch.linspace(1, 0, 11).tolist()  # T = 10 steps, all trained, as the paper has it
 
     # The base knows a broad cloud for both tasks. A teacher is a copy trained further on one task.
     layers, sizes = [], (6, 96, 96, 96, 2)
@@ -241,11 +236,11 @@ def main(args):
     for name in args.objectives:
         students[name] = distil(base, teachers, name, grid, args.iterations, args.samples)
 
-    figure = plt.figure(figsize=(3.1 * (3 + len(students)), 11.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 2))
-    colours = dict(zip(students, [BLUE, PINK, "#009E73", "#E69F00", "#56B4E9", "black", "0.4"]))
-    draw_top(top, base, teachers, students, colours, grid)
-    draw_bottom(bottom, base, teachers, students, colours)
+    figure = plt.figure(figsize=(2.1 * (3 + len(students)), 8.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4, 5))
+    draw_top(top, base, teachers, students, grid)
+    draw_bottom(bottom, base, teachers, students)
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "flow2d.png", dpi=100)
 

@@ -52,7 +52,7 @@ def test_the_schedule_is_that_of_the_trained_model(example, tmp_path):
     assert out[0].endswith("0.278 0.00893 0") and out[3].endswith("0.429 0.25 0")
     shares = [sum(map(float, line.split("%")[1].split())) for line in (out[2], out[5])]
     assert shares == pytest.approx([100, 100], abs=0.4)
-    assert Image.open(tmp_path / "schedule.png").width == 1200
+    assert Image.open(tmp_path / "schedule.png").width == 1050
 
 
 def test_flow2d_takes_every_objective(example, tmp_path):
