@@ -1,4 +1,4 @@
-"""Flow-OPD on a plane: two teachers, one student, the whole method in under a minute on one core.
+"""Flow-OPD on a plane: two teachers, one student, under a minute on one core.
 
     python examples/flow2d.py                                    # the default, and ppo-published
     python examples/flow2d.py --objectives kl ode trajectory     # other objectives of losses.py

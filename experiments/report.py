@@ -20,6 +20,7 @@ from experiments.records import (
     OBJECTIVES,
     PAIRS,
     RATES,
+    SFT_IMAGES,
     SHIPPED,
     TASKS,
     at_stage,
@@ -294,6 +295,16 @@ def curves(runs, names):
     return markdown(head, lines)
 
 
+def sft_images(runs):
+    return f"{SFT_IMAGES:,}"
+
+
+def after(runs, name, images):
+    """The Average of a run after so many images."""
+    found = by_images(runs, name).get(int(images))
+    return shown(found[:2], 3) if found else MISSING
+
+
 def hours(runs):
     costs = [record["compute"]["cpu_minutes"] for record in trainings(runs)]
     return f"{len(costs)} trainings, {sum(costs) / 60:.1f} hours of CPU time"
@@ -317,7 +328,7 @@ def parts(runs):
 
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
-OF_RUNS += (minutes, speedup, mix_minutes, curves, hours, parts)
+OF_RUNS += (minutes, speedup, mix_minutes, curves, after, sft_images, hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
 
