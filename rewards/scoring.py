@@ -364,9 +364,10 @@ def next_command(args: argparse.Namespace, models: list[str], *more: str) -> str
     """The complete evaluate.py command for what this run trained: a table, or with `more` what
     these words ask for."""
     words = ["python", "evaluate.py"]
-    given = vars(args) | {"steps": args.eval_steps}
+    given = vars(args) | {"steps": args.eval_steps, "batch": args.label_batch}
     defaults = {"model": "toy", "dtype": None, "text_length": 128, "size": None, "steps": 16}
     defaults |= {"time_grid": "double", "guidance": 1.0, "rewards": "toy", "reward_device": None}
+    defaults |= {"batch": 128, "cache_embeddings": None}
     for name, default in defaults.items():
         if given[name] != default:
             words += [f"--{name}", str(given[name])]

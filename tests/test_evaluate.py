@@ -381,8 +381,9 @@ LOOK = {"prompt": ["red circle"]}  # there is no scorer of the task's name
 RUNS = [  # script, its flags, what evaluate.py must be given
     ("train_opd", "", {"tasks": list(TASKS)}),
     ("train_opd", "--eval_prompts 0 --eval_steps 2 --student_guidance 2", {"steps": 2}),
-    ("train_sft", "--no_t5 --size 16 --dtype bf16", {"batch": 128}),
-    ("train_teacher", "--reward ocr --guidance 2 --text_length 8", {"tasks": ["ocr"]}),
+    ("train_sft", "--no_t5 --size 16 --dtype bf16 --label_batch 9", {"batch": 9}),
+    ("train_teacher", "--reward ocr --guidance 2 --text_length 8 --cache_embeddings c", {"batch": 128}),
+    ("train_teacher", "--reward ocr", {"tasks": ["ocr"]}),
     ("train_teacher", "--reward ocr --test_prompts ocr=RED", {"tasks": ["ocr"]}),
     ("train_teacher", "--reward red --prompts red=RED --eval_every 0", {"tasks": ["red"]}),
     ("train_teacher", "--reward ocr --tasks new --prompts new=RED --eval_every 0", LOOK),
@@ -403,7 +404,8 @@ def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
     if not flags:  # nothing is repeated that was not given
         words = printed.split(" --out")[0].split()
         assert words[2:] == ["evaluate.py", "--models", "base", "student=toy/adapters/ocr"]
-    for name in ("model", "rewards", "dtype", "guidance", "size", "no_t5", "text_length"):
+    same = "model rewards dtype guidance size no_t5 text_length cache_embeddings"
+    for name in same.split():
         assert given[name] == vars(args)[name], name
     scale = getattr(args, "student_guidance", args.guidance)
     assert given["model_guidance"].get("student", args.guidance) == scale
