@@ -5,7 +5,7 @@
 The first word names the change; the flags are those of train_opd.py. Each change replaces a
 function that train_opd.py calls, so the loop itself is the same.
 
-    velocity      plain velocity errors in place of the KL's weights
+    velocity      plain velocity errors in place of the KL's weights, as --step_weights equal
     noisy, clean  velocity errors times t, times 1 - t (FlowCTS, arXiv 2607.24522, weights them by
                   time; its weights are not these two)
     extrapolate   teachers go 1.25 times as far from the base as they do (GFD-OPD)
