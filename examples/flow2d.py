@@ -173,7 +173,7 @@ def draw_top(
         left.quiver(*x[:-1].T, *-v.T, **style)  # -v: sampling goes from t = 1 to 0
     frame(left, 0)
     left.set_title("One sample of the first iteration (ring)", fontsize=13)
-    low, high = x.amin(0) - 0.7, x.amax(0) + 0.4
+    low, high = (x.amin(0) - 0.7).tolist(), (x.amax(0) + 0.4).tolist()
     left.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
     for (name, (_, curve)), style in zip(students.items(), ["-", "--", ":", "-."] * 2):
