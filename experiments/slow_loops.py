@@ -234,6 +234,11 @@ def dot(one, other):
     return sum((one[name].double() * other[name].double()).sum().item() for name in one)
 
 
+def spaced(prompts, number):
+    """So many prompts, at equal distances from the first on."""
+    return [prompts[int(i * len(prompts) / number)] for i in range(number)]
+
+
 def read(task, split="train"):
     return (TOY / "prompts" / f"{task}_{split}.txt").read_text().split("\n")[:-1]
 
@@ -344,7 +349,7 @@ def report(models, guidance, student_guidance):
     of start and average, and by how much Average rises, with its standard error."""
     scores, gain, variance = {}, 0.0, 0.0
     for task, scale in {"geneval": 1, "ocr": 1, "deqa": 5, "pickscore": 26}.items():
-        prompts = read(task, "test")[:2]
+        prompts = spaced(read(task, "test"), 2)
         items = [(prompt, (0, "evaluate", task, j)) for j, prompt in enumerate(prompts)]
         for name, weights, scale_of in (
             ("merged start", models.start, guidance),
@@ -435,7 +440,7 @@ def grpo(reward=None, mix_quality=0.2, window=0, window_end=0, clip_range=1e-2, 
         done = iteration + 1
         if eval_every and (done % eval_every == 0 or done == f.iterations):
             for task in f.tasks:
-                words = read(task, "test")[:eval_prompts]
+                words = spaced(read(task, "test"), eval_prompts)
                 items = [(prompt, (f.seed, "test", task, i)) for i, prompt in enumerate(words)]
                 images = pictures(models, models.average, items, eval_steps, f.guidance)
                 own = [reward_of(image, task, word, f) for image, word in zip(images, words)]

@@ -320,8 +320,11 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
         save_grid(run / "grid.png", scores, files, tests, rows)
     live, (flags, recorded) = summarise(scores, tests), read_recorded(args.model)
     results = {name: row for name, row in recorded.items() if name != "merged"}  # the live start
-    ours = {"guidance": args.guidance, "steps": args.eval_steps, "prompts": args.test_prompts}
+    ours = {"guidance": args.guidance, "steps": args.eval_steps}
     changed = [name for name, value in ours.items() if flags.get(name) != value]
+    files_of = flags.get("prompts", {})
+    if any(files_of.get(task, file) != file for task, file in args.test_prompts.items()):
+        changed.append("prompts")
     numbers = {task: len(prompts) for task, (prompts, _) in tests.items()}
     if any(row[t]["n"] != n for row in results.values() for t, n in numbers.items() if t in row):
         changed.append("number of prompts")

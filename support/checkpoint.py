@@ -36,9 +36,6 @@ HARMLESS = """
 """.split()
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
-# ---- Which checkpoints there are
-
-
 def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of all files in a folder except the list itself."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "checksums.json")
@@ -58,9 +55,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
-# ---- The start of a run, new or resumed
-
-
 def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tuple[int, "Saver"]:
     """Create the run folder or restore a checkpoint; every process calls it. Returns the number of
     iterations done and the Saver. student, average: {"LAYER.lora_A.weight": parameter}."""
@@ -70,6 +64,8 @@ def begin_run(args: argparse.Namespace, pipe, student, average, optimizer) -> tu
         saver.lock, saver.origin = lock_run(run), origin_of(args, pipe)
         if args.resume:
             start = newest_checkpoint(run, saver.origin)
+            if start > args.iterations:
+                fail(f"--iterations {args.iterations}: {run} has {start}; give {start} or more")
         if args.overwrite:
             for path in set(run.iterdir()) - {run / "lock", run / "args.json"}:  # those mark a run
                 remove = shutil.rmtree if path.is_dir() else os.unlink
@@ -271,7 +267,7 @@ class Saver:
             with self.saving:  # iteration_done waits
                 self.save()
                 done = f"saved after {self.last[0]} iterations" if self.last else "nothing to save"
-            how = "continue with the same command and --resume"
+            how = "continue with the same command, --resume in place of --overwrite"
             print(f"\nstopped; {done}; {how}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -197,4 +197,4 @@ def check_adapter(path: str, flag: str) -> None:
         return
     if any(os.path.isfile(f"{path}/adapter/{name}") for name in WEIGHTS):
         fail(f"{where}: a run, not an adapter; did you mean {path}/adapter?")
-    fail(f"{where}: not an adapter, which is {wanted} (a .bin can run code: it is never opened)")
+    fail(f"{where}: no adapter there; it is {wanted} (a .bin can run code: it is never opened)")

@@ -88,7 +88,8 @@ def print_batch(args: argparse.Namespace) -> None:
     prompts, G = args.prompts_per_iteration, args.group_size
     B = prompts * G
     if rank == 0:
-        print(f"an iteration: {prompts} prompts x {G} = {B} images on {world} process(es)")
+        tasks = ", ".join(args.prompts)
+        print(f"an iteration: {prompts} prompts ({tasks}) x {G} = {B} images, {world} process(es)")
         states = f"{B // args.updates} images x {args.trained_steps} of {args.steps} steps"
         print(f"{args.updates} update(s) of {states}", flush=True)
 
@@ -170,13 +171,16 @@ def draw_schedule(train: dict, shares: dict, wanted: int, iterations: int, seed:
 
 
 def read_tasks(files: dict[str, str], number: int | None = None) -> dict[str, tuple[list, list]]:
-    """{task: file} -> {task: (prompts, metadata)}, the first `number` lines of each; 0: {}."""
+    """{task: file} -> {task: (prompts, metadata)}: `number` lines of each, evenly spaced, since a
+    file may be sorted by kind, as GenEval's is. None: all lines; 0: {}."""
     if number == 0:
         return {}
     tasks = {}
     for task, file in files.items():
         prompts, metadata = read_prompts(file)
-        tasks[task] = (prompts[:number], metadata[:number])
+        n = min(number or len(prompts), len(prompts))
+        lines = [i * len(prompts) // n for i in range(n)]
+        tasks[task] = ([prompts[i] for i in lines], [metadata[i] for i in lines])
     return tasks
 
 
@@ -191,9 +195,6 @@ def test_prompts_used(tests: dict[str, tuple]) -> list[str]:
     """This process's share of every task's test prompts."""
     rank, world = rank_and_world()
     return [prompts[i] for prompts, _ in tests.values() for i in share(len(prompts), rank, world)]
-
-
-# ---- Errors that end a run
 
 
 def check_disk(folder: str, flag: str, needed: float, cure: str) -> float:
@@ -212,12 +213,15 @@ PEER_GONE = ("by peer", "Broken pipe", "remote process exit", "wait timeout", "g
 
 
 def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """main(args), where running out of memory is one line and exit code 2, on every process."""
+    """main(args), where Ctrl-C is one line, and running out of memory, with exit code 2, too."""
 
     @functools.wraps(main)
     def run(args):
         try:
             return main(args)
+        except KeyboardInterrupt:  # amid the last scores; a run that trains catches the signal
+            tqdm.write("stopped; what was saved is kept", file=sys.stderr)
+            raise SystemExit(130) from None
         except (MemoryError, RuntimeError) as error:
             message = reason(error)
             if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):

@@ -162,7 +162,7 @@ def place(tmp_path_factory):
     make_adapters(place)
     make_models(place / "models")
     with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
-        call(patch, "train_opd", *words_of("TINY --iterations 1 --out run"))
+        call(patch, "train_opd", *words_of("TINY --iterations 2 --out run"))
     gc.collect()  # the lock of the run
     return place
 

@@ -349,6 +349,15 @@ def test_self_checks_see_silent_faults(capsys, monkeypatch):
     assert warning.startswith("WARNING: check: teachers") and warning.endswith("KL 0.0e+00\n")
 
 
+def test_ctrl_c_amid_the_last_scores_is_one_line(capsys):
+    def scoring(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_module.guarded(scoring)(None)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped; what was saved is kept\n"
+
+
 # ---- Processes, stopped and killed
 
 
