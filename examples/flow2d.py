@@ -96,7 +96,7 @@ def distil(
     step_of = torch.arange(steps).repeat_interleave(samples)  # (N,)
     sample_of = torch.arange(samples).repeat(steps)  # (N,)
     t, t_next = times[step_of][:, None], times[step_of + 1][:, None]  # (N, 1)
-    # For the log. An ODE step has no KL, so for `ode` it is that of an SDE step at the same state.
+    # For the log and `trajectory`. `ode` logs the KL of SDE steps at its states: its own have none.
     weight = kl_weight(t, t_next, NOISE, grid[1])  # (N, 1)
 
     curve = []
@@ -119,7 +119,7 @@ def distil(
         mean_teacher, std = step(x, v_teacher, t, t_next, a, grid[1])  # (N, 2), (N, 1)
 
         # 4. Update: one per rollout, so PPO's ratio is 1. Its gradient is not 0.
-        v = velocity(student, x, t, task_of)  # (N, 2), the only tensor with gradient
+        v = velocity(student, x, t, task_of)  # (N, 2), with gradient
         mean, _ = step(x, v, t, t_next, a, grid[1])
         kl = (weight * (v.detach() - v_teacher).square()).mean(1).view(steps, samples)
         kl_to_go = kl.flip(0).cumsum(0).flip(0) - kl  # of later steps, for `trajectory`
@@ -169,7 +169,7 @@ def draw_top(
     models = {"the student": (base, GREY), "its teacher": (teachers[0], WINE)}
     for name, (net, colour) in models.items():
         v = velocity(net, x[:-1], t, task)
-        style = {"color": colour, "label": f"velocity of {name}", **arrows}
+        style = {"color": colour, "label": f"direction of {name}", **arrows}
         left.quiver(*x[:-1].T, *-v.T, **style)  # -v: sampling goes from t = 1 to 0
     frame(left, 0)
     left.set_title("One sample of the first iteration (ring)", fontsize=13)
