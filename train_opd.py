@@ -256,7 +256,6 @@ def main(args: argparse.Namespace) -> None:
             with lora.use(pipe.transformer, "average"):
                 images = sample_images(pipe, text, shown, keys, *how)
             picture_grid(f"{args.out}/samples/{iteration + 1:05d}.png", {"student": images}, shown)
-
         # 7. Checkpoint: student, average, optimizer and iteration are all that a run depends on.
         saver.iteration_done(iteration + 1, bad_updates)
 

@@ -36,6 +36,7 @@ HARMLESS = """
 """.split()
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
+
 def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of all files in a folder except the list itself."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "checksums.json")
