@@ -86,11 +86,10 @@ def print_batch(args: argparse.Namespace) -> None:
     """Print the sizes of an iteration (rank 0)."""
     rank, world = rank_and_world()
     prompts, G = args.prompts_per_iteration, args.group_size
-    B = prompts * G
     if rank == 0:
         tasks = ", ".join(args.prompts)
-        print(f"an iteration: {prompts} prompts ({tasks}) x {G} = {B} images, {world} process(es)")
-        states = f"{B // args.updates} images x {args.trained_steps} of {args.steps} steps"
+        print(f"an iteration: {prompts} prompts ({tasks}) x {G} samples, {world} process(es)")
+        states = f"{prompts * G // args.updates} images x {args.trained_steps} of {args.steps} steps"
         print(f"{args.updates} update(s) of {states}", flush=True)
 
 
