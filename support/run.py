@@ -89,8 +89,8 @@ def print_batch(args: argparse.Namespace) -> None:
     if rank == 0:
         tasks = ", ".join(args.prompts)
         print(f"an iteration: {prompts} prompts ({tasks}) x {G} samples, {world} process(es)")
-        states = f"{prompts * G // args.updates} images x {args.trained_steps} of {args.steps} steps"
-        print(f"{args.updates} update(s) of {states}", flush=True)
+        steps, share_of = f"{args.trained_steps} of {args.steps} steps", prompts * G // args.updates
+        print(f"{args.updates} update(s) of {share_of} images x {steps}", flush=True)
 
 
 # ---- Gradients and the average of the weights
