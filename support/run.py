@@ -89,8 +89,8 @@ def print_batch(args: argparse.Namespace) -> None:
     if rank == 0:
         tasks = ", ".join(args.prompts)
         print(f"an iteration: {prompts} prompts ({tasks}) x {G} samples, {world} process(es)")
-        steps, share_of = f"{args.trained_steps} of {args.steps} steps", prompts * G // args.updates
-        print(f"{args.updates} update(s) of {share_of} images x {steps}", flush=True)
+        steps, images = f"{args.trained_steps} of {args.steps} steps", prompts * G // args.updates
+        print(f"{args.updates} update(s) of {images} images x {steps}", flush=True)
 
 
 # ---- Gradients and the average of the weights
