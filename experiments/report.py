@@ -295,6 +295,21 @@ def curves(runs, names):
     return markdown(head, lines)
 
 
+def against_teachers(runs, names):
+    """Of every run: each task's score minus that of its own teacher, bold from two errors on."""
+    lines = []
+    for name in names.split():
+        cells = []
+        for task in TASKS:
+            own, teacher = value(runs, name, task), value(runs, task, task)
+            text = gap(runs, name, task, task)
+            if own and abs(own[0] - teacher[0]) > 2 * math.hypot(own[1], teacher[1]):
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append([LABELS[name], *cells])
+    return markdown(["", *(COLUMNS[task][0] for task in TASKS)], lines)
+
+
 def sft_images(runs):
     return f"{SFT_IMAGES:,}"
 
@@ -328,7 +343,8 @@ def parts(runs):
 
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
-OF_RUNS += (minutes, speedup, mix_minutes, curves, after, sft_images, hours, parts)
+OF_RUNS += (minutes, speedup, mix_minutes, curves, after, against_teachers)
+OF_RUNS += (sft_images, hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
 
