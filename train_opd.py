@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
             rows = (~is_anchor[task_of]).nonzero().flatten()  # on the others v_anchor is v_teacher
             v_anchor[rows] = backbone.predict(anchor, x[rows], t[rows], prompt_of[rows])
         w = kl_weight(t, t_next, *sampler) if args.noise else (t - t_next) ** 2 / 2  # (N, 1, 1, 1)
-        step_weight = 1 / w if args.step_weights == "equal" else torch.ones_like(w)  # 1 / w: no w
+        step_weight = 1 / w if args.step_weights == "equal" else torch.ones_like(w)  # cancels w
         watch.lap("labels")
 
         # 4. Update: a gradient per task (5 compares them), summed over micro-batches, processes.
@@ -216,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
                 rows = ((task_of == k) & (update_of == update)).nonzero().flatten()
                 for batch in run.chunks(rows, args.micro_batch):
                     v = backbone.velocity("student", x[batch], t[batch], prompt_of[batch])
-                    v.register_hook(partial(torch.mul, step_weight[batch]))  # both losses'
+                    v.register_hook(partial(torch.mul, step_weight[batch]))  # scales both gradients
                     mean, _ = step(x[batch], v, t[batch], t_next[batch], *sampler)  # (n, C, H, W)
                     constants = (mean_old[batch], mean_teacher[batch], x_next[batch], std[batch])
                     loss, values = objective(mean, *constants, args.clip_range, kl_to_go[batch])

@@ -212,7 +212,7 @@ PEER_GONE = ("by peer", "Broken pipe", "remote process exit", "wait timeout", "g
 
 
 def guarded(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """main(args), where Ctrl-C is one line, and running out of memory, with exit code 2, too."""
+    """main(args) that Ctrl-C or a lack of memory (exit code 2) ends with one line."""
 
     @functools.wraps(main)
     def run(args):
