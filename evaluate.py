@@ -194,7 +194,8 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. Scorers and prompts: what cannot be scored is found before any image is generated.
     scorers = load_scorers(args.rewards, args.tasks, args.reward_device or device, args.table)
-    tests, n = run.read_tasks(args.prompts), args.num_prompts or None
+    tests = run.read_tasks(args.prompts)
+    n = args.num_prompts or None  # the first n; None: all
     tests = {task: (prompts[:n], metadata[:n]) for task, (prompts, metadata) in tests.items()}
     if args.scores_only:
         tests, files = find_tests(args)

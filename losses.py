@@ -1,6 +1,6 @@
 """Shared maths 2: every objective of Flow-OPD side by side, MAR, flow matching and GRPO.
 
-Copy what you need: torch only; the PPO forms and `grpo` also need `ppo_metrics` at the end. All are
+Copy what you need: torch only; most also need `ppo`, `log_ratio_of` or `kl_of` at the end. All are
 pure functions of tensors. A loss returns (loss, metrics): a scalar to minimise, floats to log.
 
 Shapes (B is any number of visited states; a training script passes rows of several steps):

@@ -12,9 +12,11 @@ import matplotlib.ticker
 
 from experiments.records import (
     COLUMNS,
+    LABELS,
     OBJECTIVES,
     PAIRS,
     RATES,
+    STARTS,
     TASKS,
     at_stage,
     by_images,
@@ -327,15 +329,13 @@ def hacking_panels(runs, found):
 
 def pays_panels(runs, found):
     given, counted = [], []
-    for kind, method in (("mix", "GRPO-Mix"), ("opd", "Flow-OPD")):
-        for start, words in (("base", "the base"), ("merge", "the merge"), ("sft", "SFT")):
-            run, label = f"{kind}_from_{start}", f"{method} from {words}"
-            curve = by_images(runs, run)
-            if curve:
-                means, errors, _ = zip(*curve.values())
-                given.append((label, list(curve), means, errors))
-                images = [images_before(run) + number for number in curve]
-                counted.append((label, images, means, errors))
+    for run in [f"{kind}_from_{start}" for kind in ("mix", "opd") for start in STARTS]:
+        curve = by_images(runs, run)
+        if curve:
+            means, errors, _ = zip(*curve.values())
+            given.append((LABELS[run], list(curve), means, errors))
+            images = [images_before(run) + number for number in curve]
+            counted.append((LABELS[run], images, means, errors))
     images, ylabel = "images sampled", "Average (0 to 1)"
     levels = {"oracle": value(runs, "oracle", "average")[0]}
     return [

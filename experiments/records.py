@@ -227,7 +227,12 @@ def value(runs, name, metric):
     found = [scores(record)[metric] for record in records if metric in scores(record)]
     if not found:
         return None
-    means, errors = [row["mean"] for row in found], [row["se"] for row in found]
+    return mean_of_seeds(found)
+
+
+def mean_of_seeds(rows):
+    """(mean, standard error) of {"mean", "se"} of each seed."""
+    means, errors = [row["mean"] for row in rows], [row["se"] for row in rows]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return statistics.mean(means), max(spread, statistics.mean(errors)) / len(means) ** 0.5
 
@@ -283,15 +288,8 @@ def by_images(runs, name):
     for record in runs.get(name, ()):
         per_iteration = record["compute"]["images"] // record["stages"][-1]
         for stage in record["stages"]:
-            own = scores(record, stage)["average"]
-            found.setdefault(stage * per_iteration, []).append((own["mean"], own["se"]))
-    curve = {}
-    for images, pairs in sorted(found.items()):
-        means, errors = zip(*pairs)
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        error = max(spread, statistics.mean(errors)) / len(means) ** 0.5
-        curve[images] = (statistics.mean(means), error, len(means))
-    return curve
+            found.setdefault(stage * per_iteration, []).append(scores(record, stage)["average"])
+    return {images: (*mean_of_seeds(rows), len(rows)) for images, rows in sorted(found.items())}
 
 
 def images_before(name):

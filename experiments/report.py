@@ -20,7 +20,6 @@ from experiments.records import (
     OBJECTIVES,
     PAIRS,
     RATES,
-    SFT_IMAGES,
     SHIPPED,
     TASKS,
     at_stage,
@@ -310,10 +309,6 @@ def against_teachers(runs, names):
     return markdown(["", *(COLUMNS[task][0] for task in TASKS)], lines)
 
 
-def sft_images(runs):
-    return f"{SFT_IMAGES:,}"
-
-
 def after(runs, name, images):
     """The Average of a run after so many images."""
     found = by_images(runs, name).get(int(images))
@@ -344,7 +339,7 @@ def parts(runs):
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
 OF_RUNS += (minutes, speedup, mix_minutes, curves, after, against_teachers)
-OF_RUNS += (sft_images, hours, parts)
+OF_RUNS += (hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
 
