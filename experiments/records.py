@@ -104,7 +104,6 @@ for start, words in STARTS.items():
 for name in ("geneval", "ocr", "merged", "sft"):
     LABELS[f"strict_{name}"] = f"strict rewards: {LABELS[name]}"
 for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
-    LABELS[f"tasks_ocr_{kind}"] = f"{method}, OCR alone"
     for number, words in enumerate(("GenEval alone", "two tasks", "three tasks", "four tasks"), 1):
         LABELS[f"tasks{number}_{kind}"] = f"{method}, {words}"
 CHANGES = {  # part later: what is changed
