@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 from rewards.pictures import picture_grid, sample_images, save_grid
-from rewards.scoring import check_prompts, find_missing, find_tests, list_made, load_scorers
-from rewards.scoring import sample_missing, score_files
+from rewards.scoring import check_prompts, check_weights, find_missing, find_tests, list_made
+from rewards.scoring import load_scorers, sample_missing, score_files
 from rewards.tables import TABLES, most_different, paper_table, summarise
 from support import lora, model, run
 from support.files import ADAPTER, check_adapter, check_model, check_prompt, fetch
@@ -202,6 +202,8 @@ def main(args: argparse.Namespace) -> None:
     for task, metrics in scorers.items():
         for scorer in metrics.values():
             check_prompts(scorer, *tests[task], args.prompts.get(task, f"prompts of {task}"))
+    if not args.scores_only:
+        check_weights(scorers)
     # 2. Images, with the same prompts and noise for every model. The model is freed afterwards.
     if not args.scores_only:
         files = generate(args, tests, device)

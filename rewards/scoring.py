@@ -81,6 +81,25 @@ def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], fi
         fail(f"{file}: {error}")
 
 
+def check_weights(scorers: dict[str, dict[str, Callable]]) -> None:
+    """Name the metrics whose weights cannot be loaded before hours of sampling, not after them."""
+    rank, _ = rank_and_world()
+    for task, metrics in scorers.items():
+        for metric, scorer in metrics.items():
+            if rank > 0 or not hasattr(scorer, "load"):
+                continue
+            try:
+                scorer.load()
+            except ValueError as error:
+                print(f"will not be scored: {metric}: {without_name(error, scorer, task)}")
+            scorer.model = None
+
+
+def without_name(error: ValueError, scorer: Callable, task: str) -> str:
+    """An error's text without the scorer's name, for lines that begin with the metric."""
+    return str(error).removeprefix(f"{getattr(scorer, 'name', task)}: ")
+
+
 def query(scorer: Callable, images, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
     """A scorer's scores (B,), float64 on the CPU. images (B, 3, H, W) in [0, 1], or PIL pictures.
 
@@ -214,7 +233,7 @@ def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tu
                     try:
                         values += query(scorer, images, words, about).tolist()
                     except ValueError as error:
-                        why = str(error).removeprefix(f"{getattr(scorer, 'name', task)}: ")
+                        why = without_name(error, scorer, task)
                         break
                     bar.update(len(part) * world)
                 parts = gather((values, why))

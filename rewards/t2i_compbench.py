@@ -67,6 +67,9 @@ class AttributeBinding:
         self.batch = batch
         self.model = None
 
+    def load(self) -> None:
+        self.model = blip_vqa.load(self.weights, self.vocabulary, self.device)
+
     def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
         """ValueError, one line, for a prompt outside the benchmark. To call before sampling."""
         read(self.name, prompts, questions, self.attribute)
@@ -82,7 +85,7 @@ class AttributeBinding:
         if not pictures:
             return torch.empty(0)
         if self.model is None:
-            self.model = blip_vqa.load(self.weights, self.vocabulary, self.device)
+            self.load()
         answers = blip_vqa.ask(self.model, pictures, asked, self.batch)
         return torch.tensor([binding_score(yes) for yes in answers])
 
@@ -109,6 +112,10 @@ class Numeracy:
         self.batch = batch
         self.model = None
 
+    def load(self) -> None:
+        self.model = unidet.UniDet(self.device, self.weights, self.batch)
+        self.model.load()
+
     def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
         """ValueError, one line, for a prompt that asks for no known object."""
         read(self.name, prompts, requested)
@@ -124,7 +131,7 @@ class Numeracy:
         if not pictures:
             return torch.empty(0)
         if self.model is None:
-            self.model = unidet.UniDet(self.device, self.weights, self.batch)
+            self.load()
         found = self.model.detect(pictures)
         return torch.tensor([numeracy_score(*both) for both in zip(found, requests)])
 
@@ -160,6 +167,13 @@ class Spatial3D:
         self.batch = batch
         self.model = None
 
+    def load(self) -> None:
+        detector = unidet.UniDet(self.device, self.detector, self.batch)
+        estimator = depth.Depth(self.device, self.estimator, self.batch)
+        detector.load()
+        estimator.load()
+        self.model = detector, estimator
+
     def check(self, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
         """ValueError, one line, for a prompt without a 3D relation."""
         read(self.name, prompts, relation)
@@ -175,8 +189,7 @@ class Spatial3D:
         if not pictures:
             return torch.empty(0)
         if self.model is None:
-            detector = unidet.UniDet(self.device, self.detector, self.batch)
-            self.model = detector, depth.Depth(self.device, self.estimator, self.batch)
+            self.load()
         detector, depths = self.model
         rows = zip(detector.detect(pictures), depths.depth(pictures), relations)
         return torch.tensor([spatial_score(*row, self.mode) for row in rows])

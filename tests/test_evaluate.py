@@ -227,6 +227,8 @@ def test_without_weights_nothing_is_scored_and_the_images_are_kept(
     assert stopped.value.code == 2 and "nothing was scored" in err.splitlines()[-1]
     missing = [line for line in out.splitlines() if line.startswith("not scored: ")]
     assert ["hf download" in line or "curl -L" in line for line in missing] == [True] * metrics
+    early = [line for line in out.splitlines() if line.startswith("will not be scored: ")]
+    assert [line.replace("will not be", "not") for line in early] == missing
     assert len(list(Path("out/images").rglob("*.png"))) == len(prompts)
     assert not Path("out/results.json").exists()
 
