@@ -112,7 +112,8 @@ def log_x(axis, panel):
     ticks = sorted({x for line in panel.lines for x in line[1]})
     axis.set_xscale("log")
     if ticks[-1] > 5000:  # images
-        ticks = [tick for tick in (300, 1000, 3000, 10000, 30000, 100000) if tick >= ticks[0] / 2]
+        low, high = ticks[0] / 2, 1.2 * ticks[-1]
+        ticks = [x for x in (300, 1000, 3000, 10000, 30000, 100000) if low <= x <= high]
     words = [f"{x:,g}" for x in ticks]
     if ticks[0] < 1:  # learning rates, as a flag has them
         words = [f"{x:.0e}".replace("e-0", "e-") for x in ticks]
@@ -327,21 +328,42 @@ def hacking_panels(runs, found):
     ]
 
 
-def pays_panels(runs, found):
+def pays_panels(runs, found, prefix="", metric="average"):
+    """prefix "strict_": the same runs with rewards of all or nothing."""
     given, counted = [], []
     for run in [f"{kind}_from_{start}" for kind in ("mix", "opd") for start in STARTS]:
-        curve = by_images(runs, run)
+        curve = by_images(runs, prefix + run, metric)
         if curve:
             means, errors, _ = zip(*curve.values())
             given.append((LABELS[run], list(curve), means, errors))
-            images = [images_before(run) + number for number in curve]
+            images = [images_before(prefix + run) + number for number in curve]
             counted.append((LABELS[run], images, means, errors))
-    images, ylabel = "images sampled", "Average (0 to 1)"
-    levels = {"oracle": value(runs, "oracle", "average")[0]}
+    images, ylabel = "images sampled", f"{COLUMNS[metric][0]} (0 to 1)"
+    top = value(runs, f"{prefix}oracle", metric)
+    levels = {"oracle": top[0]} if top else {}
     return [
         Panel("Teachers and SFT are given", images, ylabel, "x", given, levels),
         Panel("Their images are counted", images, ylabel, "x", counted, levels),
     ]
+
+
+def strict_panels(runs, found):
+    return pays_panels(runs, found, "strict_", "strict")
+
+
+def seesaw_panels(runs, found):
+    panels = []
+    for run in ("mix_from_base", "mix_from_merge", "opd_from_merge"):
+        lines = []
+        for task in TASKS:
+            curve, goal = by_images(runs, run, task), value(runs, task, task)[0]
+            if curve:
+                means, errors, _ = zip(*curve.values())
+                y, band = ([number / goal for number in numbers] for numbers in (means, errors))
+                lines.append((COLUMNS[task][0], list(curve), y, band))
+        ylabel = "score / score of own teacher"
+        panels.append(Panel(LABELS[run], "images sampled", ylabel, "x", lines))
+    return panels
 
 
 def complete(runs):
@@ -357,7 +379,7 @@ def draw_all(runs, found, folder):
     figures |= {"interference": interference_panels, "tasks": tasks_panels}
     if complete(runs):
         figures |= {"average": average_panels, "routing": routing_panels, "hacking": hacking_panels}
-        figures["pays"] = pays_panels
+        figures |= {"pays": pays_panels, "strict": strict_panels, "seesaw": seesaw_panels}
     for name, panels_of in figures.items():
         panels = [panel for panel in panels_of(runs, found) if panel.lines]
         if panels:

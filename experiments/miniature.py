@@ -208,7 +208,7 @@ def run_job(job, args):
     only = {final: adapters[final]}
     scores |= evaluate(only, last, job.part, run, log, args.threads)
     if job.part == "guidance":
-        for scale in SCALES[1:]:
+        for scale in SCALES[1:] if job.script else job.flags[1:]:
             found = evaluate(only, last, "", run, log, args.threads, scale)
             scores[f"{final}@{scale}"] = found[final]
     record |= {"final": final, "scores": scores}

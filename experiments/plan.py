@@ -446,3 +446,8 @@ def plan_guidance(jobs):
     for seed in range(3):
         for name, words in ways.items():
             add_variant(jobs, "guidance", f"guidance_{name}", [*words, *how], seed=seed, at=(160,))
+    # Without guidance in training; and the teachers. After the adapter: where else it is scored.
+    off = f"{jobs.out}/later_kl_lr1e-3_seed0/adapter"
+    jobs.add("guidance", "guidance_off", None, off, "1.5", "2", "3")
+    for task in TASKS:
+        jobs.add("guidance", f"guidance_{task}", None, f"toy/adapters/{task}", "2")

@@ -101,7 +101,7 @@ for start, words in STARTS.items():
     for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
         LABELS[f"{kind}_from_{start}"] = f"{method} from {words}"
         LABELS[f"strict_{kind}_from_{start}"] = f"strict rewards: {method} from {words}"
-for name in ("geneval", "ocr", "merged", "sft"):
+for name in ("geneval", "ocr", "merged", "sft", "oracle"):
     LABELS[f"strict_{name}"] = f"strict rewards: {LABELS[name]}"
 for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
     for number, words in enumerate(("GenEval alone", "two tasks", "three tasks", "four tasks"), 1):
@@ -135,6 +135,9 @@ WAYS = {
 }
 for name, words in WAYS.items():
     LABELS[f"guidance_{name}"] = words
+LABELS["guidance_off"] = "no guidance in training"
+for name in (*TASKS, "oracle"):
+    LABELS[f"guidance_{name}"] = LABELS[name]
 for objective in ("ppo", "kl"):
     for size in (8, 16, 32, 64, 128):
         for updates in (1, 2):
@@ -153,6 +156,11 @@ SHIPPED = {  # adapters by their flags in toy/build.py: iterations, images in on
     "ocr": (90, 128, 21),
     "deqa": (110, 128, 21),
 }
+TEACHERS = {  # an oracle's prefix: its teachers, in the order of TASKS
+    "": TASKS,  # toy/'s
+    "other_": [f"other_{task}" for task in TASKS],  # trained once more
+    "strict_": ["strict_geneval", "strict_ocr", "deqa", "pickscore"],
+}
 TEACHER_IMAGES = sum(n * size for n, size, _ in (SHIPPED[task] for task in TASKS))  # 87,040
 SFT_IMAGES = 2048
 MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test reward
@@ -161,7 +169,7 @@ MIX_BEST = 220  # the iteration of the shipped GRPO-Mix with the best test rewar
 def load(results):
     """{run's name: [record of each seed, in order]}.
 
-    The oracle is put together from the teachers. ppo at the default learning rate is opd_small
+    An oracle is put together from its teachers. ppo at the default learning rate is opd_small
     under another name."""
     runs = {}
     for file in sorted(results.glob("*_seed*.json")):
@@ -169,16 +177,29 @@ def load(results):
         runs.setdefault(record["name"], []).append(record)
     if "opd_small" in runs:
         runs["ppo_lr1e-3"] = runs["opd_small"]
-    for prefix in ("", "other_"):  # toy/'s teachers, and those trained once more
-        if all(prefix + task in runs for task in TASKS):
-            own = {task: scores(runs[prefix + task][0])[task] for task in TASKS}
-            own["average"] = average(own)
-            runs[f"{prefix}oracle"] = [{"final": "all", "scores": {"all": own}}]
+    for prefix, teachers in TEACHERS.items():
+        if set(teachers) <= set(runs):
+            rows = [scores(runs[name][0]) for name in teachers]
+            runs[f"{prefix}oracle"] = [{"final": "all", "scores": {"all": oracle(rows)}}]
+    guided = [runs.get(f"guidance_{task}") for task in TASKS]
+    if all(guided):
+        own = {}
+        for scale in ("", "@2"):
+            own[f"all{scale}"] = oracle([scores(record, f"final{scale}") for record, *_ in guided])
+        runs["guidance_oracle"] = [{"final": "all", "scores": own}]
     if (results / "clean.json").exists():
         clean = json.loads((results / "clean.json").read_text())
         rows = {metric: {"mean": mean, "se": 0.0} for metric, mean in clean.items()}
         runs["clean"] = [{"final": "all", "scores": {"all": rows}}]
     return runs
+
+
+def oracle(rows):
+    """{metric: {"mean", "se"}}, each task's scores from its own teacher. rows: in order of TASKS."""
+    own = {}
+    for task, row in zip(TASKS, rows):
+        own |= {metric: row[metric] for metric in (task, f"{task}_strict") if metric in row}
+    return own | {"average": average(own)}
 
 
 def average(rows):
@@ -280,21 +301,21 @@ def reached(runs, name, goal):
     return out
 
 
-def by_images(runs, name):
-    """{images sampled: (Average, standard error, seeds)} of a run that was scored at several
-    stages, over the seeds that have the stage."""
+def by_images(runs, name, metric="average"):
+    """{images sampled: (mean, standard error, seeds)} of a run that was scored at several stages,
+    over the seeds that have the stage."""
     found = {}
     for record in runs.get(name, ()):
         per_iteration = record["compute"]["images"] // record["stages"][-1]
         for stage in record["stages"]:
-            found.setdefault(stage * per_iteration, []).append(scores(record, stage)["average"])
+            found.setdefault(stage * per_iteration, []).append(scores(record, stage)[metric])
     return {images: (*mean_of_seeds(rows), len(rows)) for images, rows in sorted(found.items())}
 
 
 def images_before(name):
     """Images that were sampled before a run began: for the teachers, unless it is GRPO-Mix from the
     base, and for SFT."""
-    if name == "mix_from_base":
+    if name.endswith("mix_from_base"):
         return 0
     return TEACHER_IMAGES + SFT_IMAGES * name.endswith("sft")
 

@@ -26,6 +26,7 @@ from experiments.records import (
     by_images,
     images_before,
     load,
+    mean_of_seeds,
     pair,
     reached,
     scores,
@@ -279,10 +280,24 @@ def mix_minutes(runs, against=None):
     return f"{long / statistics.mean(numbers):.1f} times" if numbers else MISSING
 
 
-def curves(runs, names):
-    """A row for every number of images, a column for every run: Average, its error, its seeds."""
+def guided(runs, names):
+    """The Average of every run at four guidance scales."""
+    lines = []
+    for name in names.split():
+        cells = []
+        for scale in ("", "@1.5", "@2", "@3"):
+            stages = [(record, f"{record['final']}{scale}") for record in runs.get(name, ())]
+            rows = [scores(*both)["average"] for both in stages if both[1] in both[0]["scores"]]
+            cells.append(shown(mean_of_seeds(rows), 4) if rows else "–")
+        seeds = value(runs, name, "seeds") or (1, 0.0)
+        lines.append([LABELS[name], *cells, shown(seeds, 0)])
+    return markdown(["sampled at guidance", "1", "1.5", "2", "3", "seeds"], lines)
+
+
+def curves(runs, names, metric="average"):
+    """A row for every number of images, a column for every run: its mean, error and seeds."""
     names = [name for name in names.split() if name in runs]
-    curve_of = {name: by_images(runs, name) for name in names}
+    curve_of = {name: by_images(runs, name, metric) for name in names}
     head = ["images", *(LABELS[name] for name in names)]
     lines = [["sampled before", *(f"{images_before(name):,}" for name in names)]]
     for images in sorted({number for curve in curve_of.values() for number in curve}):
@@ -309,10 +324,59 @@ def against_teachers(runs, names):
     return markdown(["", *(COLUMNS[task][0] for task in TASKS)], lines)
 
 
-def after(runs, name, images):
-    """The Average of a run after so many images."""
-    found = by_images(runs, name).get(int(images))
+def after(runs, name, images, metric="average"):
+    """A run's score after so many images."""
+    found = by_images(runs, name, metric).get(int(images))
     return shown(found[:2], 3) if found else MISSING
+
+
+# ---- Which curve to watch
+
+WATCHED = {
+    "own": "KL at the student's own states",
+    "teacher": "KL at its teachers' states",
+    "mar": "MAR's term at its own states",
+    "kl": "KL as logged in training, last quarter",
+}
+
+
+def ranked(values):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    order = sorted(values)
+    return [(order.index(x) + 1 + len(order) - order[::-1].index(x)) / 2 for x in values]
+
+
+def spearman(rows, name, metric):
+    """The correlation of two columns' ranks, and of how many rows."""
+    both = [(row[name], row[metric]) for row in rows if name in row]
+    if len(both) < 3:
+        return "–"
+    columns = [ranked([cell["mean"] for cell in column]) for column in zip(*both)]
+    return f"{statistics.correlation(*columns):+.2f} ({len(both)})"
+
+
+def correlations(runs, watched):
+    """Of what which_curve.py measured, and of the logged KL, with the scores, over all students and
+    over the half with the higher Average."""
+    rows = []
+    for record in trainings(runs):
+        measured = watched.get(f"{record['name']}_seed{record['seed']}")
+        if measured:
+            rows.append(scores(record) | {k: {"mean": number} for k, number in measured.items()})
+    if not rows:
+        return MISSING
+    rows.sort(key=lambda row: row["average"]["mean"])
+    better = rows[len(rows) // 2 :]
+    lines = []
+    for name, words in WATCHED.items():
+        cells = [spearman(some, name, "average") for some in (rows, better)]
+        cells += [spearman(rows, name, task) for task in TASKS]
+        lines.append([words, *cells])
+    heads = ["", "Average", "Average, better half", *(COLUMNS[task][0] for task in TASKS)]
+    return markdown(heads, lines)
+
+
+# ---- What ran
 
 
 def hours(runs):
@@ -338,7 +402,7 @@ def parts(runs):
 
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
-OF_RUNS += (minutes, speedup, mix_minutes, curves, after, against_teachers)
+OF_RUNS += (minutes, speedup, mix_minutes, curves, guided, after, against_teachers)
 OF_RUNS += (hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 
@@ -354,6 +418,10 @@ def write(results):
     calls |= {function.__name__: functools.partial(function, runs) for function in OF_RUNS}
     for function in OF_GRADIENTS:
         calls[function.__name__] = functools.partial(function, runs, found)
+    watched = {}
+    if (results / "curves.json").exists():
+        watched = json.loads((results / "curves.json").read_text())
+    calls["correlations"] = functools.partial(correlations, runs, watched)
     figures.draw_all(runs, found, folder)
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
     answer = lambda call: calls[call[1]](*shlex.split(call[2]))

@@ -28,6 +28,7 @@ from rewards.tables import QUALITY, average, compare, summarise, table
 from support.files import read_json, read_prompts, save_json
 from support.flags import TASKS, fail, one_line, reason
 from support.lora import load_adapter, use
+from support.metrics import read_log
 from support.run import gather, rank_and_world, share
 
 
@@ -355,6 +356,7 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
     notes["oracle"] = "recorded: each task by its own teacher"
     lines += [table(results | live, notes), ""]
     lines += [f"not scored: {metric}: {why}" for metric, why in failed.items()]
+    lines += last_kl(run)
     if "average" in live["student"]:
         gain, se = compare(scores["student"], scores[start], tests)
         paired = "in Average (paired: same prompts, same noise)"
@@ -374,6 +376,19 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
     example = tests[next(iter(tests))][0][0]
     models = ["base", f"student={run}/adapter"]
     print(next_command(args, models, "--prompt", example, "--out", f"{run}/prompt"), flush=True)
+
+
+def last_kl(run: Path) -> list[str]:
+    """The KL to each task's teacher over the last quarter of the iterations, as a line; [] without
+    one. It ranks students as their scores do: experiments/RESULTS.md, section 13."""
+    log = read_log(run)
+    last = log[-max(len(log) // 4, 1) :]
+    logged = dict.fromkeys(name for line in last for name in line if name.startswith("kl/"))
+    means = []
+    for name in logged:
+        values = [line[name] for line in last if name in line]
+        means.append(f"{name.removeprefix('kl/')} {sum(values) / len(values):.3f}")
+    return ["KL to its teacher, last quarter: " + ", ".join(means)] if means else []
 
 
 def list_made(folder: Path) -> str:

@@ -309,6 +309,8 @@ def test_the_last_lines_of_a_run(monkeypatch, tmp_path, changed):
     monkeypatch.setattr(scoring, "score_files", lambda *_: (scores, {}))
     for name in ("load_adapter", "save_grid", "save_json", "write_card"):
         monkeypatch.setattr(scoring, name, lambda *_: None)
+    log = [json.dumps({"iteration": n, "kl/ocr": n / 4, "loss": 1}) for n in range(8)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(log))
     sampled = []
     monkeypatch.setattr(scoring, "sample_missing", lambda *given: sampled.append(given[2]))
     monkeypatch.setattr(scoring, "next_command", lambda *_: "")
@@ -318,6 +320,7 @@ def test_the_last_lines_of_a_run(monkeypatch, tmp_path, changed):
     assert sampled == [{"merged start": "start", "student": "average"}]  # by these LoRAs
     lines = (tmp_path / "table.md").read_text().splitlines()
     gain = "student - merged start: +0.0833 ± 0.0417 in Average (paired: same prompts, same noise)"
+    assert "KL to its teacher, last quarter: ocr 1.625" in lines  # of iterations 6 and 7
     error = (0.18 / 16 + 0.08**2) ** 0.5
     last = [gain, f"student - grpo_mix: +0.0500 ± {error:.4f}", "student / oracle: 80.0%"]
     if changed:
