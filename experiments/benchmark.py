@@ -230,12 +230,12 @@ def parse_args():
     flag("--repeats", type=int, default=4, help="iterations of each line that count, even")
     flag("--lines", nargs="+", choices=LINES, default=LINES, help="which of the three")
     flag("--checkpointing", action="store_true", help="this and all others: as in train_opd.py")
-    flag("--guidance", type=float, default=1.0)
-    flag("--dtype", choices=("fp32", "bf16"))
+    flag("--guidance", type=float, default=1.0, help="guidance scale; 1 = off")
+    flag("--dtype", choices=("fp32", "bf16"), help="of the backbone, as in train_opd.py")
     sizes = {"prompts_per_iteration": 8, "group_size": 16, "steps": 6, "size": None}
     sizes |= {"micro_batch": 128, "label_batch": 256}
     for name, default in sizes.items():
-        flag(f"--{name}", type=int, default=default)
+        flag(f"--{name}", type=int, default=default, help="as in train_opd.py")
     args, more = parser.parse_known_args()
     flags = "--eval_prompts 0 --sample_every 0".split() + ["--checkpointing"] * args.checkpointing
     for name in (*sizes, "guidance", "dtype"):

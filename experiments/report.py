@@ -346,34 +346,39 @@ def ranked(values):
     return [(order.index(x) + 1 + len(order) - order[::-1].index(x)) / 2 for x in values]
 
 
-def spearman(rows, name, metric):
-    """The correlation of two columns' ranks, and of how many rows."""
-    both = [(row[name], row[metric]) for row in rows if name in row]
-    if len(both) < 3:
-        return "–"
-    columns = [ranked([cell["mean"] for cell in column]) for column in zip(*both)]
-    return f"{statistics.correlation(*columns):+.2f} ({len(both)})"
+def spearman(rows, name):
+    """The correlation of a column's ranks with those of the Average, over the rows that have it."""
+    rows = [row for row in rows if name in row]
+    columns = [ranked([row[key]["mean"] for row in rows]) for key in (name, "average")]
+    return f"{statistics.correlation(*columns):+.2f} ({len(rows)})"
 
 
 def correlations(runs, watched):
-    """Of what which_curve.py measured, and of the logged KL, with the scores, over all students and
-    over the half with the higher Average."""
-    rows = []
+    """Of what which_curve.py measured, and of the logged KL, with the Average."""
+    groups = {"all students": [], "of part map alone": [], "the better half of all": []}
+    everyone, in_map, better = groups.values()
     for record in trainings(runs):
         measured = watched.get(f"{record['name']}_seed{record['seed']}")
         if measured:
-            rows.append(scores(record) | {k: {"mean": number} for k, number in measured.items()})
-    if not rows:
+            own = {name: {"mean": number} for name, number in measured.items()}
+            everyone.append(scores(record) | own)
+            if record["part"] == "map":
+                in_map.append(everyone[-1])
+    if len(in_map) < 3:
         return MISSING
-    rows.sort(key=lambda row: row["average"]["mean"])
-    better = rows[len(rows) // 2 :]
+    better += sorted(everyone, key=lambda row: row["average"]["mean"])[len(everyone) // 2 :]
     lines = []
     for name, words in WATCHED.items():
-        cells = [spearman(some, name, "average") for some in (rows, better)]
-        cells += [spearman(rows, name, task) for task in TASKS]
-        lines.append([words, *cells])
-    heads = ["", "Average", "Average, better half", *(COLUMNS[task][0] for task in TASKS)]
-    return markdown(heads, lines)
+        lines.append([words, *(spearman(rows, name) for rows in groups.values())])
+    return markdown(["", *groups], lines)
+
+
+def own_kl(runs, watched, name):
+    """The KL at the own states of a row's students, over its seeds."""
+    measured = [watched.get(f"{name}_seed{record['seed']}") for record in runs.get(name, ())]
+    if not measured or not all(measured):
+        return MISSING
+    return shown(mean_of_seeds([{"mean": row["own"], "se": 0.0} for row in measured]), 4)
 
 
 # ---- What ran
@@ -421,7 +426,8 @@ def write(results):
     watched = {}
     if (results / "curves.json").exists():
         watched = json.loads((results / "curves.json").read_text())
-    calls["correlations"] = functools.partial(correlations, runs, watched)
+    for function in (correlations, own_kl):
+        calls[function.__name__] = functools.partial(function, runs, watched)
     figures.draw_all(runs, found, folder)
     template = Path(__file__).with_name("RESULTS.template.md").read_text()
     answer = lambda call: calls[call[1]](*shlex.split(call[2]))

@@ -380,7 +380,7 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
 
 def last_kl(run: Path) -> list[str]:
     """The KL to each task's teacher over the last quarter of the iterations, as a line; [] without
-    one. It ranks students as their scores do: experiments/RESULTS.md, section 13."""
+    one. Among runs of one loss the lower KL has the better scores: experiments/RESULTS.md, 13."""
     log = read_log(run)
     last = log[-max(len(log) // 4, 1) :]
     logged = dict.fromkeys(name for line in last for name in line if name.startswith("kl/"))
