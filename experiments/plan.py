@@ -359,6 +359,8 @@ def plan_beyond(jobs):
         jobs.add("beyond", "beyond_merge_sft_opd", "train_opd.py", *flags, seed=seed, at=(320,))
         opd = ["--init", f"{jobs.out}/default_ppo_b16_u2_lr2e-3_seed{seed}.stages/160"]
         jobs.grpo("beyond_opd_mix", *WEIGHTED, *opd, part="beyond", seed=seed, at=(20, 54))
+        flags = [*BEST, "--guidance", "2", "--student_guidance", "1"]
+        jobs.add("beyond", "beyond_guided", "train_opd.py", *flags, seed=seed, at=(160,))
 
 
 def plan_strict(jobs):

@@ -128,6 +128,7 @@ LABELS["faster_published"] = "published schedule with its rewards, 32 images an 
 LABELS["beyond_merge_sft"] = "SFT from the merge"
 LABELS["beyond_merge_sft_opd"] = "merge, SFT, Flow-OPD"
 LABELS["beyond_opd_mix"] = "merge, Flow-OPD, GRPO-Mix"
+LABELS["beyond_guided"] = "merge, Flow-OPD with teachers guided at 2"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",
