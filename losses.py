@@ -8,7 +8,7 @@ Shapes (B is any number of visited states; a training script passes rows of seve
   mean_old      the student's mean when it drew x_next                       (B, C, H, W)
   mean_teacher  the routed teacher's mean at the same state                  (B, C, H, W)
   x_next        the state that the rollout drew                              (B, C, H, W)
-  std           the step's standard deviation        float, or (B, 1, 1, 1)
+  std           the step's, above 0 (for ode: 0)     float, or (B, 1, 1, 1)
 KL and log-prob are means over the D = C H W latent dimensions, then over the batch, in float32.
 Gradient flows through `mean` and `v` alone; the rest are constants of the rollout. (If mean_old
 were recomputed with gradient, the log-ratio would be 0 with gradient 0 for every parameter.)
@@ -27,7 +27,7 @@ that is, in the first update of a rollout.
   ode              opd_ode            another distance    none: nothing is drawn  DiffusionOPD
 
 tests/test_losses.py measures every gradient by Monte Carlo; experiments/RESULTS.md compares runs.
-One update with these functions:
+One update with these functions, where teacher is that of the prompts' own task:
 
   path = sde.rollout(student, noise, grid, a)          # no gradient inside; student(x, t) -> v
   for i in range(len(grid) - 2):                       # all but the last step
