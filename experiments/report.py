@@ -280,18 +280,28 @@ def mix_minutes(runs, against=None):
     return f"{long / statistics.mean(numbers):.1f} times" if numbers else MISSING
 
 
+def at_scale(runs, name, scale):
+    """The Average of a run that is sampled at another guidance scale: (mean, error) or None."""
+    rows = []
+    for record in runs.get(name, ()):
+        stage = record["final"] if scale == "1" else f"{record['final']}@{scale}"
+        if stage in record["scores"]:
+            rows.append(scores(record, stage)["average"])
+    return mean_of_seeds(rows) if rows else None
+
+
+def scaled(runs, name, scale):
+    number = at_scale(runs, name, scale)
+    return shown(number, 4) if number else MISSING
+
+
 def guided(runs, names):
     """The Average of every run at four guidance scales."""
-    lines = []
+    scales, lines = ("1", "1.5", "2", "3"), []
     for name in names.split():
-        cells = []
-        for scale in ("", "@1.5", "@2", "@3"):
-            stages = [(record, f"{record['final']}{scale}") for record in runs.get(name, ())]
-            rows = [scores(*both)["average"] for both in stages if both[1] in both[0]["scores"]]
-            cells.append(shown(mean_of_seeds(rows), 4) if rows else "–")
-        seeds = value(runs, name, "seeds") or (1, 0.0)
-        lines.append([LABELS[name], *cells, shown(seeds, 0)])
-    return markdown(["sampled at guidance", "1", "1.5", "2", "3", "seeds"], lines)
+        cells = [shown(at_scale(runs, name, scale), 4) for scale in scales]
+        lines.append([LABELS[name], *cells, str(len(runs.get(name, ())))])
+    return markdown(["sampled at guidance", *scales, "seeds"], lines)
 
 
 def curves(runs, names, metric="average"):
@@ -407,7 +417,7 @@ def parts(runs):
 
 
 OF_RUNS = (score, gap, ratio, differences, table, learning_rates, mapped, stages)
-OF_RUNS += (minutes, speedup, mix_minutes, curves, guided, after, against_teachers)
+OF_RUNS += (minutes, speedup, mix_minutes, curves, guided, scaled, after, against_teachers)
 OF_RUNS += (hours, parts)
 OF_GRADIENTS = (gradients, cosine, length, times, measured, images, routing, cosines)
 

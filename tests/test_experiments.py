@@ -29,7 +29,7 @@ def test_the_report_follows_from_the_records_alone(tmp_path):
     expected = (FOLDER / "RESULTS.md").read_text()
     assert text == expected, "run python experiments/miniature.py --report"
     shown = re.findall(r"^!\[.*\((.+)\)$", text, re.M)
-    assert len(shown) == 8
+    assert len(shown) == 10
     for name in shown:
         assert (tmp_path / name).is_file() and (FOLDER / name).is_file()
 
