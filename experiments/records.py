@@ -196,7 +196,7 @@ def load(results):
 
 
 def oracle(rows):
-    """{metric: {"mean", "se"}}, each task's scores from its own teacher. rows: in order of TASKS."""
+    """{metric: {"mean", "se"}}: each task by its own teacher. rows: in the order of TASKS."""
     own = {}
     for task, row in zip(TASKS, rows):
         own |= {metric: row[metric] for metric in (task, f"{task}_strict") if metric in row}
