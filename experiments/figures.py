@@ -340,7 +340,7 @@ def pays_panels(runs, found, prefix="", metric="average"):
             counted.append((LABELS[run], images, means, errors))
     images, ylabel = "images sampled", f"{COLUMNS[metric][0]} (0 to 1)"
     top = value(runs, f"{prefix}oracle", metric)
-    levels = {"oracle": top[0]} if top else {}
+    levels = {f"{prefix.replace('_', ' ')}oracle": top[0]} if top else {}
     return [
         Panel("Teachers and SFT are given", images, ylabel, "x", given, levels),
         Panel("Their images are counted", images, ylabel, "x", counted, levels),
@@ -356,13 +356,15 @@ def seesaw_panels(runs, found):
     for run in ("mix_from_base", "mix_from_merge", "opd_from_merge"):
         lines = []
         for task in TASKS:
-            curve, goal = by_images(runs, run, task), value(runs, task, task)[0]
+            curve = by_images(runs, run, task)
+            low, high = (value(runs, name, task)[0] for name in ("base", task))
             if curve:
                 means, errors, _ = zip(*curve.values())
-                y, band = ([number / goal for number in numbers] for numbers in (means, errors))
+                y = [(mean - low) / (high - low) for mean in means]
+                band = [error / (high - low) for error in errors]
                 lines.append((COLUMNS[task][0], list(curve), y, band))
-        ylabel = "score / score of own teacher"
-        panels.append(Panel(LABELS[run], "images sampled", ylabel, "x", lines))
+        ylabel, levels = "way from the base to the own teacher", {"own teacher": 1.0}
+        panels.append(Panel(LABELS[run], "images sampled", ylabel, "x", lines, levels))
     return panels
 
 
