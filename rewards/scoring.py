@@ -83,22 +83,24 @@ def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], fi
 
 
 def check_weights(scorers: dict[str, dict[str, Callable]]) -> None:
-    """Name the metrics whose weights cannot be loaded before hours of sampling, not after them."""
+    """Name the metrics whose scorer cannot be loaded before hours of sampling, not after them."""
     rank, _ = rank_and_world()
     for task, metrics in scorers.items():
         for metric, scorer in metrics.items():
-            if rank > 0 or not hasattr(scorer, "load"):
+            if rank > 0 or not (hasattr(scorer, "load") and hasattr(scorer, "model")):
                 continue
             try:
                 scorer.load()
-            except ValueError as error:
-                print(f"will not be scored: {metric}: {without_name(error, scorer, task)}")
+            except Exception as error:  # also too little memory: scoring says the same again
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                why = without_name(why, scorer, task)
+                print(f"will not be scored: {metric}: {why}", flush=True)
             scorer.model = None
 
 
-def without_name(error: ValueError, scorer: Callable, task: str) -> str:
+def without_name(why: str, scorer: Callable, task: str) -> str:
     """An error's text without the scorer's name, for lines that begin with the metric."""
-    return str(error).removeprefix(f"{getattr(scorer, 'name', task)}: ")
+    return why.removeprefix(f"{getattr(scorer, 'name', task)}: ")
 
 
 def query(scorer: Callable, images, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
@@ -234,7 +236,7 @@ def score_files(files: dict, tests: dict, scorers: dict, batch: int = 128) -> tu
                     try:
                         values += query(scorer, images, words, about).tolist()
                     except ValueError as error:
-                        why = without_name(error, scorer, task)
+                        why = without_name(str(error), scorer, task)
                         break
                     bar.update(len(part) * world)
                 parts = gather((values, why))
