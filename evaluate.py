@@ -202,10 +202,9 @@ def main(args: argparse.Namespace) -> None:
     for task, metrics in scorers.items():
         for scorer in metrics.values():
             check_prompts(scorer, *tests[task], args.prompts.get(task, f"prompts of {task}"))
-    if not args.scores_only:
-        check_weights(scorers)
     # 2. Images, with the same prompts and noise for every model. The model is freed afterwards.
     if not args.scores_only:
+        check_weights(scorers)
         files = generate(args, tests, device)
 
     # 3. Scores, from the files: 8-bit pictures, like any others.

@@ -351,19 +351,19 @@ def strict_panels(runs, found):
     return pays_panels(runs, found, "strict_", "strict")
 
 
-def seesaw_panels(runs, found):
-    panels = []
+def by_task_panels(runs, found):
+    panels, ylabel = [], "way from the base to the own teacher"
     for run in ("mix_from_base", "mix_from_merge", "opd_from_merge"):
         lines = []
         for task in TASKS:
             curve = by_images(runs, run, task)
-            low, high = (value(runs, name, task)[0] for name in ("base", task))
             if curve:
+                low, high = (value(runs, name, task)[0] for name in ("base", task))
                 means, errors, _ = zip(*curve.values())
                 y = [(mean - low) / (high - low) for mean in means]
                 band = [error / (high - low) for error in errors]
                 lines.append((COLUMNS[task][0], list(curve), y, band))
-        ylabel, levels = "way from the base to the own teacher", {"own teacher": 1.0}
+        levels = {"own teacher": 1.0}
         panels.append(Panel(LABELS[run], "images sampled", ylabel, "x", lines, levels))
     return panels
 
@@ -381,7 +381,7 @@ def draw_all(runs, found, folder):
     figures |= {"interference": interference_panels, "tasks": tasks_panels}
     if complete(runs):
         figures |= {"average": average_panels, "routing": routing_panels, "hacking": hacking_panels}
-        figures |= {"pays": pays_panels, "strict": strict_panels, "seesaw": seesaw_panels}
+        figures |= {"pays": pays_panels, "strict": strict_panels, "by_task": by_task_panels}
     for name, panels_of in figures.items():
         panels = [panel for panel in panels_of(runs, found) if panel.lines]
         if panels:

@@ -36,7 +36,7 @@ class Job(NamedTuple):
     part: str
     name: str
     seed: int
-    script: str | None  # None: nothing to train, flags[0] is the adapter
+    script: str | None  # None: no training; flags are the adapter, then guidance scales
     flags: list[str]
     stages: tuple[int, ...]  # the iterations after which it is scored
 
@@ -448,7 +448,7 @@ def plan_guidance(jobs):
     for seed in range(3):
         for name, words in ways.items():
             add_variant(jobs, "guidance", f"guidance_{name}", [*words, *how], seed=seed, at=(160,))
-    # Without guidance in training; and the teachers. After the adapter: where else it is scored.
+    # A student that was trained without guidance, and the teachers.
     off = f"{jobs.out}/later_kl_lr1e-3_seed0/adapter"
     jobs.add("guidance", "guidance_off", None, off, "1.5", "2", "3")
     for task in TASKS:

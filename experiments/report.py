@@ -365,18 +365,18 @@ def spearman(rows, name):
 
 def correlations(runs, watched):
     """Of what which_curve.py measured, and of the logged KL, with the Average."""
-    groups = {"all students": [], "of part map alone": [], "the better half of all": []}
-    everyone, in_map, better = groups.values()
+    students = []
     for record in trainings(runs):
         measured = watched.get(f"{record['name']}_seed{record['seed']}")
         if measured:
             own = {name: {"mean": number} for name, number in measured.items()}
-            everyone.append(scores(record) | own)
-            if record["part"] == "map":
-                in_map.append(everyone[-1])
-    if len(in_map) < 3:
+            students.append(scores(record) | own | {"part": record["part"]})
+    students.sort(key=lambda row: row["average"]["mean"])
+    groups = {"all students": students}
+    groups["of part map alone"] = [row for row in students if row["part"] == "map"]
+    groups["the better half of all"] = students[len(students) // 2 :]
+    if min(map(len, groups.values())) < 3:
         return MISSING
-    better += sorted(everyone, key=lambda row: row["average"]["mean"])[len(everyone) // 2 :]
     lines = []
     for name, words in WATCHED.items():
         lines.append([words, *(spearman(rows, name) for rows in groups.values())])

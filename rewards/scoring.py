@@ -84,18 +84,23 @@ def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], fi
 
 def check_weights(scorers: dict[str, dict[str, Callable]]) -> None:
     """Name the metrics whose scorer cannot be loaded before hours of sampling, not after them."""
-    rank, _ = rank_and_world()
+    if rank_and_world()[0] > 0:
+        return
     for task, metrics in scorers.items():
         for metric, scorer in metrics.items():
-            if rank > 0 or not (hasattr(scorer, "load") and hasattr(scorer, "model")):
+            if not (hasattr(scorer, "load") and hasattr(scorer, "model")):
                 continue
             try:
                 scorer.load()
             except Exception as error:  # also too little memory: scoring says the same again
-                why = (str(error).splitlines() or [type(error).__name__])[0]
-                why = without_name(why, scorer, task)
+                why = without_name(first_line(error), scorer, task)
                 print(f"will not be scored: {metric}: {why}", flush=True)
             scorer.model = None
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text, uncut: it may end with the command that fetches the weights."""
+    return (str(error).splitlines() or ["no message"])[0]
 
 
 def without_name(why: str, scorer: Callable, task: str) -> str:
@@ -113,7 +118,7 @@ def query(scorer: Callable, images, prompts: list[str], metadata: list[dict]) ->
         if torch.is_tensor(scores):
             scores = scores.detach().double().cpu()
     except Exception as error:
-        what = (str(error).splitlines() or ["no message"])[0]
+        what = first_line(error)
         if not isinstance(error, ValueError):  # a fault in the scorer's own code: tell where
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}, line {where.lineno}"
@@ -382,7 +387,7 @@ def report(args, pipe, text: dict, tests: dict, scorers: dict) -> None:
 
 def last_kl(run: Path) -> list[str]:
     """The KL to each task's teacher over the last quarter of the iterations, as a line; [] without
-    one. Among runs of one loss the lower KL has the better scores: experiments/RESULTS.md, 13."""
+    one. It tells how far a run has come, not which loss is better: experiments/RESULTS.md, 13."""
     log = read_log(run)
     last = log[-max(len(log) // 4, 1) :]
     logged = dict.fromkeys(name for line in last for name in line if name.startswith("kl/"))
