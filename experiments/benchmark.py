@@ -4,13 +4,10 @@ r"""Seconds and memory of one Flow-OPD iteration: this code beside the way of th
     python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing \
         --prompts_per_iteration 4 --group_size 4 --steps 4 --micro_batch 6 --label_batch 12 \
         --repeats 2
-    python experiments/benchmark.py --arch sd35m --size 512 --guidance 4.5 --checkpointing \
-        --prompts_per_iteration 4 --group_size 8 --steps 10 --micro_batch 9 --label_batch 9 \
-        --lines ours --sample_every 1 --repeats 2
 
-The second command needs a GPU of 80 GB. The third is the recipe for 24 GB. Other flags go to
-train_opd.py, so to the first two lines (--compile). Three lines do the same job, alternating in one
-process. Each is the median over --repeats iterations, without the first one:
+The second command needs a GPU of 80 GB. Other flags go to train_opd.py, so to the first two lines
+(--compile). Three lines do the same job, alternating in one process. Each is the median over
+--repeats iterations, without the first one:
 
     ours           train_opd.py itself, read from its metrics.jsonl
     full copies    the same, but every teacher is a full copy of the transformer, not a LoRA
@@ -102,6 +99,7 @@ class AsPublished:
     def __init__(self, args, folder, device):
         self.args, self.device = args, device
         self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        self.pipe.time_grid = "double"
         self.student = self.pipe.transformer.requires_grad_(False).eval()
         if args.checkpointing:
             self.student.enable_gradient_checkpointing()
@@ -170,9 +168,10 @@ class AsPublished:
         times = (t, self.grid[i + 1], NOISE, self.grid[1])
         with self.half:
             v = self.velocity(self.student, x, t, text)
+        full = [part.float() for part in text]  # frozen copies run in float32
         with torch.no_grad():
-            v_teacher = self.velocity(self.teachers[task], x, t, text)
-            v_anchor = self.velocity(self.teachers["anchor"], x, t, text)
+            v_teacher = self.velocity(self.teachers[task], x, t, full)
+            v_anchor = self.velocity(self.teachers["anchor"], x, t, full)
         mean, mean_teacher = sde.step(x, v, *times)[0], sde.step(x, v_teacher, *times)[0]
         rollout_of = (path.mean[i], mean_teacher, path.x[i + 1], path.std[i])
         loss, _ = losses.opd_ppo_public(mean, *rollout_of)
@@ -273,9 +272,11 @@ def main():
     args, flags = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts, per_task = {}, args.prompts_per_iteration // len(TASKS)
+    flags.append("--prompts")
     for task in TASKS:
         file = ROOT / "toy" / "prompts" / f"{task}_train.txt"
         prompts[task] = file.read_text().splitlines()[:per_task]
+        flags.append(f"{task}={file}")
     images = per_task * len(TASKS) * args.group_size
     rows = {line: [] for line in args.lines}
     with tempfile.TemporaryDirectory() as work:

@@ -148,7 +148,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def main(args):
+def main():
+    args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(device, model.precision(args.dtype, device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -163,4 +164,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()
