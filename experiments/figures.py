@@ -66,6 +66,9 @@ def figure(path, panels, width):
             axis.annotate(note, (0.99, height), fontsize=9, **place)
         if panel.log == "x":
             log_x(axis, panel)
+        elif panel.xlabel.startswith("images"):
+            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+            axis.xaxis.set_major_formatter("{x:,g}")
         if panel.log == "y":
             log_y(axis, panel)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
@@ -343,7 +346,7 @@ def pays_panels(runs, found, prefix="", metric="average"):
     levels = {f"{prefix.replace('_', ' ')}oracle": top[0]} if top else {}
     return [
         Panel("Teachers and SFT are given", images, ylabel, "x", given, levels),
-        Panel("Their images are counted", images, ylabel, "x", counted, levels),
+        Panel("Their images are counted", f"{images}, linear axis", ylabel, "", counted, levels),
     ]
 
 

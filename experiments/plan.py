@@ -213,10 +213,13 @@ def plan_other_teachers(jobs):
     merged = ["--init", f"{jobs.out}/other_merged_seed1/adapter"]
     sft = ["--init", f"{jobs.out}/other_sft_seed1/adapter"]
     anchor = ["--anchor", other["deqa"]]
-    jobs.opd("repeat", "other_opd", *teachers, *anchor, *merged, seed=1)
-    jobs.grpo("other_merge_mix", *WEIGHTED, *merged, part="repeat", seed=1)
-    jobs.add("repeat", "other_sft", "train_sft.py", *teachers, seed=1, at=(SFT,))
-    jobs.small("repeat", "other_opd_sft", *teachers, *anchor, *sft, seed=1)
+    for seed in (1, 0, 2):
+        jobs.opd("repeat", "other_opd", *teachers, *anchor, *merged, seed=seed)
+        jobs.grpo("other_merge_mix", *WEIGHTED, *merged, part="repeat", seed=seed)
+        jobs.add("repeat", "other_sft", "train_sft.py", *teachers, seed=seed, at=(SFT,))
+        jobs.small("repeat", "other_opd_sft", *teachers, *anchor, *sft, seed=seed)
+        default = [*teachers, *anchor, *merged]
+        jobs.add("repeat", "other_default", "train_opd.py", *default, seed=seed, at=(160,))
 
 
 def plan_reuse_and_ranks(jobs):
@@ -361,6 +364,9 @@ def plan_beyond(jobs):
         jobs.grpo("beyond_opd_mix", *WEIGHTED, *opd, part="beyond", seed=seed, at=(20, 54))
         flags = [*BEST, "--guidance", "2", "--student_guidance", "1"]
         jobs.add("beyond", "beyond_guided", "train_opd.py", *flags, seed=seed, at=(160,))
+        flags += ["--step_weights", "equal", "--lr", "1e-3"]
+        jobs.add("beyond", "beyond_guided_equal", "train_opd.py", *flags, seed=seed, at=(160,))
+        jobs.add("beyond", "beyond_guided_equal_long", "train_opd.py", *flags, seed=seed, at=(320,))
 
 
 def plan_strict(jobs):
@@ -444,10 +450,12 @@ def plan_later_papers(jobs):
 def plan_guidance(jobs):
     """Teachers with guidance 2: three ways to follow them, scored at four scales."""
     ways = {"sum": [], "branches": ["branches"], "prompt_alone": ["--student_guidance", "1"]}
-    how = [*candidate("kl", 16, "2", "1e-3"), "--mar_weight", "0", "--guidance", "2"]
-    for seed in range(3):
-        for name, words in ways.items():
-            add_variant(jobs, "guidance", f"guidance_{name}", [*words, *how], seed=seed, at=(160,))
+    for rate, suffix, seeds in (("1e-3", "", 3), ("2e-3", "_lr2e-3", 1)):
+        how = [*candidate("kl", 16, "2", rate), "--mar_weight", "0", "--guidance", "2"]
+        for seed in range(seeds):
+            for way, words in ways.items():
+                name = f"guidance_{way}{suffix}"
+                add_variant(jobs, "guidance", name, [*words, *how], seed=seed, at=(160,))
     # A student that was trained without guidance, and the teachers.
     off = f"{jobs.out}/later_kl_lr1e-3_seed0/adapter"
     jobs.add("guidance", "guidance_off", None, off, "1.5", "2", "3")

@@ -96,6 +96,7 @@ for objective in ("ppo", "kl"):
 for name in (*TASKS, "oracle", "merged", "sft", "opd_sft", "merge_mix"):
     LABELS[f"other_{name}"] = LABELS[name]
 LABELS["other_opd"] = LABELS["opd_merge"]
+LABELS["other_default"] = "Flow-OPD by train_opd.py's default"
 STARTS = {"base": "the base", "merge": "the merge", "merged": "the merge", "sft": "SFT"}
 for start, words in STARTS.items():
     for kind, method in (("opd", "Flow-OPD"), ("mix", "GRPO-Mix")):
@@ -129,6 +130,8 @@ LABELS["beyond_merge_sft"] = "SFT from the merge"
 LABELS["beyond_merge_sft_opd"] = "merge, SFT, Flow-OPD"
 LABELS["beyond_opd_mix"] = "merge, Flow-OPD, GRPO-Mix"
 LABELS["beyond_guided"] = "merge, Flow-OPD with teachers guided at 2"
+LABELS["beyond_guided_equal"] = "the same, and `--step_weights equal --lr 1e-3`"
+LABELS["beyond_guided_equal_long"] = "the same, and `--iterations 320`"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",
@@ -136,6 +139,7 @@ WAYS = {
 }
 for name, words in WAYS.items():
     LABELS[f"guidance_{name}"] = words
+    LABELS[f"guidance_{name}_lr2e-3"] = f"{words}, learning rate 2e-3"
 LABELS["guidance_off"] = "no guidance in training"
 for name in (*TASKS, "oracle"):
     LABELS[f"guidance_{name}"] = LABELS[name]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import heldout, miniature, records, report
+from experiments import heldout, miniature, records, report, sd35m
 from experiments.plan import plan
 from toy.build import ADAPTERS
 from toy.world import all_prompts
@@ -47,9 +47,7 @@ def test_records_are_of_the_plan(tmp_path):
     """Every record was made with the flags of the plan, and has a name in the tables."""
     jobs = {f"{job.name}_seed{job.seed}": job for job in plan(RUNS)}
     assert len(jobs) == len(plan(RUNS))  # no two runs have one name
-    files = set((FOLDER / "results").glob("*_seed*.json"))
-    files -= {FOLDER / "results/other_sft_seed1.json"}  # of commit 0fefbac, as RESULTS.md says
-    for file in files:
+    for file in (FOLDER / "results").glob("*_seed*.json"):
         assert miniature.recorded(jobs[file.stem], file.parent), file.stem
         record = json.loads(file.read_text()) | {"flags": ["--another"]}
         (tmp_path / file.name).write_text(json.dumps(record))
@@ -107,6 +105,17 @@ def test_prompts_out_of_distribution_are_in_no_training_set(tmp_path):
         assert max(len(prompt.split()) for prompt in prompts) <= 7
         assert set(" ".join(prompts).lower().split()) <= words
         assert heldout.REWARDS[task](heldout.draw(prompts[:2]), prompts[:2]).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["profiler", "benchmark --group_size 2 --steps 2"])
+def test_what_is_for_a_gpu_runs_with_small_widths(command, monkeypatch, capsys):
+    module = importlib.import_module(f"experiments.{command.split()[0]}")
+    monkeypatch.setattr(module, "save_pipeline", lambda to: sd35m.save_pipeline(to, sd35m.TINY))
+    words = f"{command} --arch sd35m --size 32 --guidance 2 --micro_batch 8 --repeats 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    module.main()
+    assert "update" in capsys.readouterr().out
 
 
 @pytest.mark.slow
