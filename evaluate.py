@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from rewards.pictures import picture_grid, sample_images, save_grid
-from rewards.scoring import check_prompts, check_weights, find_missing, find_tests, list_made
+from rewards.scoring import check_prompts, find_missing, find_tests, list_made, try_scorers
 from rewards.scoring import load_scorers, sample_missing, score_files
 from rewards.tables import TABLES, most_different, paper_table, summarise
 from support import lora, model, run
@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
             check_prompts(scorer, *tests[task], args.prompts.get(task, f"prompts of {task}"))
     # 2. Images, with the same prompts and noise for every model. The model is freed afterwards.
     if not args.scores_only:
-        check_weights(scorers)
+        try_scorers(scorers)
         files = generate(args, tests, device)
 
     # 3. Scores, from the files: 8-bit pictures, like any others.

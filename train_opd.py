@@ -153,7 +153,6 @@ def main(args: argparse.Namespace) -> None:
     student, average, anchor, guidance = load_loras(args, pipe.transformer)
     is_anchor = torch.tensor([f"teacher_{task}" == anchor for task in tasks])  # (tasks,)
     parameters = list(student.values())
-    # weight_decay is Flow-GRPO's; over a run it takes 6e-5 of a weight, next to nothing.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4, fused=True)
     grid = model.time_grid(pipe, args.steps)  # T + 1 floats from 1 to 0
     times = torch.tensor(grid, device=device).view(-1, 1, 1, 1)  # (T + 1, 1, 1, 1)

@@ -82,7 +82,7 @@ def check_prompts(scorer: Callable, prompts: list[str], metadata: list[dict], fi
         fail(f"{file}: {error}")
 
 
-def check_weights(scorers: dict[str, dict[str, Callable]]) -> None:
+def try_scorers(scorers: dict[str, dict[str, Callable]]) -> None:
     """Name the metrics whose scorer cannot be loaded before hours of sampling, not after them."""
     if rank_and_world()[0] > 0:
         return
