@@ -9,7 +9,7 @@ corrects the drift so that x_t keeps its distribution. The sampler is then a Gau
 
 Notation of the whole project (the papers' letter in the second column):
 
-  B, b          samples of an iteration over all processes; b of them on this process
+  B, b          samples of an iteration, or of what a function is given; b are this process's
   G             samples of one prompt (a group)
   T, S          steps of a rollout, and how many of them are trained
   N             S b rows: every trained (step, sample) pair is one row

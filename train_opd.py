@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     flag("--alpha", type=above_0, default=64, help="LoRA alpha: its scale is alpha / rank")
     flag = parser.add_argument_group("objective").add_argument
     flag("--objective", choices=OBJECTIVES, default="ppo", help="see the table in losses.py")
-    flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for the others")
+    flag("--clip_range", type=above_0, help="of PPO; default 0.2 for ppo, 1e-4 for others")
     flag("--step_weights", choices=("kl", "equal"), default="kl", help="of step errors: w(t) or 1")
     flag("--mar_weight", type=within(0), default=0.02, help="lambda of MAR, the paper's; 0 = off")
     flag = parser.add_argument_group("sampling").add_argument
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     samples = run.share(B, rank, world)  # of 0 .. B - 1, this process's b samples
     b = len(samples)
     schedule, tests, shown, text = load_prompts(args, pipe, samples)
-    backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)
+    backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)  # with guidance
     self_checks(args, pipe, text, grid, shown, guidance, student)
     start, saver = begin_run(args, pipe, student, average, optimizer)
 
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
             run.update_average(average, student, iteration * args.updates + update + 1, args)
         watch.lap("update")
 
-        # 5. Log: each task's KL before the update; do tasks agree (cosine 1) or conflict (-1)?
+        # 5. Log: each task's KL before the updates; in the last one, did tasks agree (cosine 1)?
         prompts_per_task = Counter(task for task, *_ in schedule[iteration])  # over all processes
         for task, number in prompts_per_task.items():
             total = kl.flatten()[task_of == tasks.index(task)].sum().item()  # of this process

@@ -10,8 +10,9 @@ the base, which knows neither task, and never sees a data point. It generates it
 states with the SDE. At every state the task's teacher gives its velocity, and the student learns to
 follow it.
 
-The function `distil` is the loop of train_opd.py without MAR, groups of samples, second updates,
-the average of the weights, samples and checkpoints; and it also trains the last step.
+The function `distil` is the loop of train_opd.py in short: without MAR, groups of samples, a
+gradient per task, second updates, the average of the weights, samples and checkpoints. It also
+trains the last step, and its learning rate falls.
 
 Of this project the script uses sde.py and losses.py alone. An action has only D = 2 coordinates
 here, so the gradient noise of ppo-scalar, which grows with D, is small.

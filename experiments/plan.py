@@ -336,6 +336,8 @@ def plan_faster(jobs):
         words = ["rewards", *FIRST, *SMALL, *published]
         add_variant(jobs, "faster", "faster_published", words, seed, at=(80, 120, 160, 200))
         add_variant(jobs, "faster", "faster_default", BEST, seed, at=(40, 60, 80, 100, 160))
+        guided = [*BEST, "--guidance", "2", "--student_guidance", "1"]
+        add_variant(jobs, "faster", "faster_guided", guided, seed, at=(20, 40, 60, 80, 160))
 
 
 def plan_pays(jobs):

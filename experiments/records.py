@@ -125,13 +125,14 @@ for rate in ("5e-4", "1e-3", "2e-3"):
     words = f"`ppo` with MAR, velocity errors, one weight for all steps, learning rate {rate}"
     LABELS[f"later_ppo_lr{rate}"] = words
 LABELS["faster_default"] = "the default"
+LABELS["faster_guided"] = "with teachers guided at 2"
 LABELS["faster_published"] = "published schedule with its rewards, 32 images an iteration"
 LABELS["beyond_merge_sft"] = "SFT from the merge"
 LABELS["beyond_merge_sft_opd"] = "merge, SFT, Flow-OPD"
 LABELS["beyond_opd_mix"] = "merge, Flow-OPD, GRPO-Mix"
 LABELS["beyond_guided"] = "merge, Flow-OPD with teachers guided at 2"
-LABELS["beyond_guided_equal"] = "the same, and `--step_weights equal --lr 1e-3`"
-LABELS["beyond_guided_equal_long"] = "the same, and `--iterations 320`"
+LABELS["beyond_guided_equal"] = "guided, and `--step_weights equal --lr 1e-3`"
+LABELS["beyond_guided_equal_long"] = "guided, equal weights, and `--iterations 320`"
 WAYS = {
     "sum": "the guided velocity, as train_opd.py does",
     "branches": "v(prompt) and v(prompt) - v(empty)",
@@ -186,6 +187,8 @@ def load(results):
         if set(teachers) <= set(runs):
             rows = [scores(runs[name][0]) for name in teachers]
             runs[f"{prefix}oracle"] = [{"final": "all", "scores": {"all": oracle(rows)}}]
+    for task in TASKS:  # the teachers sampled with guidance 2
+        runs[f"{task}@2"] = [r | {"final": "final@2"} for r in runs.get(f"guidance_{task}", ())]
     guided = [runs.get(f"guidance_{task}") for task in TASKS]
     if all(guided):
         own = {}

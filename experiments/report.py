@@ -187,7 +187,7 @@ def times(runs, found, name, other):
     if not found:
         return MISSING
     factor = of_objective(found, name)["variance"] / of_objective(found, other)["variance"]
-    return f"{factor:,.0f}" if factor > 100 else f"{factor:,.1f}"
+    return f"{round(factor, -2):,.0f}" if factor > 100 else f"{factor:,.1f}"
 
 
 def signed(cosine):
@@ -319,15 +319,16 @@ def curves(runs, names, metric="average"):
     return markdown(head, lines)
 
 
-def against_teachers(runs, names):
-    """Of every run: each task's score minus that of its own teacher, bold from two errors on."""
+def against_teachers(runs, names, scale=""):
+    """Of every run: each task's score minus that of its own teacher, bold from two errors on.
+    scale "@2": the teachers sampled with guidance 2."""
     lines = []
     for name in names.split():
         cells = []
         for task in TASKS:
-            own, teacher = value(runs, name, task), value(runs, task, task)
-            text = gap(runs, name, task, task)
-            if own and abs(own[0] - teacher[0]) > 2 * math.hypot(own[1], teacher[1]):
+            own, teacher = value(runs, name, task), value(runs, task + scale, task)
+            text = gap(runs, name, task + scale, task)
+            if own and teacher and abs(own[0] - teacher[0]) > 2 * math.hypot(own[1], teacher[1]):
                 text = f"**{text}**"
             cells.append(text)
         lines.append([LABELS[name], *cells])
