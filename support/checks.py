@@ -27,8 +27,8 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
     report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 
-    # Ratio: 1 before the first update, up to rounding. In bf16 that clips a few coordinates; one in a
-    # hundred is a fault. The rows: two samples, at the first and at the last step to be trained.
+    # Ratio: 1 before the first update, up to rounding. In bf16 this clips a few coordinates; one in
+    # a hundred is a fault. The rows: two samples, at the first and at the last step to be trained.
     prompt = torch.tensor([text["rows"][prompts[0]], text["rows"][prompts[-1]]])
     noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)])
     backbone = Backbone(pipe.transformer, text, guidance, batch=4)
