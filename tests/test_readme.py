@@ -166,7 +166,7 @@ SMALLER = {
 
 @pytest.mark.slow
 def test_the_readmes_commands_run_one_after_the_other(tmp_path):
-    """In a copy, in order, then toy/README.md's: on the miniature, with tiny settings at the end."""
+    """Then those of toy/README.md: in a copy, in order, with tiny settings at the end."""
     ignored = shutil.ignore_patterns("runs", "data", ".*", "__pycache__")
     copy, ran = shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored), 0
     how = {"cwd": copy, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
