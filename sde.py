@@ -1,7 +1,6 @@
 """Shared maths 1: sampling a flow-matching model as a stochastic differential equation (SDE).
 
 Copy what you need: this file imports torch and the standard library only.
-
 Why an SDE: the usual sampler solves an ODE and is deterministic. A step has no probability, so
 there is no policy gradient and no KL. Flow-GRPO (arXiv 2505.05470) adds noise at every step and
 corrects the drift so that x_t keeps its distribution. The sampler is then a Gaussian policy: state
@@ -64,9 +63,11 @@ def step(
 ) -> tuple[Number, Number]:
     """The Gaussian policy at one state: (mean, std).
 
-    x, v (B, C, H, W), or floats: the mean is linear in both, which `kl_weight` uses.
-    Returns (mean like x, std like t). a = 0 is the scheduler's Euler step, with std 0.
+    x, v (B, C, H, W), or floats: the mean is linear in both, which `kl_weight` uses. ValueError if
+    t has other dimensions. Returns (mean like x, std like t). a = 0: the Euler step, with std 0.
     """
+    if torch.is_tensor(x) and torch.is_tensor(t) and t.dim() not in (0, x.dim()):
+        raise ValueError(f"t {tuple(t.shape)} needs as many dimensions as x {tuple(x.shape)}")
     dt = t - t_next
     sigma = noise_scale(t, t_next, a, t_max, kind)
     std = sigma * dt**0.5
@@ -96,10 +97,9 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Number) -> Tensor:
 def kl_weight(t: Number, t_next: Number, a: float, t_max: Number, kind: str = "flow") -> Number:
     """w(t) with KL(student step, teacher step) = w(t) mean((v - v_teacher)^2), shaped like t.
 
-    Flow-OPD v5 Eq. 15. Both policies have the same std: KL = (mean - mean_teacher)^2 / (2 std^2).
-    The means differ through v alone: w = (d mean / d v)^2 / (2 std^2). For `flow` at 0 < t < 1 it
-    is (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t): small at high noise, large near the data.
-    Raises ValueError where std is 0.
+    Flow-OPD v5 Eq. 15. Both have one std, so KL = (mean - mean_teacher)^2 / (2 std^2). The means
+    differ through v alone: w = (d mean / d v)^2 / (2 std^2). For `flow` at 0 < t < 1 it is
+    (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t), small near noise, large near 0. ValueError if std is 0.
     """
     d_mean_d_v, std = step(0.0, 1.0, t, t_next, a, t_max, kind)  # linear: its value at x = 0, v = 1
     check_std(std)

@@ -17,7 +17,7 @@ The student's step and the teacher's are Gaussians. Their KL is the dense traini
 Deviations from the paper (numbered as in README.md, which has the whole list):
  1. PPO's ratio and reward are per latent coordinate; the paper's form is --objective ppo-published.
  2. Routing is hard: a prompt's own teacher alone labels it. The paper's v1 text blends teachers.
- 3. Every iteration holds all tasks in their shares. The public code alternates whole epochs.
+ 3. Iterations mix the tasks in their shares. The public code alternates whole epochs.
  5. All steps but the last are trained, as in the public code. The paper trains all.
 """
 

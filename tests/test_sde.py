@@ -108,12 +108,12 @@ def test_without_a_density_a_call_raises():
     for std in (0.0, column([0.3, 0.0])):
         with pytest.raises(ValueError, match="std > 0"):
             log_prob(x, x, std)
-    for a, kind in ((0.0, "flow"), (0.0, "dance"), (0.7, "cps")):  # the last cps step has std 0
-        for times in ((t, t_next), (grid[9], grid[10])):
-            with pytest.raises(ValueError, match="std > 0"):
+    for a, kind in ((0.0, "flow"), (0.0, "dance"), (0.7, "cps"), (0.7, "floww")):
+        for times in ((t, t_next), (grid[9], grid[10])):  # the last cps step has std 0
+            with pytest.raises(ValueError, match="unknown" if kind == "floww" else "std > 0"):
                 kl_weight(*times, a, grid[1], kind)
-    with pytest.raises(ValueError, match="unknown noise kind"):
-        step(x, x, 0.5, 0.4, 0.7, grid[1], "floww")
+    with pytest.raises(ValueError, match="dimensions"):
+        step(x[0], x[0], t, t_next, 0.7, grid[1])
 
 
 def gaussian_result(steps, a, kind, data_mean=0.5, data_std=0.6):
