@@ -435,7 +435,10 @@ def table_flags(args: argparse.Namespace) -> list[str]:
             file = args.prompts[task]
         if file != default or task not in TASKS:
             own.append(f"{task}={file}")
-    scorers = getattr(sys.modules.get(args.rewards), "REWARDS", tasks)
+    try:
+        scorers = importlib.import_module(args.rewards).REWARDS
+    except Exception:  # a run without scores needs no such module
+        scorers = tasks
     if not all(task in scorers for task in tasks):  # trained by rewards of another name
         return ["--prompt", read_prompts(args.prompts[tasks[0]])[0][0]]
     flags = []
