@@ -408,8 +408,7 @@ def test_the_next_command(monkeypatch, tmp_path, trainer, flags, wanted):
     monkeypatch.setattr(sys, "argv", shlex.split(printed.removeprefix("next: python ")))
     given = vars(script.parse_args())
     if not flags:  # nothing is repeated that was not given
-        start = "next: python evaluate.py --models base student=toy/adapters/ocr --out"
-        assert printed.startswith(start)
+        assert "evaluate.py --models base student=toy/adapters/ocr --out" in printed
     same = "model rewards dtype guidance size no_t5 text_length cache_embeddings"
     for name in same.split():
         assert given[name] == vars(args)[name], name
