@@ -8,7 +8,7 @@ Shapes (B is any number of visited states; a training script passes rows of seve
   mean_old      the student's mean when it drew x_next                       (B, C, H, W)
   mean_teacher  the routed teacher's mean at the same state                  (B, C, H, W)
   x_next        the state that the rollout drew                              (B, C, H, W)
-  std           the step's, above 0; 0 for ode       float, or (B, 1, 1, 1), like mean
+  std           the step's, above 0; 0 for ode       float, or (B, 1, ..., 1)
 KL and log-prob are means over the D = C H W latent dimensions, then over the batch, in float32.
 Gradient flows through `mean` and `v` alone; the rest are constants of the rollout. (If mean_old
 were recomputed with gradient, the log-ratio would be 0 with gradient 0 for every parameter.)
@@ -97,7 +97,7 @@ def opd_ppo_scalar(
 def opd_ppo_published(
     mean, mean_old, mean_teacher, x_next, std, clip_range=1e-4, kl_to_go=None, detach=True
 ) -> tuple[Tensor, dict]:
-    """Flow-OPD v1 Eq. 11 as written. Kept because it was published. It drifts, the KL grows.
+    """Flow-OPD v1 Eq. 11 as written, kept because it was published. It drifts and the KL grows.
 
     The reward is the analytic -KL at the visited state, detached. It does not depend on the action
     x_next, and E[grad log pi] = 0: at ratio 1 the expected gradient is zero.

@@ -1,6 +1,5 @@
 """Shared maths 1: sampling a flow-matching model as a stochastic differential equation (SDE).
 
-Copy what you need: this file imports torch and the standard library only.
 Why an SDE: the usual sampler solves an ODE and is deterministic. A step has no probability, so
 there is no policy gradient and no KL. Flow-GRPO (arXiv 2505.05470) adds noise at every step and
 corrects the drift so that x_t keeps its distribution. The sampler is then a Gaussian policy: state
@@ -8,7 +7,7 @@ corrects the drift so that x_t keeps its distribution. The sampler is then a Gau
 
 Notation of the whole project (the papers' letter in the second column):
 
-  B, b          samples of an iteration, or of what a function is given; b are this process's
+  B, b          samples: of an iteration, or of a function's input; b of them on this process
   G             samples of one prompt (a group)
   T, S          steps of a rollout, and how many of them are trained
   N             S b rows: every trained (step, sample) pair is one row
@@ -26,6 +25,7 @@ Notation of the whole project (the papers' letter in the second column):
 
 t, t_next and t_max are floats, or tensors that broadcast against x, such as (B, 1, 1, 1): a batch
 may hold states of different steps. Floats are computed in double precision, tensors in float32.
+Copy what you need: this file imports torch and the standard library only.
 """
 
 import math
@@ -64,7 +64,7 @@ def step(
     """The Gaussian policy at one state: (mean, std).
 
     x, v (B, C, H, W), or floats: the mean is linear in both, which `kl_weight` uses. ValueError if
-    t has other dimensions. Returns (mean like x, std like t). a = 0: the Euler step, with std 0.
+    x and t differ in dimensions. Returns (mean like x, std like t). a = 0: Euler's step, std 0.
     """
     if torch.is_tensor(x) and torch.is_tensor(t) and t.dim() not in (0, x.dim()):
         raise ValueError(f"t {tuple(t.shape)} needs as many dimensions as x {tuple(x.shape)}")
@@ -99,7 +99,7 @@ def kl_weight(t: Number, t_next: Number, a: float, t_max: Number, kind: str = "f
 
     Flow-OPD v5 Eq. 15. Both have one std, so KL = (mean - mean_teacher)^2 / (2 std^2). The means
     differ through v alone: w = (d mean / d v)^2 / (2 std^2). For `flow` at 0 < t < 1 it is
-    (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t), small near noise, large near 0. ValueError if std is 0.
+    (1 + a^2 / 2)^2 dt (1 - t) / (2 a^2 t), small near t = 1, large near 0. ValueError if std is 0.
     """
     d_mean_d_v, std = step(0.0, 1.0, t, t_next, a, t_max, kind)  # linear: its value at x = 0, v = 1
     check_std(std)

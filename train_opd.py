@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     samples = run.share(B, rank, world)  # of 0 .. B - 1, this process's b samples
     b = len(samples)
     schedule, tests, shown, text = load_prompts(args, pipe, samples)
-    backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)  # with guidance
+    backbone = model.Backbone(pipe.transformer, text, guidance, args.label_batch)
     self_checks(args, pipe, text, grid, shown, guidance, student)
     start, saver = begin_run(args, pipe, student, average, optimizer)
 

@@ -168,10 +168,10 @@ class AsPublished:
         times = (t, self.grid[i + 1], NOISE, self.grid[1])
         with self.half:
             v = self.velocity(self.student, x, t, text)
-        full = [part.float() for part in text]  # frozen copies run in float32
+        text_32 = [part.float() for part in text]  # the frozen copies run without autocast
         with torch.no_grad():
-            v_teacher = self.velocity(self.teachers[task], x, t, full)
-            v_anchor = self.velocity(self.teachers["anchor"], x, t, full)
+            v_teacher = self.velocity(self.teachers[task], x, t, text_32)
+            v_anchor = self.velocity(self.teachers["anchor"], x, t, text_32)
         mean, mean_teacher = sde.step(x, v, *times)[0], sde.step(x, v_teacher, *times)[0]
         rollout_of = (path.mean[i], mean_teacher, path.x[i + 1], path.std[i])
         loss, _ = losses.opd_ppo_public(mean, *rollout_of)

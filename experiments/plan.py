@@ -27,6 +27,7 @@ PARTS = "main objectives gradients MAR interference ablations staleness speed ha
 PARTS += " map default bf16 faster pays beyond strict tasks later guidance"
 MAP_IMAGES = 2560
 BEST = "--objective ppo --prompts_per_iteration 8 --group_size 2 --updates 2 --lr 2e-3".split()
+GUIDED = ["--guidance", "2", "--student_guidance", "1"]
 LONG = (20, 40, 80, 160, 320)  # iterations of 16 images: 320 to 5,120
 ALONG = (5, 10, 20, 40, 80, 160, 320, 520)  # iterations of 192 images: 960 to 99,840
 VARIANT = "experiments/variants.py"
@@ -213,12 +214,12 @@ def plan_other_teachers(jobs):
     merged = ["--init", f"{jobs.out}/other_merged_seed1/adapter"]
     sft = ["--init", f"{jobs.out}/other_sft_seed1/adapter"]
     anchor = ["--anchor", other["deqa"]]
+    default = [*teachers, *anchor, *merged]
     for seed in (1, 0, 2):
-        jobs.opd("repeat", "other_opd", *teachers, *anchor, *merged, seed=seed)
+        jobs.opd("repeat", "other_opd", *default, seed=seed)
         jobs.grpo("other_merge_mix", *WEIGHTED, *merged, part="repeat", seed=seed)
         jobs.add("repeat", "other_sft", "train_sft.py", *teachers, seed=seed, at=(SFT,))
         jobs.small("repeat", "other_opd_sft", *teachers, *anchor, *sft, seed=seed)
-        default = [*teachers, *anchor, *merged]
         jobs.add("repeat", "other_default", "train_opd.py", *default, seed=seed, at=(160,))
 
 
@@ -336,8 +337,8 @@ def plan_faster(jobs):
         words = ["rewards", *FIRST, *SMALL, *published]
         add_variant(jobs, "faster", "faster_published", words, seed, at=(80, 120, 160, 200))
         add_variant(jobs, "faster", "faster_default", BEST, seed, at=(40, 60, 80, 100, 160))
-        guided = [*BEST, "--guidance", "2", "--student_guidance", "1"]
-        add_variant(jobs, "faster", "faster_guided", guided, seed, at=(20, 40, 60, 80, 160))
+        flags = [*BEST, *GUIDED]
+        add_variant(jobs, "faster", "faster_guided", flags, seed, at=(20, 40, 60, 80, 160))
 
 
 def plan_pays(jobs):
@@ -364,7 +365,7 @@ def plan_beyond(jobs):
         jobs.add("beyond", "beyond_merge_sft_opd", "train_opd.py", *flags, seed=seed, at=(320,))
         opd = ["--init", f"{jobs.out}/default_ppo_b16_u2_lr2e-3_seed{seed}.stages/160"]
         jobs.grpo("beyond_opd_mix", *WEIGHTED, *opd, part="beyond", seed=seed, at=(20, 54))
-        flags = [*BEST, "--guidance", "2", "--student_guidance", "1"]
+        flags = [*BEST, *GUIDED]
         jobs.add("beyond", "beyond_guided", "train_opd.py", *flags, seed=seed, at=(160,))
         flags += ["--step_weights", "equal", "--lr", "1e-3"]
         jobs.add("beyond", "beyond_guided_equal", "train_opd.py", *flags, seed=seed, at=(160,))

@@ -187,7 +187,7 @@ def times(runs, found, name, other):
     if not found:
         return MISSING
     factor = of_objective(found, name)["variance"] / of_objective(found, other)["variance"]
-    return f"{round(factor, -2):,.0f}" if factor > 100 else f"{factor:,.1f}"
+    return f"{float(f'{factor:.2g}'):,.0f}" if factor > 100 else f"{factor:,.1f}"
 
 
 def signed(cosine):

@@ -27,8 +27,8 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
     report(True, f"disk: {free:.1f} GB free, checkpoints take {needed:.3f} GB")
     report(True, f"times, {args.time_grid} shift: {' '.join(f'{t:.3g}' for t in grid)}")
 
-    # Ratio: 1 before the first update, up to rounding. In bf16 this clips a few coordinates; one in
-    # a hundred is a fault. The rows: two samples, at the first and at the last step to be trained.
+    # Ratio: 1 before the first update, up to rounding. In bf16 this may clip some; our limit is one
+    # in a hundred. The rows: two samples, at the first and at the last step to be trained.
     prompt = torch.tensor([text["rows"][prompts[0]], text["rows"][prompts[-1]]])
     noise = initial_noise(pipe, [generator(args.seed, "check", i) for i in range(2)])
     backbone = Backbone(pipe.transformer, text, guidance, batch=4)
@@ -51,8 +51,8 @@ def self_checks(args, pipe, text, grid, prompts, guidance, student) -> None:
         if ratio_of == "image":
             log_ratio = log_ratio.flatten(1).mean(1)
         outside = (log_ratio.expm1().abs() > args.clip_range).float().mean().item()
-        line = f"ratio: before an update outside the clip range, {args.clip_range:g}, in"
-        report(outside < 0.01, f"{line} {outside:.1%} of the {ratio_of}s")
+        line = f"ratio: before an update {outside:.1%} of the {ratio_of}s are outside"
+        report(outside < 0.01, f"{line} the clip range, {args.clip_range:g}")
 
     # Teachers: one that equals the student teaches nothing; two equal ones are a mistake.
     teachers = [lora for lora in guidance if str(lora).startswith("teacher_")]

@@ -108,9 +108,9 @@ def test_without_a_density_a_call_raises():
     for std in (0.0, column([0.3, 0.0])):
         with pytest.raises(ValueError, match="std > 0"):
             log_prob(x, x, std)
-    for a, kind in ((0.0, "flow"), (0.0, "dance"), (0.7, "cps"), (0.7, "floww")):
+    for a, kind in ((0.0, "flow"), (0.0, "dance"), (0.7, "cps"), (0.7, "x")):
         for times in ((t, t_next), (grid[9], grid[10])):  # the last cps step has std 0
-            with pytest.raises(ValueError, match="unknown" if kind == "floww" else "std > 0"):
+            with pytest.raises(ValueError, match={"x": "unknown noise kind"}.get(kind, "std > 0")):
                 kl_weight(*times, a, grid[1], kind)
     with pytest.raises(ValueError, match="dimensions"):
         step(x[0], x[0], t, t_next, 0.7, grid[1])
